@@ -1,0 +1,311 @@
+"""Fine-tune one model three ways from the same weights, and see what each costs: `make demo`.
+
+All tokens through torch.compile, gradient checkpointing, and `backend="tokenseek"`. Without arguments the model is a
+byte-level Llama, first trained for a moment on the sources of Python's standard library, then fine-tuned on its
+docstring -> code pairs. With your own weights and data:
+
+    python examples/demo.py --model PATH_OR_ID --data FILE.jsonl --keep-ratio 0.1
+"""
+
+import argparse
+import json
+import os
+import queue
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(os.cpu_count()))
+
+import data
+import measure
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import nn
+
+Event = dict[str, Any]
+WAYS = {
+    "compile": "torch.compile",
+    "checkpoint": "gradient checkpointing",
+    "tokenseek": "tokenseek, {ratio:.0%} of tokens",
+}
+console = Console(width=None if sys.stdout.isatty() else 140)
+
+
+def byte_llama(length: int) -> nn.Module:
+    """About 2.5 million parameters, three query heads to each key/value head."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "max_position_embeddings": length}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=data.BYTE_VOCAB, use_cache=False, **sizes, **heads))
+
+
+def load(path: str) -> nn.Module:
+    """A causal language model in float32, ready to train."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model.config.use_cache = False
+    return model.train()
+
+
+def prepare(way: str, model: nn.Module, options: argparse.Namespace) -> None:
+    """Switch the way on; the model stays the same object."""
+    if way == "compile":
+        model.compile()
+    elif way == "checkpoint":
+        enable = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.20 on
+        (enable or model.gradient_checkpointing_enable)()
+    else:
+        model.compile(
+            backend="tokenseek", options={"keep_ratio": options.keep_ratio, "logits": "drop", "scorer": "random"}
+        )
+
+
+def tell(**event: Any) -> None:
+    """One line of JSON to the process that shows the progress."""
+    print(json.dumps(event), flush=True)
+
+
+def step(model: nn.Module, batch: data.Batch, optimizer: torch.optim.Optimizer) -> float:
+    """Forward, backward, update; gradients stay allocated."""
+    optimizer.zero_grad(set_to_none=False)
+    loss = model(**batch).loss
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, pairs: data.Batch, batch: int) -> float:
+    """Mean over all labelled tokens, uncompiled (`model.forward` is not what `model.compile` replaced)."""
+    model.eval()
+    total = count = 0.0
+    for start in range(0, len(pairs["labels"]), batch):
+        part = {name: value[start : start + batch] for name, value in pairs.items()}
+        labelled = (part["labels"][:, 1:] != data.IGNORED).sum().item()
+        total, count = total + model.forward(**part).loss.item() * labelled, count + labelled
+    model.train()
+    return total / count
+
+
+def pretrain(work: Path, options: argparse.Namespace) -> None:
+    """A byte-level model that has read some Python, saved for the three ways."""
+    torch.manual_seed(0)
+    text = torch.load(work / "text.pt")
+    model = byte_llama(options.length)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=options.pretrain)
+    for number in range(options.pretrain):
+        tell(step=number + 1, loss=step(model, data.draw(text, options.batch, number), optimizer))
+        schedule.step()
+    model.save_pretrained(work / "model")
+
+
+def fine_tune(way: str, work: Path, options: argparse.Namespace) -> None:
+    """One way from the saved weights: first step (compiles), measured steps, what was saved, what was learnt."""
+    torch.manual_seed(0)
+    pairs, held_out = torch.load(work / "pairs.pt"), torch.load(work / "held_out.pt")
+    model = load(options.model or str(work / "model"))
+    before = held_out_loss(model, held_out, options.batch)
+    prepare(way, model, options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr)
+    first = first_step(model, data.draw(pairs, options.batch, 0), optimizer)
+    seconds = []
+    with measure.PeakMemory() as peak:
+        for number in range(1, options.steps):
+            batch, start = data.draw(pairs, options.batch, number), time.perf_counter()
+            loss = step(model, batch, optimizer)
+            seconds.append(time.perf_counter() - start)
+            tell(step=number + 1, loss=loss)
+    saved = measure.saved_bytes(model, data.draw(pairs, options.batch, 0), model.config.get_text_config().vocab_size)
+    median, after = statistics.median(seconds), held_out_loss(model, held_out, options.batch)
+    tell(result={"first": first, "step": median, "peak": peak.bytes, **saved, "before": before, "after": after})
+
+
+def first_step(model: nn.Module, batch: data.Batch, optimizer: torch.optim.Optimizer) -> float:
+    """Seconds of the step that compiles."""
+    tell(stage="first step (compiles)")
+    start = time.perf_counter()
+    loss = step(model, batch, optimizer)
+    tell(step=1, loss=loss)
+    return time.perf_counter() - start
+
+
+def events(job: str, work: Path, options: argparse.Namespace) -> Iterator[Event | None]:
+    """What a worker process tells, as it tells it; None ten times a second in between."""
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(work / "cache" / job)}  # every way compiles from cold
+    command = [sys.executable, __file__, "--worker", job, "--work", str(work), *sys.argv[1:]]
+    with (work / f"{job}.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | cache)
+        lines: queue.Queue[str | None] = queue.Queue()
+        threading.Thread(target=lambda: [*map(lines.put, process.stdout or []), lines.put(None)], daemon=True).start()
+        yield from follow(lines)
+        process.wait()
+    if process.returncode:
+        console.print((work / f"{job}.log").read_text()[-3000:], style="dim", markup=False)
+        yield {"failed": f"exit status {process.returncode}"}
+
+
+def follow(lines: "queue.Queue[str | None]") -> Iterator[Event | None]:
+    """Lines of JSON as events, until the None that ends them; anything else a worker prints is passed on."""
+    while True:
+        try:
+            line = lines.get(timeout=0.1)
+        except queue.Empty:
+            yield None
+            continue
+        if line is None:
+            return
+        if line.startswith("{"):
+            yield json.loads(line)
+        elif line.strip():
+            console.print(line.rstrip(), style="dim", markup=False)
+
+
+def watch(title: str, job: str, steps: int, work: Path, options: argparse.Namespace) -> Event:
+    """Run a job under a progress bar; its result."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    result: Event = {}
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(f"{title:<36}", total=steps, note="starting")
+        for event in events(job, work, options):
+            if event is None:
+                continue
+            if "step" in event:
+                progress.update(
+                    task, completed=event["step"], note=f"step {event['step']}/{steps}  loss {event['loss']:.3f}"
+                )
+            result |= event.get("result", {}) | {k: v for k, v in event.items() if k == "failed"}
+            progress.update(task, **({"note": event["stage"]} if "stage" in event else {}))
+    show_warnings(work / f"{job}.log")
+    return result
+
+
+def show_warnings(log: Path) -> None:
+    """Warnings of a worker, as they are."""
+    for line in log.read_text().splitlines():
+        if "Warning" in line:
+            console.print(line, style="dim", markup=False)
+
+
+def build_data(work: Path, options: argparse.Namespace) -> str:
+    """Text to pretrain on, training pairs and held-out pairs as tensors on disk; a line that describes them."""
+    tokens = data.hub_tokens(options.model) if options.model else data.byte_tokens()
+    library, rest = data.library_files()
+    if not options.model:
+        torch.save(data.windows(library, tokens, options.length), work / "text.pt")
+    if options.data:
+        everything, source = data.file_pairs(Path(options.data), tokens, options.length), options.data
+        held_out, pairs = everything[: options.held_out], everything[options.held_out :]
+    else:
+        pairs, held_out = (data.library_pairs(part, tokens, options.length) for part in (library, rest))
+        source = "docstring -> code of the standard library (whole files held out)"
+    for name, rows in {"pairs": pairs, "held_out": held_out[: options.held_out]}.items():
+        torch.save(data.encode(rows, tokens, options.length), work / f"{name}.pt")
+    return f"{source}, {len(pairs)} to train on, {min(len(held_out), options.held_out)} held out"
+
+
+COLUMNS: dict[str, Callable[[Event], str]] = {
+    "first step s": lambda r: f"{r['first']:.1f}",
+    "step s": lambda r: f"{r['step']:.3f}",
+    "peak MB": lambda r: f"{r['peak'] / 1e6:,.0f}",
+    "saved acts MB": lambda r: f"{r['activations'] / 1e6:,.1f}",
+    "saved logits MB": lambda r: f"{r['logits'] / 1e6:,.1f}",
+    "held-out before": lambda r: f"{r['before']:.4f}",
+    "after": lambda r: f"{r['after']:.4f}",
+}
+
+
+def table(results: dict[str, Event]) -> Table:
+    """One line per way; a way that failed says so."""
+    out = Table("way", title="What each way costs and learns", title_justify="left")
+    for name in COLUMNS:
+        out.add_column(name, justify="right")
+    for title, result in results.items():
+        cells = [result["failed"]] if "failed" in result else [show(result) for show in COLUMNS.values()]
+        out.add_row(title, *cells)
+    return out
+
+
+def footnotes(described: str, options: argparse.Namespace) -> str:
+    """The settings the table stands on, and how to read its last column."""
+    model = options.model or f"byte-level Llama of 2.5 M parameters after {options.pretrain} steps of pretraining"
+    return f"""\
+model: {model}
+pairs: {described}
+batch {options.batch}, length {options.length}, {options.steps} steps, AdamW lr {options.lr:g}, float32
+CPU, {torch.get_num_threads()} threads, torch {torch.__version__}
+step: median of forward + backward + update, without the first step (which compiles). peak: resident memory above model,
+gradients and optimizer state. saved: bytes that one forward keeps for backward, keys and values among the activations.
+loss: every way takes the same number of steps. tokenseek learns from {options.keep_ratio:.0%} of the tokens, so less per step, in less
+time and memory; a larger --keep-ratio or more --steps narrows the gap. One run, one seed."""
+
+
+def run(options: argparse.Namespace, work: Path) -> dict[str, Event]:
+    """Data, weights, three ways, one table."""
+    with console.status("reading and encoding the data"):
+        described = build_data(work, options)
+    if not options.model:
+        watch("pretraining (eager)", "pretrain", options.pretrain, work, options)
+    titles = {way: title.format(ratio=options.keep_ratio) for way, title in WAYS.items()}
+    results = {title: watch(title, way, options.steps, work, options) for way, title in titles.items()}
+    console.print(table(results), footnotes(described, options), sep="\n", highlight=False)
+    return results
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="path or hub id of a causal language model (default: a byte-level Llama)")
+    parser.add_argument(
+        "--data", help=".jsonl with prompt and completion, or plain text (default: the standard library)"
+    )
+    parser.add_argument("--keep-ratio", type=float, default=0.1, help="share of the tokens tokenseek trains on")
+    for name, value in {"steps": 40, "batch": 16, "length": 256, "pretrain": 90, "held-out": 64}.items():
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
+    parser.add_argument("--lr", type=float, default=1e-3, help="default 1e-3")
+    parser.add_argument("--json", type=Path, help="write the table's figures there")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def work_on(options: argparse.Namespace) -> int:
+    """The job of one process."""
+    if options.worker == "pretrain":
+        pretrain(options.work, options)
+    else:
+        fine_tune(options.worker, options.work, options)
+    return 0
+
+
+def main() -> int:
+    """Show, or work for the process that shows."""
+    options = arguments()
+    if options.worker:
+        return work_on(options)
+    with tempfile.TemporaryDirectory() as work:
+        results = run(options, Path(work))
+    if options.json:
+        options.json.write_text(json.dumps({"options": vars(options), "results": results}, indent=2, default=str))
+    return int(any("failed" in result for result in results.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

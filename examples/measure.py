@@ -1,0 +1,97 @@
+"""What the demo and the benchmarks measure: peak resident memory, and bytes saved for backward."""
+
+import ctypes
+import gc
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+PERIOD = 0.005  # seconds between two samples, where the kernel does not keep the peak for us
+
+
+def resident() -> int:
+    """Resident bytes of this process."""
+    return psutil.Process().memory_info().rss
+
+
+def trim() -> None:
+    """Give freed memory back to the system, so that what is resident is what is in use."""
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):  # not glibc: the base line then includes what the allocator holds
+        return
+
+
+def reset_kernel_peak() -> bool:
+    """Forget the process's high-water mark (Linux); False where that is not permitted."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def kernel_peak() -> int:
+    """The process's high-water mark since `reset_kernel_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+class PeakMemory:
+    """Peak resident bytes above the entry's: `with PeakMemory() as peak: ...; peak.bytes`."""
+
+    def __enter__(self) -> "PeakMemory":
+        trim()
+        self.base, self.top, self.bytes = resident(), 0, 0
+        self.exact = reset_kernel_peak()
+        self.stop = threading.Event()
+        self.sampler = threading.Thread(target=self._sample, daemon=True)
+        if not self.exact:
+            self.sampler.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self.stop.is_set():
+            self.top = max(self.top, resident())
+            time.sleep(PERIOD)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop.set()
+        if self.exact:
+            self.top = kernel_peak()
+        self.bytes = max(0, self.top - self.base)
+
+
+def storages(tensors: list[Tensor]) -> set[int]:
+    """Where the given tensors lie."""
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def saved_bytes(model: nn.Module, batch: dict[str, Tensor], vocab: int) -> dict[str, int]:
+    """Bytes that one forward keeps for backward, each storage once, without parameters, buffers and inputs.
+
+    Autograd's hooks see the tensors of eager operations and of AOTAutograd's compiled functions alike. A tensor with a
+    vocabulary-sized dim counts as logits.
+    """
+    known = storages([*model.parameters(), *model.buffers(), *batch.values()])
+    found: dict[int, tuple[str, int]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = ("logits" if vocab in tensor.shape else "activations", storage.nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**batch).loss
+    for tensor in getattr(loss.grad_fn, "_tensors_no_vc_check", ()):  # AOTAutograd keeps these beside the hooks
+        pack(tensor)
+    loss.backward()
+    kinds = ("activations", "logits")
+    return {kind: sum(size for which, size in found.values() if which == kind) for kind in kinds}

@@ -1,0 +1,64 @@
+"""Activity: which values carry gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from .canonicalize import attribute
+from .errors import GraphNotSupported
+from .program import Program
+from .rules.op import tensors_in
+
+_CUT = (torch.ops.aten.detach.default,)
+
+
+@dataclass(frozen=True)
+class Activity:
+    """``live``: the nodes whose value carries gradient. ``losses``: live 0-dim outputs. ``trainable``: live inputs."""
+
+    live: frozenset[fx.Node]
+    losses: tuple[fx.Node, ...]
+    trainable: tuple[fx.Node, ...]
+
+
+@dataclass(frozen=True)
+class FindActivity:
+    """Propagate ``requires_grad`` forward. Reads ``module``; writes ``activity``."""
+
+    name: str = "activity"
+
+    def run(self, program: Program) -> Program:
+        live: dict[fx.Node, None] = {}
+        for node, value in zip(program.placeholders, program.inputs, strict=True):
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                live[node] = None
+        trainable = tuple(live)
+        for node in program.graph.nodes:
+            if _is_live(program.module, node, live):
+                live[node] = None
+        losses = [out for out in program.outputs if out in live and out.meta["val"].ndim == 0]
+        return replace(program, activity=Activity(frozenset(live), tuple(losses), trainable))
+
+    def check(self, program: Program) -> None:
+        """A written input carries no gradient: its update is taken from the full forward."""
+        assert program.activity is not None
+        for index in program.mutated:
+            if program.placeholders[index] in program.activity.live:
+                raise GraphNotSupported("The forward writes to a tensor that requires grad.", node=program.placeholders[index])
+
+
+def _is_live(module: fx.GraphModule, node: fx.Node, live: dict) -> bool:
+    if node.op == "get_attr":
+        value = attribute(module, str(node.target))
+        return isinstance(value, torch.Tensor) and value.requires_grad
+    if node.op != "call_function" or node.target in _CUT:
+        return False
+    values = tensors_in(node.meta.get("val"))
+    differentiable = any(x.is_floating_point() or x.is_complex() for x in values)
+    return differentiable and any(
+        isinstance(arg, fx.Node) and arg in live for arg in pytree.arg_tree_leaves(*node.args, **node.kwargs)
+    )

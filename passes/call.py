@@ -1,0 +1,129 @@
+"""What a rows rule sees: one operation of the ditch stream, with its operands restricted or in full."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from .factors import Dim
+from .rules.op import bind, is_tensor, operands_of
+
+if TYPE_CHECKING:
+    from .ditch import Streams
+    from .geometry import Geometry
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operation. ``dim``: the dim of its result whose rows are tokens (None: the result has no rows)."""
+
+    node: fx.Node
+    streams: Streams
+    dim: int | None
+
+    @property
+    def target(self) -> Any:
+        return self.node.target
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.streams.geometry
+
+    @cached_property
+    def operands(self) -> list[fx.Node]:
+        return operands_of(self.node)
+
+    @cached_property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments by schema name; tensors in full."""
+        return {name: self._mapped(value, self.streams.full) for name, value in bind(self.node).items()}
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    @property
+    def shape(self) -> list:
+        """The shape of the result restricted to its rows."""
+        assert self.dim is not None
+        return self.geometry.row_shape(self.streams.seek[self.node].shape, self.dim)
+
+    @property
+    def carries_rows(self) -> bool:
+        """True when a row of the result depends on the same row of some operand, and on the others in full."""
+        return any(self._carried(i) is not None for i in range(len(self.operands)))
+
+    def full(self, operand: int) -> torch.Tensor:
+        return self.streams.full(self.operands[operand])
+
+    def rows(self, operand: int) -> torch.Tensor:
+        """The operand restricted where it carries the row of the result, else in full."""
+        dim = self._carried(operand)
+        return self.full(operand) if dim is None else self._restricted(operand, dim)
+
+    def own_rows(self, operand: int) -> torch.Tensor:
+        """The operand restricted along its own row dim: for results without rows (losses)."""
+        node = self.operands[operand]
+        dim = self.streams.axes.row_dim(node)
+        return self.streams.full(node) if dim is None else self.streams.rows(node, dim)
+
+    @property
+    def args(self) -> tuple:
+        return self._call_arguments[0]
+
+    @property
+    def kwargs(self) -> dict:
+        return self._call_arguments[1]
+
+    def positions(self) -> torch.Tensor:
+        """The token positions of the rows, shaped to broadcast with attention scores ``[..., row, key]``."""
+        query = self.node.args[0]
+        rank, labels = query.meta["val"].ndim, self.streams.axes.of(query)
+        position = torch.arange(self.geometry.tokens, device=self.geometry.indices.device).unsqueeze(-1)
+        return self.streams.aligned_rows(position, (labels[-2], ()), 0, (*labels[:-1], ()), self.streams.seek[query], rank)
+
+    @property
+    def in_full(self) -> tuple[tuple, dict]:
+        """The arguments of the call with every operand in full."""
+        return self._mapped((self.node.args, self.node.kwargs), self.streams.full)
+
+    # -- how operands are restricted ----------------------------------------------------------------------------------
+
+    @cached_property
+    def _call_arguments(self) -> tuple[tuple, dict]:
+        counter = iter(range(len(self.operands)))
+        return self._mapped((self.node.args, self.node.kwargs), lambda _: self.rows(next(counter)))
+
+    def _mapped(self, value: Any, tensor: Callable[[fx.Node], Any]) -> Any:
+        def leaf(arg: Any) -> Any:
+            if not isinstance(arg, fx.Node):
+                return arg
+            return tensor(arg) if is_tensor(arg) else self.streams.seek[arg]
+
+        return pytree.tree_map(leaf, value)
+
+    def _carried(self, operand: int) -> int | None:
+        """The operand's dim that carries the token rows of the result."""
+        if self.dim is None:
+            return None
+        axes, node = self.streams.axes, self.operands[operand]
+        dim = axes.carried(self.node, operand, self.dim)
+        return dim if dim is not None and dim in axes.token_dims(node) else None
+
+    def _restricted(self, operand: int, dim: int) -> torch.Tensor:
+        streams, node = self.streams, self.operands[operand]
+        if streams.axes.has_rows(node):
+            return streams.rows(node, dim)
+        labels = streams.axes.of(self.node)
+        return streams.aligned_rows(
+            streams.full(node), streams.axes.of(node), dim, labels, streams.seek[self.node], len(labels)
+        )
+
+
+def pad_left(labels: tuple[Dim, ...], rank: int) -> tuple[Dim, ...]:
+    return ((),) * (rank - len(labels)) + labels

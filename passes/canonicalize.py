@@ -1,0 +1,249 @@
+"""Canonicalize: Dynamo's graph -> a functional pre-dispatch ATen graph that has lost nothing.
+
+There ``linear``, ``scaled_dot_product_attention``, norms and losses are single operations and autograd has not happened
+yet. Five ways in which a naive retrace is silently wrong are closed here:
+
+- custom autograd functions and other higher-order operators stay one opaque node (inlined, they would lose their backward);
+- writes through views become functional values; writes to inputs become extra outputs;
+- a tensor constant that is not a small literal means that the trace lost an edge: refused;
+- autocast regions are entered for real, so that dtypes are right, and kept as nodes;
+- activation checkpointing is inlined: values and gradients are the same.
+
+``torch.no_grad`` regions become explicit ``detach`` nodes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode, disable_functional_mode
+from torch.fx import traceback as fx_traceback
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
+from torch.utils import _pytree as pytree
+
+from .errors import GraphNotSupported, InvariantBroken
+from .fake import fake_inputs, fake_mode_of
+from .program import Program
+
+aten = torch.ops.aten
+_SET_GRAD = torch._C._set_grad_enabled
+_ENTER_AUTOCAST, _EXIT_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+_INLINED = {"tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint"}
+_LARGEST_LITERAL = 64
+_ASSERTS = {"_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range", "_functional_assert_async"}
+
+
+@dataclass(frozen=True)
+class Canonicalize:
+    """Retrace ``program.module`` to functional pre-dispatch ATen. Reads nothing else; writes ``module``, ``mutated``."""
+
+    name: str = "canonicalize"
+
+    def run(self, program: Program) -> Program:
+        fakes = fake_inputs(program.module, program.inputs)
+        writes: list[int] = []
+        with warnings.catch_warnings(), fx_traceback.preserve_node_meta(), fake_mode_of(fakes):
+            warnings.filterwarnings("ignore", message=".*pre-dispatch.*")
+            trace = make_fx(_functional(program.module, writes), pre_dispatch=True, tracing_mode="real")
+            module = trace(*fakes)
+        _tidy(module)
+        return replace(program, module=module, inputs=fakes, mutated=tuple(writes))
+
+    def check(self, program: Program) -> None:
+        """The graph is well-formed and functional, every tensor constant is a small literal."""
+        program.graph.lint()
+        for node in program.graph.nodes:
+            _check_functional(node)
+            if node.op == "get_attr":
+                _check_constant(program.module, node)
+
+
+class Retrace(fx.Interpreter):
+    """Run a graph under ``make_fx``, recording what a plain retrace would lose (see the module's docstring)."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.grad_enabled = torch.is_grad_enabled()
+        self.extra_traceback = False
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op == "call_function" and isinstance(n.target, torch._ops.HigherOrderOperator):
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            with fx_traceback.set_current_meta(n):
+                return self._after(self._higher_order(n, args, kwargs))
+        return self._after(super().run_node(n)) if n.op.startswith("call") else super().run_node(n)
+
+    def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        if target is _SET_GRAD:
+            self.grad_enabled = args[0]
+            return None
+        if target in (_ENTER_AUTOCAST, _EXIT_AUTOCAST):
+            return record_autocast(target, args, kwargs)
+        return super().call_function(target, args, kwargs)
+
+    def call_module(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        module = self.fetch_attr(target)
+        return Retrace(module).run(*args) if isinstance(module, fx.GraphModule) else module(*args, **kwargs)
+
+    def _after(self, value: Any) -> Any:
+        """Inside ``no_grad`` a float result carries no gradient."""
+        if self.grad_enabled:
+            return value
+        return pytree.tree_map_only(torch.Tensor, lambda x: x.detach() if x.is_floating_point() else x, value)
+
+    def _higher_order(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
+        if node.target.name() in _INLINED:
+            body, *operands = args
+            return Retrace(body).run(*operands)
+        example = node.meta.get("example_value", node.meta.get("val"))
+        return record_opaque(node.target, args, kwargs, example)
+
+
+def record_autocast(target: Any, args: tuple, kwargs: dict) -> Any:
+    """Record an autocast switch and throw it for real, so that the values traced inside have their true dtypes."""
+    mode = get_proxy_mode()
+    if mode is None:
+        return target(*args, **kwargs)
+    proxies = tuple(getattr(arg, "_tokenseek_proxy", arg) for arg in args)
+    proxy = mode.tracer.create_proxy("call_function", target, proxies, kwargs)
+    with torch._C.DisableTorchFunction():
+        switch = target(*args, **kwargs)
+    if switch is not None:
+        switch._tokenseek_proxy = proxy
+    return switch
+
+
+def record_opaque(target: Any, args: tuple, kwargs: dict, example: Any) -> Any:
+    """Record a call as one node without looking inside; ``example`` gives the shapes of its results."""
+    mode = get_proxy_mode()
+    if mode is None:
+        return target(*args, **kwargs)
+    plain_args, plain_kwargs = pytree.tree_map_only(FunctionalTensor, _unwrap, (args, kwargs))
+    for body in (arg for arg in args if isinstance(arg, torch.nn.Module)):
+        if not any(body is known for known in mode.tracer.root.modules()):
+            mode.tracer.root.register_module(mode.tracer.get_fresh_qualname("body_"), body)
+    proxy_args, proxy_kwargs = pytree.tree_map(mode.tracer.unwrap_proxy, (plain_args, plain_kwargs))
+    proxy = mode.tracer.create_proxy("call_function", target, proxy_args, proxy_kwargs)
+    result = track_tensor_tree(_like(example, plain_args), proxy, constant=None, tracer=mode.tracer)
+    if any(isinstance(leaf, FunctionalTensor) for leaf in pytree.tree_leaves((args, kwargs))):
+        result = pytree.tree_map_only(torch.Tensor, FunctionalTensor.to_functional, result)
+    return result
+
+
+def _like(example: Any, args: Any) -> Any:
+    """Fresh fake tensors with the shapes of ``example`` in the fake mode of ``args``."""
+    with disable_functional_mode(), disable_proxy_modes_tracing(), fake_mode_of(args):
+        return pytree.tree_map_only(
+            torch.Tensor,
+            lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device),
+            example,
+        )
+
+
+def _unwrap(tensor: FunctionalTensor) -> torch.Tensor:
+    torch._sync(tensor)
+    return torch._from_functional_tensor(tensor.elem)
+
+
+def _functional(module: fx.GraphModule, writes: list[int]) -> Any:
+    """``module`` as a function without writes; positions of the inputs it writes to are appended to ``writes``."""
+
+    def run(*args: Any) -> tuple:
+        outside = torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize))
+        with outside, FunctionalTensorMode(pre_dispatch=True, export=True):
+            wrapped = pytree.tree_map_only(torch.Tensor, FunctionalTensor.to_functional, args)
+            outputs = pytree.tree_map_only(FunctionalTensor, _unwrap, Retrace(module).run(*wrapped))
+            updates = {i: _unwrap(x) for i, x in enumerate(wrapped) if isinstance(x, FunctionalTensor)}
+        changed = {i: new for i, new in updates.items() if new is not args[i]}
+        writes[:] = changed
+        flat = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+        return (*pytree.tree_leaves(flat, is_leaf=lambda x: x is None), *changed.values())
+
+    return run
+
+
+def _tidy(module: fx.GraphModule) -> None:
+    """Drop asserts, aliases and autocast switches that change nothing; spell ``copy`` differentiably."""
+    for node in list(module.graph.nodes):
+        if node.op != "call_function":
+            continue
+        name = node.target._schema.name.split("::")[-1] if isinstance(node.target, torch._ops.OpOverload) else ""
+        if name in _ASSERTS:
+            module.graph.erase_node(node)
+        elif name == "alias":
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+        elif name == "copy":
+            _expand_copy(module.graph, node)
+        elif node.target is _EXIT_AUTOCAST:
+            _drop_idle_autocast(module.graph, node)
+    module.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or is_autocast(node))
+    module.recompile()
+
+
+def _expand_copy(graph: fx.Graph, node: fx.Node) -> None:
+    """``aten.copy`` has no derivative; ``src.to(dtype).expand(shape)`` is the same value with one."""
+    target, source = node.args[:2]
+    with graph.inserting_before(node), fake_mode_of([target.meta["val"]]):
+        value = source.meta["val"]
+        for op, args in (
+            (aten._to_copy.default, ()),
+            (aten.expand.default, (list(target.meta["val"].shape),)),
+        ):
+            kwargs = {"dtype": target.meta["val"].dtype} if op is aten._to_copy.default else {}
+            value = op(value, *args, **kwargs)
+            source = graph.call_function(op, (source, *args), kwargs)
+            source.meta = {**node.meta, "val": value}
+    node.replace_all_uses_with(source)
+    graph.erase_node(node)
+
+
+def is_autocast(node: fx.Node) -> bool:
+    return node.target in (_ENTER_AUTOCAST, _EXIT_AUTOCAST)
+
+
+def _drop_idle_autocast(graph: fx.Graph, leave: fx.Node) -> None:
+    """Remove a region that switches autocast off where it is off, or that holds nothing."""
+    enter = leave.args[0]
+    device, _, enabled, *_ = (*enter.args, None, None, None)
+    outer = torch.is_autocast_enabled(device) or any(
+        node.target is _ENTER_AUTOCAST and node.args[0] == device and node.args[2] for node in graph.nodes
+    )
+    if enter.next is leave or (not enabled and not outer):
+        graph.erase_node(leave)
+        graph.erase_node(enter)
+
+
+def _check_functional(node: fx.Node) -> None:
+    if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable and node.users:
+        raise GraphNotSupported(
+            f"The operation {node.target} writes to its operands and could not be made functional.",
+            "Use its out-of-place form in the model.",
+            node,
+        )
+    if node.op == "call_module":
+        raise InvariantBroken(f"The canonical graph calls a module: {node.format_node()}")
+
+
+def _check_constant(module: fx.GraphModule, node: fx.Node) -> None:
+    value = pytree.tree_leaves(attribute(module, str(node.target)))[0]
+    if isinstance(value, torch.nn.Parameter) or not isinstance(value, torch.Tensor):
+        return
+    if value.requires_grad or value.numel() > _LARGEST_LITERAL:
+        raise GraphNotSupported(
+            f"The trace turned a tensor of shape {tuple(value.shape)} into a constant, so its gradient or its dependence "
+            "on the inputs would be lost.",
+            "It comes from code that the tracer can't follow (a vmap or a tensor created outside the model).",
+            node,
+        )
+
+
+def attribute(module: torch.nn.Module, path: str) -> Any:
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value

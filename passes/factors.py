@@ -1,0 +1,121 @@
+"""The algebra of axes: every dim of a value is an ordered product of factors, and operations equate factors.
+
+A *factor* is a variable with a size. A *dim* is a tuple of factors (row-major, outermost first); a dim of size 1 is the
+empty product. Views regroup factors without renaming them (the algebra of einops); every other operation equates dims
+(union-find). Sizes are used only where row-major order makes the answer the definition of a view, never to guess that two
+dims mean the same thing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+Dim = tuple[int, ...]
+Axes = tuple[Dim, ...]
+
+
+def same_size(a, b) -> bool:
+    """True when two sizes (int or SymInt) are known to be equal without adding a guard."""
+    return statically_known_true(a == b)
+
+
+def divides(a, b) -> bool:
+    """True when ``b`` is known to be a multiple of ``a``."""
+    return statically_known_true(b % a == 0)
+
+
+class Space:
+    """The factors of one graph: union-find over factors, where a factor may also be defined as a product of others.
+
+    >>> space = Space()
+    >>> batch, tokens = space.fresh(2), space.fresh(6)
+    >>> flat = space.regroup((batch, tokens), [12])[0]
+    >>> flat == batch + tokens
+    True
+    >>> windows = space.regroup((tokens,), [3, 2])   # splits the token factor, everywhere
+    >>> space.resolve(flat) == batch + windows[0] + windows[1]
+    True
+    """
+
+    def __init__(self) -> None:
+        self._sizes: list = []
+        self._meaning: dict[int, Dim] = {}
+
+    def fresh(self, size) -> Dim:
+        """A dim that nothing is known about yet."""
+        if same_size(size, 1):
+            return ()
+        self._sizes.append(size)
+        return (len(self._sizes) - 1,)
+
+    def fresh_axes(self, shape: Sequence) -> Axes:
+        return tuple(self.fresh(size) for size in shape)
+
+    def resolve(self, dim: Dim) -> Dim:
+        """The dim in terms of root factors."""
+        if not any(f in self._meaning for f in dim):
+            return dim
+        return tuple(root for f in dim for root in (self.resolve(self._meaning[f]) if f in self._meaning else (f,)))
+
+    def size(self, dim: Dim):
+        return prod(self._sizes[f] for f in dim)
+
+    def equate(self, left: Dim, right: Dim) -> None:
+        """State that two dims are the same axis. Dims that can't be aligned factor by factor stay apart."""
+        while True:
+            left, right = self._strip_common(self.resolve(left), self.resolve(right))
+            if not left or not right or not self._equate_first(left[0], right[0], len(left) == len(right) == 1):
+                return
+
+    @staticmethod
+    def _strip_common(left: Dim, right: Dim) -> tuple[Dim, Dim]:
+        n = 0
+        while n < min(len(left), len(right)) and left[n] == right[n]:
+            n += 1
+        return left[n:], right[n:]
+
+    def _equate_first(self, a: int, b: int, alone: bool) -> bool:
+        size_a, size_b = self._sizes[a], self._sizes[b]
+        if same_size(size_a, size_b) or (alone and not statically_known_true(size_a != size_b)):
+            self._meaning[b] = (a,)
+        elif divides(size_a, size_b):
+            self._split(b, size_a)
+        elif divides(size_b, size_a):
+            self._split(a, size_b)
+        else:
+            return False
+        return True
+
+    def _split(self, factor: int, head) -> tuple[int, int]:
+        """Define ``factor`` as ``(head, tail)``: it is so in every value that has it."""
+        (outer,), (inner,) = self.fresh(head), self.fresh(self._sizes[factor] // head)
+        self._meaning[factor] = (outer, inner)
+        return outer, inner
+
+    def regroup(self, axes: Axes, shape: Sequence) -> Axes:
+        """The axes of ``x.view(shape)`` for ``x`` with these axes. Factors that can't be followed become fresh ones."""
+        pending = [f for dim in axes for f in self.resolve(dim)]
+        result = [self._take(pending, size) for size in shape]
+        return tuple(dim if dim is not None else self.fresh(size) for dim, size in zip(result, shape, strict=True))
+
+    def _take(self, pending: list[int], size) -> Dim | None:
+        """Remove factors from the front of ``pending`` that multiply to ``size``."""
+        taken: list[int] = []
+        while not same_size(size, 1):
+            if not pending:
+                return None
+            first = pending.pop(0)
+            if divides(self._sizes[first], size):
+                taken.append(first)
+                size = size // self._sizes[first]
+            elif divides(size, self._sizes[first]):
+                outer, inner = self._split(first, size)
+                taken.append(outer)
+                pending.insert(0, inner)
+                size = 1
+            else:
+                pending.clear()
+        return tuple(taken)

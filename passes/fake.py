@@ -1,0 +1,33 @@
+"""Fake tensors: how a pass knows shapes and dtypes without computing anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import TracingContext, detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
+
+
+def fake_inputs(module: fx.GraphModule, inputs: Iterable[Any]) -> tuple[Any, ...]:
+    """``inputs`` as fake tensors of one mode: the one of the running compilation, of the inputs, or a new one."""
+    inputs = tuple(inputs)
+    context = TracingContext.try_get()
+    mode = (context.fake_mode if context else None) or detect_fake_mode(inputs) or FakeTensorMode()
+    contexts = context.tensor_to_context if context else {}
+    return tuple(
+        mode.from_tensor(x, symbolic_context=contexts.get(x), static_shapes=None if x in contexts else True)
+        if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor)
+        else x
+        for x in inputs
+    )
+
+
+def fake_mode_of(values: Any) -> AbstractContextManager:
+    """The fake mode of the first fake tensor in ``values`` (nothing to enter where there is none)."""
+    leaves = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+    return detect_fake_mode(leaves) or nullcontext()

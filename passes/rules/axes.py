@@ -1,0 +1,285 @@
+"""Axes rules of ATen, by family. An operation without a rule has unknown axes: it becomes a barrier, never a guess."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+
+from ..factors import same_size
+from .op import AXES_RULES, AxesRule, Flow, Op, axes_rule, is_tensor
+
+aten = torch.ops.aten
+
+
+def formula(spec: str) -> AxesRule:
+    """A rule from an einsum-like formula, e.g. ``formula("... i, o i, o -> ... o")``."""
+    return lambda op: op.formula(spec)
+
+
+def elementwise(op: Op) -> Flow:
+    """The rule of pointwise operations: operands broadcast, rows never meet."""
+    return op.elementwise()
+
+
+def along(argument: str) -> AxesRule:
+    """A rule for operations that mix along the dims named by an argument and keep their labels (softmax, cumsum)."""
+    return lambda op: op.along(op.dims(argument), keep_labels=True)
+
+
+def rule_for(target: object) -> AxesRule | None:
+    """The axes rule of an operation: its own, or that of the pointwise family, or None."""
+    if target in AXES_RULES:
+        return AXES_RULES[target]
+    is_pointwise = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+    return elementwise if is_pointwise else None
+
+
+def _register(names: str, rule: AxesRule) -> None:
+    for name in names.split():
+        packet, overload = name.split(".")
+        if hasattr(aten, packet) and overload in getattr(aten, packet).overloads():
+            axes_rule(getattr(getattr(aten, packet), overload), rule=rule)
+
+
+# Pointwise in fact though not by tag.
+_register(
+    "dropout.default native_dropout.default contiguous.default alias.default detach.default to.dtype to.device "
+    "to.dtype_layout to.other _to_copy.default type_as.default lift_fresh_copy.default masked_fill.Tensor "
+    "__and__.Tensor __or__.Tensor __and__.Scalar __or__.Scalar hardswish.default log_sigmoid.default "
+    "floor_divide.default rand_like.default zeros_like.default ones_like.default full_like.default bernoulli.default "
+    "bernoulli.p fill.Scalar _conj.default empty_like.default randn_like.default",
+    elementwise,
+)
+
+# Contractions.
+_register("linear.default", formula("... i, o i, o -> ... o"))
+_register("mm.default", formula("i k, k j -> i j"))
+_register("bmm.default", formula("b i k, b k j -> b i j"))
+_register("embedding.default", formula("v d, ... -> ... d"))
+
+
+@axes_rule(aten.matmul.default)
+def matmul(op: Op) -> Flow:
+    left, right = (len(op.axes(node)) for node in op.operands)
+    terms = ["k" if left == 1 else "... i k", "k" if right == 1 else "... k j"]
+    out = "..." + (" i" if left > 1 else "") + (" j" if right > 1 else "")
+    return op.formula(", ".join(terms) + " -> " + out)
+
+
+@axes_rule(aten.addmm.default, aten.baddbmm.default)
+def add_then_matmul(op: Op) -> Flow:
+    """``bias + a @ b``: the bias broadcasts to the result."""
+    bias, a, b = op.operands
+    rank = len(op.axes(a))
+    letters = " ".join(["b", "i", "j"][3 - rank :][-len(op.axes(bias)) :])
+    lead = "b " if rank == 3 else ""
+    return op.formula(f"{letters}, {lead}i k, {lead}k j -> {lead}i j")
+
+
+@axes_rule(aten.einsum.default)
+def einsum(op: Op) -> Flow:
+    equation = op["equation"].replace(" ", "")
+    if "->" not in equation or "..." in equation:
+        return op.unknown()
+    left, right = equation.split("->")
+    return op.formula(", ".join(" ".join(term) for term in left.split(",")) + " -> " + " ".join(right))
+
+
+@axes_rule(aten.scaled_dot_product_attention.default)
+def attention(op: Op) -> Flow:
+    """Query rows are carried; keys and values are mixed over all positions."""
+    query, key, value = (op.axes(op[name]) for name in ("query", "key", "value"))
+    same_heads = same_size(op["query"].meta["val"].shape[-3], op["key"].meta["val"].shape[-3]) if len(query) > 2 else True
+    for left, right in [(query, key), (key, value)]:
+        for dim in range(-len(query), -2):
+            if same_heads or dim != -3:
+                op.space.equate(left[dim], right[dim])
+    op.space.equate(query[-1], key[-1])
+    op.space.equate(key[-2], value[-2])
+    rank = len(query)
+    carries = [{dim: dim for dim in range(rank - 1)}]
+    carries += [{dim: dim for dim in range(rank - 2) if same_heads or dim != rank - 3} for _ in range(2)]
+    if is_tensor(op["attn_mask"]):
+        carries.append(_mask_carry(op, (*query[:-1], key[-2])))
+    return Flow(((*query[:-1], value[-1]),), tuple(carries))
+
+
+def _mask_carry(op: Op, scores) -> dict[int, int]:
+    """The mask broadcasts to the scores [..., q, k]; its row dim is the query's."""
+    mask, carry = op["attn_mask"], {}
+    for dim, label in enumerate(op.axes(mask)):
+        out = dim + len(scores) - len(op.axes(mask))
+        if label and not same_size(mask.meta["val"].shape[dim], 1):
+            op.space.equate(scores[out], label)
+            carry[out] = dim
+    carry.pop(len(scores) - 1, None)
+    return carry
+
+
+# Normalisations and scans: they mix along some dims and keep the labels.
+_register("softmax.int _softmax.default log_softmax.int _log_softmax.default cumsum.default cumprod.default", along("dim"))
+_register("logcumsumexp.default", along("dim"))
+
+
+@axes_rule(aten.layer_norm.default, aten.rms_norm.default)
+def layer_norm(op: Op) -> Flow:
+    rank = len(op.axes(op.operands[0]))
+    return op.along(range(rank - len(op["normalized_shape"]), rank), keep_labels=True)
+
+
+# Reductions.
+_register(
+    "sum.dim_IntList mean.dim amax.default amin.default any.dim all.dim argmax.default argmin.default var.dim std.dim "
+    "var.correction std.correction logsumexp.default prod.dim_int linalg_vector_norm.default norm.ScalarOpt_dim "
+    "max.dim min.dim var_mean.correction count_nonzero.dim_IntList",
+    lambda op: op.reduce(op.dims("dim"), bool(op.arguments.get("keepdim", False))),
+)
+_register(
+    "sum.default mean.default any.default all.default max.default min.default prod.default",
+    lambda op: op.reduce(range(len(op.axes(op.operands[0])))),
+)
+
+# Layout.
+_register("view.default reshape.default _unsafe_view.default flatten.using_ints unflatten.int view.dtype", Op.regroup)
+_register("squeeze.default squeeze.dim squeeze.dims unsqueeze.default", Op.regroup)
+
+
+@axes_rule(aten.transpose.int)
+def transpose(op: Op) -> Flow:
+    order = list(range(len(op.axes(op.operands[0]))))
+    (a,), (b,) = op.dims("dim0"), op.dims("dim1")
+    order[a], order[b] = order[b], order[a]
+    return op.permute(order)
+
+
+_register("permute.default", lambda op: op.permute(op.dims("dims")))
+_register("t.default numpy_T.default mT.default", lambda op: op.permute(_last_two_swapped(op)))
+
+
+def _last_two_swapped(op: Op) -> list[int]:
+    order = list(range(len(op.axes(op.operands[0]))))
+    return order[::-1] if op.node.target != aten.mT.default else [*order[:-2], order[-1], order[-2]]
+
+
+@axes_rule(aten.movedim.int, aten.movedim.intlist)
+def movedim(op: Op) -> Flow:
+    sources, targets = op.dims("source"), op.dims("destination")
+    rest = iter(dim for dim in range(len(op.axes(op.operands[0]))) if dim not in sources)
+    moved = dict(zip(targets, sources, strict=True))
+    return op.permute([moved[i] if i in moved else next(rest) for i in range(len(op.results[0].shape))])
+
+
+@axes_rule(aten.expand.default)
+def expand(op: Op) -> Flow:
+    source, shape = op.operands[0], op.results[0].shape
+    new = len(shape) - len(op.axes(source))
+    sizes = source.meta["val"].shape
+    return op.permute([i - new if i >= new and same_size(sizes[i - new], shape[i]) else None for i in range(len(shape))])
+
+
+@axes_rule(aten.slice.Tensor)
+def slice_(op: Op) -> Flow:
+    """A slice that takes everything is the identity; another one is a new axis."""
+    (dim,) = op.dims("dim")
+    whole = same_size(op.operands[0].meta["val"].shape[dim], op.results[0].shape[dim]) and op["step"] == 1
+    return op.along([] if whole else [dim])
+
+
+_register("split.Tensor split_with_sizes.default chunk.default tensor_split.sections", lambda op: op.along(op.dims("dim")))
+_register("topk.default sort.default sort.stable argsort.default argsort.stable", lambda op: op.along(op.dims("dim")))
+_register("glu.default", lambda op: op.along(op.dims("dim")))
+_register("flip.default roll.default", lambda op: op.along(op.dims("dims")))
+_register("index_select.default repeat_interleave.self_int", lambda op: _along_optional(op))
+_register("select.int", lambda op: op.reduce(op.dims("dim")))
+_register("unbind.int", lambda op: op.reduce(op.dims("dim")))
+
+
+def _along_optional(op: Op) -> Flow:
+    return op.unknown() if op["dim"] is None else op.along(op.dims("dim"))
+
+
+@axes_rule(aten.repeat.default)
+def repeat(op: Op) -> Flow:
+    repeats = op["repeats"]
+    new = len(repeats) - len(op.axes(op.operands[0]))
+    return op.permute([i - new if i >= new and same_size(n, 1) else None for i, n in enumerate(repeats)])
+
+
+@axes_rule(aten.pad.default, aten.constant_pad_nd.default)
+def pad(op: Op) -> Flow:
+    amounts, rank = op["pad"], len(op.axes(op.operands[0]))
+    padded = [rank - 1 - i // 2 for i, n in enumerate(amounts) if not same_size(n, 0)]
+    return op.along(padded)
+
+
+@axes_rule(aten.cat.default)
+def cat(op: Op) -> Flow:
+    """Concatenation: the other dims agree, the dim itself is new (empty 1-D operands are ignored by ATen)."""
+    rank = op.results[0].ndim
+    (dim,) = op.dims("dim", rank)
+    parts = [node for node in op.operands if node.meta["val"].ndim == rank]
+    others = [i for i in range(rank) if i != dim]
+    for part in parts[1:]:
+        for i in others:
+            op.space.equate(op.axes(parts[0])[i], op.axes(part)[i])
+    out = tuple(op.space.fresh(op.results[0].shape[dim]) if i == dim else op.axes(parts[0])[i] for i in range(rank))
+    return Flow((out,), tuple({i: i for i in others} if node in parts else {} for node in op.operands))
+
+
+@axes_rule(aten.stack.default)
+def stack(op: Op) -> Flow:
+    rank = op.results[0].ndim
+    (dim,) = op.dims("dim", rank)
+    first = op.axes(op.operands[0])
+    for node in op.operands[1:]:
+        for left, right in zip(first, op.axes(node), strict=True):
+            op.space.equate(left, right)
+    out = (*first[:dim], op.space.fresh(op.results[0].shape[dim]), *first[dim:])
+    return Flow((out,), tuple({i + (i >= dim): i for i in range(len(first))} for _ in op.operands))
+
+
+@axes_rule(aten.one_hot.default)
+def one_hot(op: Op) -> Flow:
+    return op.permute([*range(len(op.axes(op.operands[0]))), None])
+
+
+@axes_rule(aten.cross_entropy_loss.default, aten.nll_loss_nd.default)
+def cross_entropy(op: Op) -> Flow:
+    """Logits [N..., C] or [N, C, ...] and targets [N, ...]: the positions are one axis, classes are contracted."""
+    logits, target = op.axes(op["self"]), op.axes(op["target"])
+    if len(logits) == len(target):
+        return op.unknown()
+    class_dim = 0 if len(logits) == 1 else 1
+    positions = [dim for dim in range(len(logits)) if dim != class_dim]
+    for dim, label in zip(positions, target, strict=True):
+        op.space.equate(logits[dim], label)
+    if op["reduction"] != 0:
+        return Flow(((),), tuple({} for _ in op.operands))
+    out = tuple(logits[dim] for dim in positions)
+    carry = dict(enumerate(positions))
+    return Flow((out,), (carry, {i: i for i in range(len(out))}, *({} for _ in op.operands[2:])))
+
+
+@axes_rule(
+    aten.mse_loss.default,
+    aten.l1_loss.default,
+    aten.smooth_l1_loss.default,
+    aten.huber_loss.default,
+    aten.binary_cross_entropy_with_logits.default,
+)
+def elementwise_loss(op: Op) -> Flow:
+    a, b = op.operands[:2]
+    if op["reduction"] == 0:
+        return op.elementwise()
+    for left, right in zip(reversed(op.axes(a)), reversed(op.axes(b)), strict=False):
+        op.space.equate(left, right)
+    return op.reduce(range(len(op.axes(a))))
+
+
+@axes_rule(operator.getitem)
+def getitem(op: Op) -> Flow:
+    """One result of several: the axes that the operation gave it."""
+    source, index = op.node.args
+    axes = op._axes[source][index]
+    return Flow((axes,))

@@ -1,0 +1,191 @@
+"""What a rule sees of an operation, and the table of axes rules.
+
+An axes rule says how the axes of the operands become the axes of the result: labels in, labels out. It is a function
+``rule(op) -> Flow``. Most operations belong to a family (``passes/rules/axes.py``) and need one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from ..factors import Axes, Dim, Space, same_size
+
+#: out dim -> operand dim, for the dims along which a row of the result depends on the same row of the operand alone.
+Carry = dict[int, int]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """How axes go through one operation.
+
+    ``outputs``: the axes of each tensor result. ``carries``: one ``Carry`` per tensor operand (in the order of
+    ``op.operands``); a dim of the result that an operand does not carry is either broadcast there or mixed by the
+    operation. ``regrouped``: a view; dims correspond by position of their factors instead of by ``carries``.
+    """
+
+    outputs: tuple[Axes, ...]
+    carries: tuple[Carry, ...] = ()
+    regrouped: bool = False
+
+
+AxesRule = Callable[["Op"], Flow]
+AXES_RULES: dict[Any, AxesRule] = {}
+
+
+def axes_rule(*targets: Any, rule: AxesRule | None = None) -> Any:
+    """Register an axes rule for operations: as a decorator, or ``axes_rule(op, rule=formula("... i, o i -> ... o"))``."""
+
+    def register(function: AxesRule) -> AxesRule:
+        AXES_RULES.update(dict.fromkeys(targets, function))
+        return function
+
+    return register(rule) if rule is not None else register
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def is_tensor(node: Any) -> bool:
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def bind(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a node by their schema names, defaults filled in (positional ones as "0", "1" without a schema)."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return {**{str(i): arg for i, arg in enumerate(node.args)}, **node.kwargs}
+    schema = node.target._schema.arguments
+    bound = {arg.name: arg.default_value for arg in schema}
+    bound.update(zip((arg.name for arg in schema), node.args, strict=False))
+    return {**bound, **node.kwargs}
+
+
+class Op:
+    """One operation with the axes of its operands, and the families of ways in which axes flow."""
+
+    def __init__(self, node: fx.Node, space: Space, axes: dict[fx.Node, tuple[Axes, ...]]) -> None:
+        self.node, self.space, self._axes = node, space, axes
+        self.arguments = bind(node)
+        self.operands = operands_of(node)
+        self.results = tensors_in(node.meta.get("val"))
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def axes(self, node: fx.Node) -> Axes:
+        return self._axes[node][0]
+
+    def dims(self, name: str, rank: int | None = None) -> list[int]:
+        """An argument that names one or several dims (``None`` and ``[]``: all), as non-negative numbers."""
+        rank = self.operands[0].meta["val"].ndim if rank is None else rank
+        dims = self[name]
+        dims = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+        return [dim % rank if rank else 0 for dim in dims]
+
+    # -- families -----------------------------------------------------------------------------------------------------
+
+    def unknown(self) -> Flow:
+        """Nothing is known: fresh axes, everything mixed."""
+        return Flow(tuple(self.space.fresh_axes(out.shape) for out in self.results), tuple({} for _ in self.operands))
+
+    def elementwise(self, operands: Sequence[fx.Node] | None = None) -> Flow:
+        """Broadcasting from the right; every dim is carried."""
+        shape = self.results[0].shape
+        dims: list[Dim] = [()] * len(shape)
+        carries: list[Carry] = []
+        for node in self.operands:
+            axes, carry = self.axes(node), {}
+            for dim, label in enumerate(axes) if operands is None or node in operands else ():
+                out = dim + len(shape) - len(axes)
+                if same_size(node.meta["val"].shape[dim], shape[out]):
+                    carry[out] = dim
+                    dims[out] = self._join(dims[out], label)
+            carries.append(carry)
+        outputs = tuple(tuple(dims) for _ in self.results)
+        return Flow(outputs, tuple(carries))
+
+    def along(self, mixed: Iterable[int], keep_labels: bool = False) -> Flow:
+        """One main operand; the result has its rank; the ``mixed`` dims are not carried (and renamed unless kept)."""
+        axes, mixed = self.axes(self.operands[0]), set(mixed)
+        outputs = tuple(
+            tuple(
+                label if dim not in mixed or keep_labels else self.space.fresh(size)
+                for dim, (label, size) in enumerate(zip(axes, out.shape, strict=True))
+            )
+            for out in self.results
+        )
+        return self._main(outputs, {dim: dim for dim in range(len(axes)) if dim not in mixed})
+
+    def reduce(self, dims: Iterable[int], keepdim: bool = False) -> Flow:
+        """One main operand whose ``dims`` disappear (or become 1)."""
+        axes, dims = self.axes(self.operands[0]), set(dims)
+        kept = [dim for dim in range(len(axes)) if keepdim or dim not in dims]
+        outputs = tuple(tuple(() if dim in dims else axes[dim] for dim in kept) for _ in self.results)
+        return self._main(outputs, {out: dim for out, dim in enumerate(kept) if dim not in dims})
+
+    def permute(self, order: Sequence[int | None]) -> Flow:
+        """Dim ``i`` of the result is dim ``order[i]`` of the operand (``None``: a new dim)."""
+        axes, shape = self.axes(self.operands[0]), self.results[0].shape
+        out = tuple(self.space.fresh(shape[i]) if dim is None else axes[dim] for i, dim in enumerate(order))
+        return self._main((out,) * len(self.results), {i: dim for i, dim in enumerate(order) if dim is not None})
+
+    def regroup(self) -> Flow:
+        """A view: factors keep their order, dims are cut anew."""
+        out = self.space.regroup(self.axes(self.operands[0]), self.results[0].shape)
+        return Flow((out,), ({},) * len(self.operands), regrouped=True)
+
+    def formula(self, spec: str) -> Flow:
+        """An einsum-like formula over the tensor operands in order, e.g. ``"... i, o i, o -> ... o"`` for linear.
+
+        A letter of the result that an operand has is carried; letters that vanish are contracted; ``...`` broadcasts.
+        Terms beyond the operands present (an absent bias) are ignored.
+        """
+        left, right = (side.strip() for side in spec.split("->"))
+        terms = [term.split() for term in left.split(",")][: len(self.operands)]
+        out_term, shape = right.split(), self.results[0].shape
+        bound: dict[str, Dim] = {}
+        carries: list[Carry] = []
+        out_letters = self._letters(out_term, len(shape))
+        for node, term in zip(self.operands, terms, strict=False):
+            axes, sizes = self.axes(node), node.meta["val"].shape
+            letters = self._letters(term, len(axes))
+            for letter, label, size in zip(letters, axes, sizes, strict=True):
+                if not (letter.startswith("...") and same_size(size, 1)):
+                    bound[letter] = self._join(bound.get(letter, ()), label)
+            carries.append({out_letters.index(c): dim for dim, c in enumerate(letters) if c in out_letters})
+        out = tuple(bound[c] if c in bound else self.space.fresh(s) for c, s in zip(out_letters, shape, strict=True))
+        return Flow((out,) * len(self.results), tuple(self._without_broadcast(carries, shape)))
+
+    # -- helpers ------------------------------------------------------------------------------------------------------
+
+    def _join(self, left: Dim, right: Dim) -> Dim:
+        if left and right:
+            self.space.equate(left, right)
+        return left or right
+
+    def _main(self, outputs: tuple[Axes, ...], carry: Carry) -> Flow:
+        return Flow(outputs, (carry, *({} for _ in self.operands[1:])))
+
+    @staticmethod
+    def _letters(term: list[str], rank: int) -> list[str]:
+        """Replace ``...`` by one letter per dim, numbered from the right so that operands align."""
+        if "..." not in term:
+            return term
+        at, n = term.index("..."), rank - len(term) + 1
+        return term[:at] + [f"...{n - i}" for i in range(n)] + term[at + 1 :]
+
+    def _without_broadcast(self, carries: list[Carry], shape: Sequence) -> Iterable[Carry]:
+        for node, carry in zip(self.operands, carries, strict=False):
+            sizes = node.meta["val"].shape
+            yield {out: dim for out, dim in carry.items() if same_size(sizes[dim], shape[out])}
+
+
+def operands_of(node: fx.Node) -> list[fx.Node]:
+    """The tensor operands of a node in argument order, repeated ones repeated."""
+    return [leaf for leaf in pytree.arg_tree_leaves(*node.args, **node.kwargs) if is_tensor(leaf)]

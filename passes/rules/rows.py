@@ -1,0 +1,118 @@
+"""Rows rules: an operation re-executed on the selected rows.
+
+Most operations need none: their operands are restricted along the dim that carries the row, and the call is the same
+(``rerun``). Rules are for operations whose *arguments* speak of tokens (the shape of a view, a causal flag) and for losses.
+A rule is ``rule(call) -> value``; with ``call.rows(i)`` and ``call.full(i)`` it sees an operand restricted or in full. It
+returns ``NotImplemented`` where it does not apply: the operation becomes a barrier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from ..call import Call
+
+aten = torch.ops.aten
+RowsRule = Callable[["Call"], Any]
+ROWS_RULES: dict[Any, RowsRule] = {}
+_MEAN, _SUM = 1, 2
+
+#: Losses whose target names a class, or says that a position has none.
+LABEL_LOSSES = (aten.cross_entropy_loss.default, aten.nll_loss_nd.default)
+ELEMENTWISE_LOSSES = (
+    aten.mse_loss.default,
+    aten.l1_loss.default,
+    aten.smooth_l1_loss.default,
+    aten.huber_loss.default,
+    aten.binary_cross_entropy_with_logits.default,
+)
+LOSSES = (*LABEL_LOSSES, *ELEMENTWISE_LOSSES)
+
+
+def rows_rule(*targets: Any) -> Callable[[RowsRule], RowsRule]:
+    """Register a rows rule for operations."""
+
+    def register(function: RowsRule) -> RowsRule:
+        ROWS_RULES.update(dict.fromkeys(targets, function))
+        return function
+
+    return register
+
+
+def rerun(call: Call) -> Any:
+    """The default: the same call on operands restricted where they carry the row, in full elsewhere."""
+    return call.target(*call.args, **call.kwargs) if call.carries_rows else NotImplemented
+
+
+@rows_rule(
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.unsqueeze.default,
+)
+def regroup(call: Call) -> Any:
+    return call.rows(0).reshape(call.shape) if call.carries_rows else NotImplemented
+
+
+@rows_rule(aten.expand.default)
+def expand(call: Call) -> Any:
+    return call.rows(0).expand(call.shape) if call.carries_rows else NotImplemented
+
+
+@rows_rule(aten.scaled_dot_product_attention.default)
+def attention(call: Call) -> Any:
+    """Query rows attend to all keys; a causal flag becomes a comparison of positions."""
+    if not call.carries_rows:
+        return NotImplemented
+    query, key, value = call.rows(0), call.full(1), call.full(2)
+    mask = None if call["attn_mask"] is None else call.rows(3)
+    if call["is_causal"]:
+        mask = call.positions() >= torch.arange(key.shape[-2], device=key.device)
+    options = {name: call[name] for name in ("dropout_p", "scale", "enable_gqa")}
+    return call.target(query, key, value, mask, **options)
+
+
+@rows_rule(*LABEL_LOSSES)
+def label_loss(call: Call) -> Any:
+    """The loss of the kept labelled positions at the scale of the full loss; 0 where no kept position has a label."""
+    if call["reduction"] not in (_MEAN, _SUM) or call["target"].is_floating_point():
+        return elementwise_loss(call)
+    logits, target = call.own_rows(0), call.own_rows(1)
+    arguments = {**call.arguments, "self": _no_narrower_than_float(logits), "target": target, "reduction": _SUM}
+    total = call.target(**arguments).to(logits.dtype)
+    if call["reduction"] == _MEAN:
+        kept = _labelled(target, call["ignore_index"], call["weight"])
+        return total / torch.where(kept > 0, kept, 1)
+    kept, labelled = (_labelled(t, call["ignore_index"], None) for t in (target, call.full(1)))
+    return total * (labelled / torch.where(kept > 0, kept, 1)).to(total.dtype)
+
+
+def _no_narrower_than_float(x: torch.Tensor) -> torch.Tensor:
+    """A sum over many positions overflows in half precision; its mean would not."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _labelled(target: torch.Tensor, ignore_index: int, weight: torch.Tensor | None) -> torch.Tensor:
+    """How many positions have a label (by class weight, where given): what a mean loss divides by."""
+    has_label = target != ignore_index
+    return has_label.sum() if weight is None else (weight[torch.where(has_label, target, 0)] * has_label).sum()
+
+
+@rows_rule(*ELEMENTWISE_LOSSES)
+def elementwise_loss(call: Call) -> Any:
+    """A loss without labels: every kept position counts."""
+    if call["reduction"] not in (_MEAN, _SUM):
+        return rerun(call)
+    prediction, target = call.own_rows(0), call.own_rows(1)
+    arguments = {**call.arguments, "self": prediction, "target": target}
+    scale = 1 if call["reduction"] == _MEAN else call.geometry.tokens / call.geometry.kept
+    return call.target(**arguments) * scale

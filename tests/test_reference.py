@@ -1,0 +1,502 @@
+"""The eager reference against computations that spell the definition out by hand."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import zoo
+
+from tokenseek_fx import reference
+
+B, T, D, HEADS, VOCAB = 3, 11, 20, 5, 31
+INDICES = torch.tensor([[0, 3, 4, 9], [1, 2, 7, 10], [0, 5, 6, 8]])
+ALL = torch.arange(T).expand(B, T)
+
+
+def selected_rows(indices: Tensor = INDICES, length: int = T) -> Tensor:
+    """bool [B, T]."""
+    return torch.zeros(len(indices), length, dtype=torch.bool).scatter_(1, indices, True)
+
+
+def only(selected: Tensor, x: Tensor) -> Tensor:
+    """The definition: x [B, T, ..] with the rows outside `selected` detached."""
+    return torch.where(selected.view(*selected.shape, *[1] * (x.ndim - 2)), x, x.detach())
+
+
+class Attention(nn.Module):
+    """Causal attention, x [B, T, D] -> [B, T, D]; `ditch` marks where the hand-written definition detaches."""
+
+    def __init__(self, style: str) -> None:
+        super().__init__()
+        self.style = style
+        self.q, self.k, self.v, self.o = (nn.Linear(D, D) for _ in range(4))
+
+    def forward(self, x: Tensor, ditch: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+        b, t = x.shape[:2]
+        q, k, v = (f(x).view(b, t, HEADS, -1) for f in (self.q, self.k, self.v))
+        k, v = ditch(k), ditch(v)
+        causal = torch.ones(t, t, dtype=torch.bool).tril()
+        if self.style == "sdpa":
+            y = F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)), is_causal=True).transpose(1, 2)
+        elif self.style == "einsum":
+            scores = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
+            y = torch.einsum("bhij,bjhd->bihd", scores.masked_fill(~causal, -torch.inf).softmax(-1), v)
+        else:  # heads folded into the batch, as in baddbmm code
+            q, k, v = (z.transpose(1, 2).reshape(b * HEADS, t, -1) for z in (q, k, v))
+            scores = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2)).masked_fill(~causal, -torch.inf)
+            y = torch.bmm(F.softmax(scores, -1), v).view(b, HEADS, t, -1).transpose(1, 2)
+        return self.o(y.reshape(b, t, -1))
+
+
+class Tiny(nn.Module):
+    """Two blocks, logits [B, T, VOCAB]."""
+
+    def __init__(self, style: str = "sdpa") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(VOCAB, D), nn.Linear(D, VOCAB)
+        self.attentions = nn.ModuleList(Attention(style) for _ in range(2))
+        self.mlps = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 24), nn.GELU(), nn.Linear(24, D)) for _ in range(2)
+        )
+        self.double()
+
+    def forward(self, ids: Tensor, ditch: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+        x = self.embed(ids) if ids.dtype == torch.int64 else ids
+        for attention, mlp in zip(self.attentions, self.mlps, strict=True):
+            x = ditch(x + attention(x, ditch))
+            x = x + mlp(x.view(-1, D)).view(x.shape)
+        return ditch(self.head(x))
+
+
+def inputs(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """ids and already shifted labels, int64 [B, T], a few of them -100."""
+    generator = torch.Generator().manual_seed(seed)
+    ids, labels = torch.randint(VOCAB, (2, B, T), generator=generator)
+    labels[0, :4] = labels[1, 8] = labels[2, 5] = -100
+    return ids, labels
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    named = dict(model.named_parameters())
+    return dict(zip(named, torch.autograd.grad(loss, named.values(), materialize_grads=True), strict=True))
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor], atol: float = 1e-12) -> None:
+    assert left.keys() == right.keys()
+    assert any(g.abs().max() > 1e-4 for g in right.values())
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], atol=atol, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def by_hand(model: Tiny, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    value = loss(model(inputs()[0], ditch=lambda x: only(selected_rows(), x)))
+    return value, gradients(model, value)
+
+
+def by_reference(model: Tiny, loss: Callable[[Tensor], Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    with reference.ditching(model, INDICES):
+        value = loss(model(inputs()[0]))
+        return value, gradients(model, value)
+
+
+def kept_mean(logits: Tensor) -> Tensor:
+    labels = inputs()[1]
+    live = selected_rows() & (labels != -100)
+    return -logits.log_softmax(-1)[live].gather(-1, labels[live][:, None]).sum() / live.sum()
+
+
+def full_cross_entropy(logits: Tensor, **options) -> Tensor:
+    return F.cross_entropy(logits.view(-1, VOCAB), inputs()[1].view(-1), **options)
+
+
+@pytest.mark.parametrize("style", ["sdpa", "einsum", "bmm"])
+def test_equals_the_definition_spelled_out(style):
+    model = Tiny(style)
+    expected, expected_gradients = by_hand(model, kept_mean)
+    value, found = by_reference(model, full_cross_entropy)
+    torch.testing.assert_close(value, expected, atol=1e-12, rtol=0)
+    assert_same(found, expected_gradients)
+
+
+def test_forward_values_are_the_ordinary_ones():
+    model, (ids, _) = Tiny(), inputs()
+    with reference.ditching(model, INDICES):
+        ditched = model(ids)
+    assert torch.equal(ditched, model(ids))
+
+
+def test_all_tokens_kept_is_the_ordinary_gradient():
+    model = zoo.build("llama")
+    batch = zoo.batch(model, B, T, "right")
+    expected = gradients(model, model(**batch).loss)
+    with reference.ditching(model, ALL):
+        assert_same(gradients(model, model(**batch).loss), expected)
+
+
+CLASS_WEIGHT = torch.linspace(0.5, 2, VOCAB, dtype=torch.float64)
+
+
+def test_mean_with_class_weights_is_the_weighted_mean_of_the_kept():
+    def loss(logits: Tensor) -> Tensor:
+        labels = inputs()[1]
+        live = selected_rows() & (labels != -100)
+        weight = CLASS_WEIGHT[labels[live]]
+        return -(weight * logits.log_softmax(-1)[live].gather(-1, labels[live][:, None])[:, 0]).sum() / weight.sum()
+
+    expected, expected_gradients = by_hand(Tiny(), loss)
+    value, found = by_reference(Tiny(), lambda logits: full_cross_entropy(logits, weight=CLASS_WEIGHT))
+    torch.testing.assert_close(value, expected)
+    assert_same(found, expected_gradients)
+
+
+def test_sum_is_rescaled_by_labelled_over_kept_labelled():
+    labelled = inputs()[1] != -100
+    live = labelled & selected_rows()
+    expected, expected_gradients = by_hand(Tiny(), lambda logits: kept_mean(logits) * labelled.sum() / 7)
+    value, found = by_reference(Tiny(), lambda logits: full_cross_entropy(logits, reduction="sum") / 7)
+    assert 0 < live.sum() < labelled.sum()
+    torch.testing.assert_close(value, expected)
+    assert_same(found, expected_gradients)
+
+
+def test_class_dim_second_and_nll_loss_agree_with_flattened_rows():
+    _, expected = by_reference(Tiny(), full_cross_entropy)
+    labels = inputs()[1]
+    assert_same(by_reference(Tiny(), lambda logits: F.cross_entropy(logits.transpose(1, 2), labels))[1], expected)
+    log_probs = lambda logits: logits.log_softmax(-1).flatten(0, 1)  # noqa: E731
+    assert_same(by_reference(Tiny(), lambda logits: F.nll_loss(log_probs(logits), labels.flatten()))[1], expected)
+
+
+def test_linear_cross_entropy_is_linear_then_cross_entropy():
+    model, (ids, labels) = Tiny(), inputs()
+
+    def fused(hidden: Tensor) -> Tensor:
+        return F.linear_cross_entropy(
+            hidden.view(-1, D), model.head.weight, labels.view(-1), linear_bias=model.head.bias
+        )
+
+    _, expected = by_reference(model, full_cross_entropy)
+    hidden = []
+    model.head.register_forward_pre_hook(lambda _, args: hidden.append(args[0]))
+    with reference.ditching(model, INDICES):
+        model(ids)
+        assert_same(gradients(model, fused(hidden[-1])), expected)
+
+
+def test_no_reduction_gives_every_row_and_the_gradient_of_the_kept():
+    weight = torch.linspace(1, 2, B * T, dtype=torch.float64)
+    expected = by_hand(Tiny(), lambda logits: (full_cross_entropy(logits, reduction="none") * weight).sum())
+    value, found = by_reference(Tiny(), lambda logits: (full_cross_entropy(logits, reduction="none") * weight).sum())
+    torch.testing.assert_close(value, expected[0])
+    assert_same(found, expected[1])
+
+
+@pytest.mark.parametrize("reduce", [Tensor.mean, lambda x: x.sum(1).square().mean(), lambda x: x[:, -1].sum()])
+def test_other_reductions_keep_their_value_and_are_not_rescaled(reduce):
+    expected, expected_gradients = by_hand(Tiny(), reduce)
+    value, found = by_reference(Tiny(), reduce)
+    torch.testing.assert_close(value, expected)
+    assert_same(found, expected_gradients)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(
+    "loss", [F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy_with_logits]
+)
+def test_regression_is_over_the_kept_at_full_scale(loss, reduction):
+    target = torch.rand(B, T, VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    scale = T / INDICES.shape[1] if reduction == "sum" else 1
+
+    def kept(logits: Tensor) -> Tensor:
+        return loss(logits[selected_rows()], target[selected_rows()], reduction=reduction) * scale
+
+    expected, expected_gradients = by_hand(Tiny(), kept)
+    value, found = by_reference(Tiny(), lambda logits: loss(logits, target, reduction=reduction))
+    torch.testing.assert_close(value, expected)
+    assert_same(found, expected_gradients, atol=1e-10)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("options", [{}, {"weight": CLASS_WEIGHT}, {"label_smoothing": 0.1}])
+def test_no_kept_label_is_zero_with_zero_gradients(reduction, options):
+    model, (ids, labels) = Tiny(), inputs()
+    labels = labels.masked_fill(selected_rows(), -100)
+    with reference.ditching(model, INDICES):
+        loss = F.cross_entropy(model(ids).view(-1, VOCAB), labels.view(-1), reduction=reduction, **options)
+        loss.backward()
+    assert loss == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+def test_an_empty_selection_is_zero_too():
+    model, (ids, _) = Tiny(), inputs()
+    with reference.ditching(model, INDICES[:, :0]):
+        loss = F.mse_loss(model(ids), torch.ones(B, T, VOCAB).double())
+        loss.backward()
+    assert loss == 0
+    assert not any(p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, T - 1), (2, T), (3, 9)])
+def test_a_slice_of_logits_keeps_its_token_numbers(first, last):
+    labels = inputs()[1].roll(-1, 1)[:, first:last]
+
+    def kept(logits: Tensor) -> Tensor:
+        live = selected_rows()[:, first:last] & (labels != -100)
+        return F.cross_entropy(logits[:, first:last][live], labels[live])
+
+    def sliced(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits[..., first:last, :].contiguous().view(-1, VOCAB), labels.reshape(-1))
+
+    expected, expected_gradients = by_hand(Tiny(), kept)
+    value, found = by_reference(Tiny(), sliced)
+    torch.testing.assert_close(value, expected)
+    assert_same(found, expected_gradients)
+
+
+def test_a_model_that_slices_its_inputs_is_followed_by_descent():
+    class NextToken(Tiny):
+        def forward(self, ids: Tensor, ditch: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+            logits = super().forward(ids[:, :-1], ditch)
+            return F.cross_entropy(logits.reshape(-1, VOCAB), ids[:, 1:].reshape(-1), reduction="none")
+
+    model, (ids, _) = NextToken(), inputs()
+    s = selected_rows()[:, :-1]
+    expected = gradients(model, model(ids, lambda x: only(s, x))[s.flatten()].mean())
+    with reference.ditching(model, INDICES):
+        assert_same(gradients(model, model(ids).sum() / s.sum()), expected)
+
+
+def test_a_loss_per_instance_is_not_a_loss_over_tokens():
+    classes = torch.tensor([3, 1, 4])
+    for pool in (lambda logits: logits.mean(1), lambda logits: logits[:, -1]):
+        loss = lambda logits, pool=pool: F.cross_entropy(pool(logits), classes)  # noqa: E731
+        expected, expected_gradients = by_hand(Tiny(), loss)
+        value, found = by_reference(Tiny(), loss)
+        torch.testing.assert_close(value, expected)
+        assert_same(found, expected_gradients)
+
+
+def test_input_gradient_is_zero_exactly_outside_the_selection():
+    model, (ids, _) = Tiny(), inputs()
+    embeds = model.embed(ids).detach().requires_grad_()
+    with reference.ditching(model, INDICES):
+        full_cross_entropy(model(embeds)).backward()
+    rows = embeds.grad.abs().amax(-1)
+    assert not rows[~selected_rows()].any()
+    # instance 0 has no label on its first four positions, and those feed later kept ones through keys and values
+    assert (rows[selected_rows()] > 0).all()
+
+
+def test_in_place_writes_keep_their_meaning():
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.scale = nn.Linear(D, D), nn.Parameter(torch.rand(D))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.relu(F.dropout(self.linear(x), 0.0, inplace=True), inplace=True) + 1
+            y += x
+            y[:, 2:5].mul_(self.scale)
+            return y.cumsum(1)
+
+    torch.manual_seed(0)
+    model, x, s = InPlace().double(), torch.randn(B, T, D).double(), selected_rows()
+    with reference.ditching(model, INDICES):
+        out = model(x)
+        found = gradients(model, out.square().sum())
+    assert torch.equal(out, model(x))
+    y = model.linear(x).relu() + 1 + x
+    y = torch.cat([y[:, :2], y[:, 2:5] * model.scale, y[:, 5:]], 1)
+    assert_same(found, gradients(model, only(s, only(s, y).cumsum(1)).square().sum()), atol=1e-9)
+
+
+def test_the_output_of_a_custom_function_is_masked_where_it_is_used():
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+            ctx.save_for_backward(x, weight)
+            return x * weight
+
+        @staticmethod
+        def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+            x, weight = ctx.saved_tensors
+            return grad * weight, (grad * x).sum((0, 1))
+
+    class Custom(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(D).double())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Double.apply(x, self.weight).cumsum(1)
+
+    model, x, s = Custom(), torch.randn(B, T, D).double(), selected_rows()
+    with reference.ditching(model, INDICES):
+        found = gradients(model, model(x).square().sum())
+    expected = gradients(model, only(s, only(s, x * model.weight).cumsum(1)).square().sum())
+    assert_same(found, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_torch_transformer_encoder_against_hand_masking(batch_first, norm_first):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(D, HEADS, 24, 0.0, batch_first=batch_first, norm_first=norm_first)
+    model, s = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).double(), selected_rows()
+    x = torch.randn(B, T, D).double()
+    target = torch.randn(B, T, D).double()
+
+    def attention(module: nn.MultiheadAttention, x: Tensor) -> Tensor:
+        q, k, v = F.linear(x, module.in_proj_weight, module.in_proj_bias).chunk(3, -1)
+        q, k, v = (z.view(B, T, HEADS, -1).transpose(1, 2) for z in (q, only(s, k), only(s, v)))
+        y = (q @ k.transpose(2, 3) / (D // HEADS) ** 0.5).softmax(-1) @ v
+        return module.out_proj(y.transpose(1, 2).reshape(B, T, D))
+
+    h = x
+    for block in model.layers:
+        feed = lambda z, block=block: block.linear2(block.linear1(z).relu())  # noqa: E731
+        if norm_first:
+            h = only(s, h + attention(block.self_attn, block.norm1(h)))
+            h = h + feed(block.norm2(h))
+        else:
+            h = block.norm1(only(s, h + attention(block.self_attn, h)))
+            h = block.norm2(h + feed(h))
+    expected = gradients(model, ((h - target).square() * s[..., None]).sum() / (s.sum() * D))
+    swap = (lambda z: z) if batch_first else (lambda z: z.transpose(0, 1))
+    with reference.ditching(model, INDICES):
+        loss = F.mse_loss(model(swap(x)), swap(target))
+        assert_same(gradients(model, loss), expected)
+
+
+def test_multi_head_attention_that_returns_its_weights():
+    torch.manual_seed(0)
+    x = torch.randn(B, T, D).double()
+    model = nn.MultiheadAttention(D, HEADS, batch_first=True).double()
+    results = []
+    for need_weights in (True, False):
+        with reference.ditching(model, INDICES):
+            results.append(gradients(model, model(x, x, x, need_weights=need_weights)[0].square().sum()))
+    assert_same(*results)
+
+
+class Odd(nn.Module):
+    """A linear of D features, then `body`."""
+
+    def __init__(self, body: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear, self.body = nn.Linear(D, 2 * T).double(), body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.linear(x))
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (lambda x: x.view(B, T, 2, T), "makes a dim of size 11"),
+        (lambda x: x.view(B, T, T, 2).transpose(1, 2), "makes a dim of size 11"),
+        (lambda x: x.chunk(2, -1)[0], "makes a dim of size 11"),
+        (lambda x: x[..., :T], "makes a dim of size 11"),
+        (lambda x: x[:, torch.arange(T).flip(0)] * 2, "tokens reordered"),
+        (lambda x: torch.cat([x, x[:, :1].detach() * 0, torch.zeros(B, 1, 2 * T)], 1), "give length="),
+        (lambda x: x[:, 1:] - x[:, :-1], "rows of different tokens"),
+        (lambda x: torch.einsum("bid,bjd->bji", x, x.clone()).softmax(1), "write the scores as"),
+        (lambda x: F.kl_div(x, x.detach(), reduction="sum"), "no definition"),
+    ],
+)
+def test_what_cannot_be_told_raises(body, message):
+    model = Odd(body)
+    with pytest.raises(ValueError, match=message), reference.ditching(model, INDICES):
+        model(torch.randn(B, T, D).double())
+
+
+def test_a_loss_of_unknown_rows_raises():
+    model = Odd(lambda x: F.mse_loss(x.sum(1).reshape(2, -1), torch.zeros(2, 3 * T).double()))
+    with pytest.raises(ValueError, match="cannot be told"), reference.ditching(model, INDICES):
+        model(torch.randn(B, T, D).double())
+
+
+@pytest.mark.parametrize(
+    ("indices", "length", "message"),
+    [
+        (INDICES, D, "parameter .* has a dim of that size: pick another length for the check"),
+        (INDICES, B, "pick another length for the check|select position"),
+        (INDICES, 5, "indices select position 10"),
+        (INDICES.flip(1), T, "strictly increasing"),
+        (INDICES.int(), T, "int64"),
+        (torch.arange(4).expand(HEADS * 4, 4), T, "pick another batch size for the check"),
+    ],
+)
+def test_sizes_that_could_be_mistaken_raise(indices, length, message):
+    model = Tiny()
+    with pytest.raises(ValueError, match=message), reference.ditching(model, indices):
+        model(torch.zeros(len(indices), length, dtype=torch.int64))
+
+
+def test_gradient_checkpointing_raises():
+    model = zoo.build("llama")
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="switch gradient checkpointing off"), reference.ditching(model, INDICES):
+        model(**zoo.batch(model, B, T))
+
+
+def test_a_batch_that_equals_the_number_of_heads_is_told_by_descent():
+    """B = 2 = key/value heads, and one instance at a time (B = 1) adds up to the same gradients."""
+    model = zoo.build("llama", attn="eager")
+    batch = zoo.batch(model, 2, T)
+    with reference.ditching(model, INDICES[:2]):
+        together = gradients(model, model(**batch, num_items_in_batch=1).loss)
+    apart = []
+    labelled, live = _labelled(batch["labels"], INDICES[:2])
+    for b in range(2):
+        with reference.ditching(model, INDICES[b : b + 1]):
+            loss = model(**{k: v[b : b + 1] for k, v in batch.items()}, num_items_in_batch=1).loss
+            apart.append(gradients(model, loss * live[b] / labelled[b] * labelled.sum() / live.sum()))
+    assert_same(together, {name: apart[0][name] + apart[1][name] for name in together}, atol=1e-4)
+
+
+def _labelled(labels: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Labelled and kept labelled positions of each instance, of labels shifted as transformers does."""
+    shifted = F.pad(labels, (0, 1), value=-100)[:, 1:] != -100
+    return shifted.sum(1), (shifted & selected_rows(indices)).sum(1)
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_sdpa_and_eager_of_every_family_agree(name, adapter, padding):
+    found = []
+    for attn in ("sdpa", "eager"):
+        dtype = torch.float32 if padding == "left" else torch.float64
+        model = zoo.build(name, attn, dtype)
+        model = zoo.lora(model) if adapter else model
+        batch = zoo.batch(model, B, T, padding)
+        with reference.ditching(model, INDICES):
+            out = model(**batch)
+            out.loss.backward()
+        assert torch.equal(out.logits, model(**batch).logits)
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+        assert all(p.grad.any() for n, p in model.named_parameters() if p.requires_grad and "k_proj.bias" not in n)
+    assert found[0].isfinite().all()
+    assert (found[0] - found[1]).abs().max() < 1e-4 * found[0].abs().max()
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+def test_embedding_rows_outside_the_selection_get_nothing(name):
+    model = zoo.build(name)
+    batch = zoo.batch(model, B, T)
+    embeds = model.get_input_embeddings()(batch.pop("input_ids")).detach().requires_grad_()
+    with reference.ditching(model, INDICES):
+        model(inputs_embeds=embeds, **batch).loss.backward()
+    rows = embeds.grad.abs().amax(-1)
+    assert not rows[~selected_rows()].any()
+    assert (rows[selected_rows()] > 0).sum() >= INDICES.numel() - B  # the last kept row may have no label

@@ -1,0 +1,497 @@
+"""The eager definition of token ditching: slow, plain, and independent of every graph pass.
+
+    with reference.ditching(model, indices):
+        loss = model(**batch).loss
+        loss.backward()
+
+``indices[b]`` lists the kept tokens of instance b. The forward is the ordinary forward; the gradient of every
+activation row outside the selection is zero, which is ``torch.where(selected, x, x.detach())`` written at every
+operation, here as a gradient hook so that views and in-place writes keep their meaning. A torch loss over tokens
+becomes the loss of the kept labelled tokens at the scale of the full loss.
+
+Which entry of a value belongs to which token is told in two ways, and a disagreement is an error, not a choice:
+
+- by size: the dim of size T is the token axis, the dim of size B the batch (so T and B must be unmistakable numbers);
+- by descent: where that cannot be seen (a slice, ``[B*T, D]``, ``[B*H, T, d]``), views and copies are replayed on the
+  row numbers of their source, and other operations keep the rows of the operand whose leading dims they share.
+
+Not covered: reentrant gradient checkpointing, token mixing inside a custom ``autograd.Function`` (its inputs and
+outputs are covered), multi-layer ``nn.LSTM``/``nn.GRU`` (one call is one operation), and a second token axis of an
+encoder-decoder (a different length is left alone; give the two lengths different sizes).
+"""
+
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn._reduction import legacy_get_string
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+Function = Callable[..., Any]
+
+_JOINS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
+_BROADCASTS = {torch.broadcast_to, Tensor.expand, Tensor.expand_as, Tensor.repeat, torch.tile, Tensor.tile}
+# fmt: off
+_MOVE_NAMES = (
+    "view", "reshape", "view_as", "reshape_as", "permute", "transpose", "t", "movedim", "moveaxis", "swapaxes",
+    "swapdims", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze", "expand", "expand_as", "broadcast_to",
+    "repeat", "repeat_interleave", "tile", "chunk", "split", "tensor_split", "unbind", "narrow", "select",
+    "index_select", "take_along_dim", "masked_select", "diagonal", "unfold", "contiguous", "clone", "__getitem__",
+)
+_UNDEFINED_LOSS_NAMES = (
+    "kl_div", "ctc_loss", "gaussian_nll_loss", "hinge_embedding_loss", "cosine_embedding_loss", "margin_ranking_loss",
+    "multi_margin_loss", "multilabel_margin_loss", "multilabel_soft_margin_loss", "poisson_nll_loss",
+    "soft_margin_loss", "triplet_margin_loss", "triplet_margin_with_distance_loss",
+)
+# fmt: on
+_MOVES = {getattr(owner, name) for owner in (torch, Tensor) for name in _MOVE_NAMES if hasattr(owner, name)}
+_MOVES |= {Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__} | _JOINS
+_RESHAPES_IN_PLACE = {
+    getattr(Tensor, f"{name}_") for name in ("transpose", "t", "squeeze", "unsqueeze", "swapaxes", "swapdims", "resize")
+}
+_SOFTMAX = {torch.softmax, Tensor.softmax, torch.log_softmax, Tensor.log_softmax}
+_OPAQUE = {
+    Tensor.backward, Tensor.register_hook, Tensor.retain_grad, Tensor.detach, Tensor.requires_grad_, Tensor.__repr__,
+    torch.autograd.grad, torch.autograd.backward, Tensor.register_post_accumulate_grad_hook,
+}  # fmt: skip
+
+_CLASS_LOSSES = {F.cross_entropy, F.nll_loss}
+_ELEMENT_LOSSES = {
+    F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy, F.binary_cross_entropy_with_logits,
+}  # fmt: skip
+_MEAN_DIVIDES_BY_WEIGHT = {F.mse_loss, F.l1_loss, F.huber_loss}
+_LINEAR_CROSS_ENTROPY = getattr(F, "linear_cross_entropy", None)
+_UNDEFINED_LOSSES = {getattr(F, name) for name in _UNDEFINED_LOSS_NAMES}
+
+
+@contextmanager
+def ditching(model: Callable[..., Any], indices: Tensor, length: int | None = None) -> Iterator[None]:
+    """Give every forward of `model` inside the block the gradient of token ditching.
+
+    Args:
+        model: an eager module (or any callable, if `length` is given).
+        indices: int64 [B, k], the kept positions of every instance, strictly increasing.
+        length: T, the size of the token axis. Default: taken from the first [B, T] or [B, T, D] (or [T, B, D]) tensor
+            the model is called with. To be given where the model builds the axis itself (patches, a class token).
+
+    Raises:
+        ValueError: `indices` is malformed; T or B cannot be told from another dim; a value mixes tokens in a way
+            that leaves no answer to "which token is this row"; gradient checkpointing is on.
+
+    >>> with ditching(model, torch.tensor([[0, 3, 4]])):
+    ...     model(input_ids=ids, labels=ids).loss.backward()
+    """
+    if length is None and not isinstance(model, nn.Module):
+        raise ValueError("the token axis of a plain callable cannot be seen from its inputs: give length=T.")
+    mode = _Ditching(model, _checked(indices), length)
+    handle = None
+    if isinstance(model, nn.Module):
+        handle = model.register_forward_pre_hook(mode.start_forward, prepend=True, with_kwargs=True)
+    else:
+        mode.start(length)
+    try:
+        with mode:
+            yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+class _Ditching(TorchFunctionMode):
+    """Runs every torch function as it is, and hooks the gradient of whatever it takes and returns."""
+
+    def __init__(self, model: Callable[..., Any], indices: Tensor, length: int | None) -> None:
+        super().__init__()
+        self.model, self.indices, self.given_length = model, indices, length
+        self.batch, self.length = indices.shape[0], 0
+        self.keep = torch.empty(0, dtype=torch.bool)
+        self.rows = WeakTensorKeyDictionary()
+
+    # ---- the start of a forward: what T is
+
+    def start_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Forward pre-hook: fixes T and puts a masked view in the place of every leaf input that wants a gradient."""
+        if any(getattr(m, "gradient_checkpointing", False) and m.training for m in module.modules()):
+            raise ValueError("the reference cannot see inside a checkpointed block: switch gradient checkpointing off.")
+        self.start(self.given_length or _length_of([*args, *kwargs.values()], self.batch))
+        return tuple(map(_view_of_leaf, args)), {name: _view_of_leaf(value) for name, value in kwargs.items()}
+
+    def start(self, length: int) -> None:
+        """Set T = `length` and forget the previous forward; ValueError if T or B could be mistaken for another dim."""
+        if self.indices.numel() and int(self.indices.max()) >= length:
+            raise ValueError(f"indices select position {int(self.indices.max())} of a sequence of {length} tokens.")
+        if length == self.batch or length == 1:
+            raise ValueError(f"the token axis of size {length} cannot be told from the batch: {_REMEDY}.")
+        named = self.model.named_parameters() if isinstance(self.model, nn.Module) else ()
+        for name, parameter in named:
+            self._check_parameter(name, tuple(parameter.shape), length)
+        self.length, self.rows = length, WeakTensorKeyDictionary()
+        self.keep = torch.zeros(self.batch, length, dtype=torch.bool, device=self.indices.device)
+        self.keep = self.keep.scatter_(1, self.indices, True).flatten()
+
+    def _check_parameter(self, name: str, shape: tuple[int, ...], length: int) -> None:
+        position_table = len(shape) == 3 and shape[0] == 1 and shape.count(length) == 1
+        if length in shape and not position_table:
+            raise ValueError(f"{length} tokens, and parameter {name} {list(shape)} has a dim of that size: {_REMEDY}.")
+        if self.batch > 1 and self.batch in shape:
+            raise ValueError(
+                f"a batch of {self.batch}, and parameter {name} {list(shape)} has a dim of that size: "
+                "pick another batch size for the check."
+            )
+
+    # ---- every torch function
+
+    def __torch_function__(self, func: Function, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Run `func`; the float values it takes and returns get their gradient rows outside the selection zeroed."""
+        kwargs = kwargs or {}
+        if not self.length or _is_opaque(func):
+            return func(*args, **kwargs)
+        if func is _LINEAR_CROSS_ENTROPY:
+            return self._linear_cross_entropy(*args, **kwargs)
+        if func in _CLASS_LOSSES or func in _ELEMENT_LOSSES or func in _UNDEFINED_LOSSES:
+            return self._loss(func, args, kwargs)
+        if _is_composite(func):
+            return self._see_inside(func, args, kwargs)
+        operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        for x in operands:
+            self._meet(x)
+        self._check_softmax(func, args, kwargs)
+        if func in _RESHAPES_IN_PLACE:
+            self.rows.pop(args[0], None)
+        out = func(*args, **kwargs)
+        self._place(func, args, kwargs, operands, out)
+        return out
+
+    def _see_inside(self, func: Function, args: tuple, kwargs: dict) -> Any:
+        """Run the Python body of a torch.nn.functional composite with this mode on, so its steps are seen."""
+        no = dict.fromkeys(_DISPATCH_CHECKS, lambda *_: False)
+        body = types.FunctionType(func.__code__, {**func.__globals__, **no}, func.__name__, func.__defaults__)
+        body.__kwdefaults__ = func.__kwdefaults__
+        with self:
+            return body(*args, **kwargs)
+
+    def _meet(self, x: Tensor) -> None:
+        """An operand seen for the first time (an input, a custom function's output), or rewritten in place."""
+        if x not in self.rows:
+            self._record(x, self._agree(x, None))
+        else:
+            self._hook(x)
+
+    def _place(self, func: Function, args: tuple, kwargs: dict, operands: list[Tensor], out: Any) -> None:
+        """Tell the rows of every tensor in `out` and hook it."""
+        results = [y for y in tree_leaves(out) if isinstance(y, Tensor)]
+        moved = self._move(func, args, kwargs, results) if func in _MOVES else None
+        for y, descent in zip(results, moved or [None] * len(results), strict=True):
+            if y in self.rows and self.rows[y].shape == y.shape:  # in place, or handed through
+                self._hook(y)
+                continue
+            if descent is None and (func not in _MOVES or func in _JOINS):
+                descent = self._inherit(y, operands)
+            rows = self._agree(y, descent)
+            if rows is None:
+                self._check_lost(func, y, operands)
+            self._record(y, rows)
+
+    def _record(self, y: Tensor, rows: Tensor | None) -> None:
+        if rows is not None:
+            self.rows[y] = rows
+            self._hook(y)
+
+    def _hook(self, y: Tensor) -> None:
+        """Zero the gradient of `y` outside the selection, once per autograd node and output."""
+        if not y.requires_grad or y.grad_fn is None:
+            return
+        key = ("ditched", id(self), y.output_nr)
+        if key not in y.grad_fn.metadata:
+            y.grad_fn.metadata[key] = True
+            kept = self._kept(self.rows[y])
+            y.register_hook(lambda grad: grad if grad is None else torch.where(kept, grad, torch.zeros_like(grad)))
+
+    def _kept(self, rows: Tensor) -> Tensor:
+        return self.keep.to(rows.device)[rows]
+
+    # ---- which token a row is: row number b * T + t for every entry of a value
+
+    def _by_size(self, y: Tensor) -> list[Tensor]:
+        """Every reading of the shape of `y` as one batch dim and one token dim, the earlier dims first."""
+        tokens = [dim for dim, size in enumerate(y.shape) if size == self.length]
+        batches = [None] if self.batch == 1 else [dim for dim, size in enumerate(y.shape) if size == self.batch]
+        return [self._numbered(y, b, t) for b, t in product(batches, tokens)]
+
+    def _numbered(self, y: Tensor, batch_dim: int | None, token_dim: int) -> Tensor:
+        rows = _along(torch.arange(self.length, device=y.device), token_dim, y.ndim)
+        if batch_dim is not None:
+            rows = rows + self.length * _along(torch.arange(self.batch, device=y.device), batch_dim, y.ndim)
+        return rows.expand(y.shape)
+
+    def _agree(self, y: Tensor, descent: Tensor | None) -> Tensor | None:
+        """The rows of `y` from its size and its descent; None if it has no token axis; ValueError if they clash."""
+        readings = self._by_size(y)
+        if descent is None and len(readings) > 1:
+            score_matrix = list(y.shape).count(self.length) == len(readings) == 2  # [.., T, T]: rows are queries
+            if not score_matrix and y.requires_grad:
+                raise ValueError(
+                    f"a value of shape {list(y.shape)} shows a batch of {self.batch} or {self.length} tokens more than "
+                    f"once: {_REMEDY}, or another batch size."
+                )
+            return readings[0] if score_matrix else None
+        if descent is None or len(readings) != 1 or torch.equal(descent, readings[0]):
+            return descent if descent is not None else next(iter(readings), None)
+        token_dim = list(y.shape).index(self.length)
+        if y.requires_grad and _varies(descent, token_dim):
+            raise ValueError(
+                f"a value of shape {list(y.shape)} has {self.length} entries along dim {token_dim} that are not tokens "
+                f"0..{self.length - 1} in order (tokens reordered, or another dim of that size): {_REMEDY}."
+            )
+        return descent  # the dim of size T counts the keys of a slice of queries
+
+    def _move(self, func: Function, args: tuple, kwargs: dict, results: list[Tensor]) -> list[Tensor | None] | None:
+        """Replay a view or copy on the row numbers of what it moves; None if these are not known."""
+        if any(isinstance(a, torch.dtype) for a in tree_leaves((args, kwargs))):
+            return None
+        name, source = (0, args[0]) if args else next(iter(kwargs.items()))
+        sources = [source] if isinstance(source, Tensor) else list(source)
+        known = [self.rows.get(x) for x in sources]
+        if any(rows is None for rows in known):
+            self._check_born(func, sources, results)
+            return None
+        numbers = [rows.contiguous() for rows in known]
+        moved = numbers[0] if isinstance(source, Tensor) else numbers
+        moved = func(moved, *args[1:], **kwargs) if name == 0 else func(**{**kwargs, name: moved})
+        rows = [r for r in tree_leaves(moved) if isinstance(r, Tensor)]
+        for y, descent in zip(results, rows, strict=True):
+            self._check_grown(func, sources, y, descent)
+        return rows
+
+    def _inherit(self, y: Tensor, operands: list[Tensor]) -> Tensor | None:
+        """The rows of the operands that share the leading dims of `y`, those with a gradient first."""
+        floats = [x for x in operands if _is_float(x) and x in self.rows]
+        ranks = [[x for x in floats if x.requires_grad], [x for x in floats if not x.requires_grad]]
+        ranks.append([x for x in operands if not _is_float(x) and x in self.rows])
+        visible = bool(self._by_size(y))
+        for match, some in product((_same_leading_dims, _broadcast), ranks):
+            if match is _broadcast and visible:
+                continue
+            found = [rows for x in some if (rows := match(self.rows[x], y)) is not None]
+            if found and all(torch.equal(rows, found[0]) for rows in found[1:]):
+                return found[0]
+            if found and not visible and y.requires_grad:
+                raise ValueError(
+                    f"an operation combines rows of different tokens into a value of shape {list(y.shape)} without a "
+                    f"dim of {self.length} tokens: the reference cannot say whose rows these are."
+                )
+            if found:
+                return None
+        return None
+
+    # ---- what it refuses to guess
+
+    def _check_born(self, func: Function, sources: list[Tensor], results: list[Tensor]) -> None:
+        """A reshape of a value without token rows must not make a dim of size T out of nothing."""
+        size = self.batch * self.length
+        for y in results:
+            source = sources[0]
+            grown = list(y.shape).count(self.length) > list(source.shape).count(self.length)
+            unfolds = source.shape[:1] == (size,) and sorted(y.shape[:2]) == sorted((self.batch, self.length))
+            slices = func in _BROADCASTS or func in _JOINS or func in (Tensor.__getitem__, torch.narrow, Tensor.narrow)
+            if grown and y.requires_grad and not (unfolds or slices or y.ndim < source.ndim):
+                raise ValueError(self._born(source, y))
+
+    def _check_grown(self, func: Function, sources: list[Tensor], y: Tensor, descent: Tensor) -> None:
+        """A reshape or slice of token rows may show a new dim of size T only if that is the token axis."""
+        if func in _BROADCASTS or func in _JOINS:
+            return
+        grown = list(y.shape).count(self.length) - list(sources[0].shape).count(self.length)
+        if grown > self._token_dims(descent) - self._token_dims(self.rows[sources[0]]):
+            raise ValueError(self._born(sources[0], y))
+
+    def _token_dims(self, rows: Tensor) -> int:
+        return sum(size == self.length and _varies(rows, dim) for dim, size in enumerate(rows.shape))
+
+    def _born(self, source: Tensor, y: Tensor) -> str:
+        return (
+            f"a view or slice of {list(source.shape)} makes a dim of size {self.length} in {list(y.shape)}, which is "
+            f"also the number of tokens: {_REMEDY}."
+        )
+
+    def _check_lost(self, func: Function, y: Tensor, operands: list[Tensor]) -> None:
+        """Refuse a result without rows where it plainly still has tokens."""
+        if not y.requires_grad or not any(x in self.rows and x.requires_grad for x in operands):
+            return
+        if func in _JOINS:
+            raise ValueError(
+                f"token rows are joined with other rows into {list(y.shape)}: give length= the size of the joined axis."
+            )
+        folded = [size for size in y.shape[:2] if size != self.length and size % self.batch == 0]
+        if y.ndim > 2 and self.length in y.shape and folded and func not in _MOVES:
+            raise ValueError(f"a value of shape {list(y.shape)} has {self.length} tokens but no visible batch dim.")
+
+    def _check_softmax(self, func: Function, args: tuple, kwargs: dict) -> None:
+        """Scores written keys-first would be masked by key: the normalised dim is the keys, never the rows."""
+        if func not in _SOFTMAX:
+            return
+        x = args[0] if args else kwargs["input"]
+        dim = args[1] if len(args) > 1 else kwargs["dim"]
+        if not x.requires_grad or x not in self.rows or list(x.shape).count(self.length) < 2:
+            return
+        if _varies(self.rows[x], dim):
+            raise ValueError(
+                f"softmax over dim {dim} of scores {list(x.shape)}, whose first token dim is taken for the "
+                "queries: write the scores as [.., queries, keys]."
+            )
+
+    # ---- losses: kept labelled tokens at the scale of all labelled tokens
+
+    def _loss(self, func: Function, args: tuple, kwargs: dict) -> Tensor:
+        """A torch loss; over tokens it becomes the loss of the kept labelled ones."""
+        call = inspect.signature(func).bind(*args, **kwargs)
+        call.apply_defaults()
+        given = call.arguments
+        if given.get("size_average") is not None or given.get("reduce") is not None:
+            given["reduction"] = legacy_get_string(given["size_average"], given["reduce"], emit_warning=False)
+            given["size_average"] = given["reduce"] = None
+        if given.get("reduction", "mean") == "none":
+            return self._see_inside(func, (), given)
+        tensors = [x for x in given.values() if isinstance(x, Tensor)]
+        for x in tensors:
+            self._meet(x)
+        if not any(x.requires_grad for x in tensors):
+            return func(**given)
+        if func in _UNDEFINED_LOSSES:
+            return self._undefined_loss(func, given, tensors)
+        return self._class_loss(func, given) if func in _CLASS_LOSSES else self._element_loss(func, given)
+
+    def _undefined_loss(self, func: Function, given: dict, tensors: list[Tensor]) -> Tensor:
+        if any(x in self.rows for x in tensors):
+            raise ValueError(f"{func.__name__} over tokens has no definition here: use reduction='none' and reduce it.")
+        return func(**given)
+
+    def _linear_cross_entropy(
+        self, input: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        options.pop("options", None)
+        if options.get("ignore_index", -100) is None:
+            del options["ignore_index"]
+        with self:
+            return F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, **options)
+
+    def _class_loss(self, func: Function, given: dict) -> Tensor:
+        """cross_entropy and nll_loss: input [N, C] or [B, C, ..], target class indices or (soft) probabilities."""
+        logits, target = given["input"], given["target"]
+        class_dim = min(1, logits.ndim - 1)
+        rows = self.rows.get(logits)
+        if rows is not None and _varies(rows, class_dim):
+            raise ValueError(f"the class dim of {func.__name__}'s input {list(logits.shape)} holds tokens.")
+        if self._is_per_instance(func, logits, rows if rows is None else rows.select(class_dim, 0)):
+            return func(**given)
+        kept = self._kept(rows.select(class_dim, 0))
+        if target.is_floating_point():
+            return _scaled(func(**{**given, "reduction": "none"}), kept, given["reduction"])
+        labelled = target != given["ignore_index"]
+        live = labelled & kept
+        given = {**given, "target": torch.where(live, target, given["ignore_index"])}
+        weights = live if given["weight"] is None else given["weight"][target.clamp(min=0)] * live
+        total = func(**{**given, "reduction": "sum"})
+        if given["reduction"] == "sum":
+            return total * (labelled.sum() / live.sum().clamp(min=1)).to(total.dtype)
+        return func(**given) if weights.sum() != 0 else total * 0
+
+    def _element_loss(self, func: Function, given: dict) -> Tensor:
+        """Regression and binary losses: one term per entry of the (broadcast) operands."""
+        terms = func(**{**given, "reduction": "none"})
+        rows = self._agree(terms, self._inherit(terms, [given["input"], given["target"]]))
+        if self._is_per_instance(func, terms, rows):
+            return func(**given)
+        weight = given.get("weight") if func in _MEAN_DIVIDES_BY_WEIGHT else None
+        return _scaled(terms, self._kept(rows), given["reduction"], weight)
+
+    def _is_per_instance(self, func: Function, value: Tensor, rows: Tensor | None) -> bool:
+        """One row per instance (pooled, or one chosen token): an ordinary loss. ValueError if it cannot be known."""
+        if rows is not None:
+            return sorted(rows.unique().div(self.length, rounding_mode="floor").tolist()) == [*range(self.batch)]
+        if value.ndim == 0 or (value.ndim <= 2 and value.shape[0] == self.batch):
+            return True
+        raise ValueError(f"{func.__name__} of a value of shape {list(value.shape)} whose tokens cannot be told.")
+
+
+_REMEDY = "pick another length for the check"
+_DISPATCH_CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+
+
+def _checked(indices: Tensor) -> Tensor:
+    """`indices` if it is int64 [B, k] with strictly increasing, non-negative rows; else ValueError."""
+    if indices.dtype != torch.int64 or indices.ndim != 2:
+        raise ValueError(f"indices must be int64 [B, k], got {indices.dtype} {list(indices.shape)}.")
+    if (indices < 0).any() or (indices.diff(dim=1) <= 0).any():
+        raise ValueError("indices must be non-negative and strictly increasing in every row: sort them.")
+    return indices
+
+
+def _length_of(inputs: list[Any], batch: int) -> int:
+    """T of the first input [B, T], [B, T, D] or [T, B, D]; ValueError if there is none."""
+    for x in inputs:
+        if isinstance(x, Tensor) and x.ndim in (2, 3) and batch in x.shape[:2]:
+            return x.shape[1] if x.shape[0] == batch else x.shape[0]
+    raise ValueError(f"no input has the shape [B, T] or [B, T, D] with B = {batch}: give length=T.")
+
+
+def _view_of_leaf(x: Any) -> Any:
+    is_leaf_input = isinstance(x, Tensor) and x.requires_grad and x.is_leaf and not isinstance(x, nn.Parameter)
+    return x.view_as(x) if is_leaf_input else x
+
+
+def _is_opaque(func: Function) -> bool:
+    """Attribute access and autograd's own calls, and everything under torch.func's transforms."""
+    attribute = getattr(func, "__name__", "") in ("__get__", "__set__", "__delete__") and func not in _MOVES
+    return attribute or func in _OPAQUE or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _is_composite(func: Function) -> bool:
+    return isinstance(func, types.FunctionType) and func.__globals__ is vars(F) and func.__closure__ is None
+
+
+def _is_float(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
+
+
+def _along(numbers: Tensor, dim: int, ndim: int) -> Tensor:
+    return numbers.view([-1 if d == dim else 1 for d in range(ndim)])
+
+
+def _varies(rows: Tensor, dim: int) -> bool:
+    return bool((rows != rows.narrow(dim, 0, 1)).any())
+
+
+def _same_leading_dims(rows: Tensor, y: Tensor) -> Tensor | None:
+    """Rows of an operand for a result of the same shape, or of one that differs in a last dim of features only."""
+    if rows.shape == y.shape:
+        return rows
+    if rows.shape == y.shape[:-1]:
+        return rows.unsqueeze(-1).expand(y.shape)
+    if rows.ndim < 2 or _varies(rows, -1):
+        return None
+    if rows.shape[:-1] == y.shape[:-1]:
+        return rows[..., :1].expand(y.shape)
+    return rows[..., 0] if rows.shape[:-1] == y.shape else None
+
+
+def _broadcast(rows: Tensor, y: Tensor) -> Tensor | None:
+    fits = rows.ndim == y.ndim and all(r in (1, s) for r, s in zip(rows.shape, y.shape, strict=True))
+    return rows.expand(y.shape) if fits else None
+
+
+def _scaled(terms: Tensor, kept: Tensor, reduction: str, weight: Tensor | None = None) -> Tensor:
+    """Mean over the kept terms, or their sum times (all terms / kept terms); 0 if none is kept."""
+    total = torch.where(kept, terms, torch.zeros_like(terms)).sum()
+    if reduction == "sum":
+        return total * (terms.numel() / kept.sum().clamp(min=1)).to(total.dtype)
+    divisor = kept.sum() if weight is None else torch.where(kept, weight, torch.zeros_like(weight)).sum()
+    return total / divisor if divisor != 0 else total * 0

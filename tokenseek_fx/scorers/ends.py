@@ -1,0 +1,28 @@
+"""The first or the last tokens of every sequence."""
+
+from __future__ import annotations
+
+import torch
+
+from ..passes.select import ScoreInputs, Scorer
+from ._draw import draw
+
+
+def first() -> Scorer:
+    """Earlier tokens score higher."""
+    return lambda inputs: -_positions(inputs)
+
+
+def last() -> Scorer:
+    """Later tokens score higher."""
+    return lambda inputs: _positions(inputs)
+
+
+def _positions(inputs: ScoreInputs) -> torch.Tensor:
+    position = torch.arange(inputs.tokens, device=inputs.device, dtype=torch.float32)
+    return position.expand(inputs.batch, inputs.tokens)
+
+
+if __name__ == "__main__":
+    draw(first())
+    draw(last())
