@@ -10,12 +10,10 @@ docstring -> code pairs. With your own weights and data:
 import argparse
 import json
 import os
-import queue
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -106,7 +104,8 @@ def pretrain(work: Path, options: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=options.pretrain)
     for number in range(options.pretrain):
-        tell(step=number + 1, loss=step(model, data.draw(text, options.batch, number), optimizer))
+        batch = data.draw(text, max(1, options.batch // 2), number)  # more, smaller steps: it starts from nothing
+        tell(step=number + 1, loss=step(model, batch, optimizer))
         schedule.step()
     model.save_pretrained(work / "model")
 
@@ -141,67 +140,41 @@ def first_step(model: nn.Module, batch: data.Batch, optimizer: torch.optim.Optim
     return time.perf_counter() - start
 
 
-def events(job: str, work: Path, options: argparse.Namespace) -> Iterator[Event | None]:
-    """What a worker process tells, as it tells it; None ten times a second in between."""
-    cache = {"TORCHINDUCTOR_CACHE_DIR": str(work / "cache" / job)}  # every way compiles from cold
+def events(job: str, work: Path) -> Iterator[Event]:
+    """What a worker process tells, as it tells it; every way compiles from cold."""
     command = [sys.executable, __file__, "--worker", job, "--work", str(work), *sys.argv[1:]]
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(work / "cache" / job)}
     with (work / f"{job}.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ | cache)
-        lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=lambda: [*map(lines.put, process.stdout or []), lines.put(None)], daemon=True).start()
-        yield from follow(lines)
-        process.wait()
-    if process.returncode:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
+        yield from (json.loads(line) for line in process.stdout or () if line.startswith("{"))
+    if process.wait():
         console.print((work / f"{job}.log").read_text()[-3000:], style="dim", markup=False)
         yield {"failed": f"exit status {process.returncode}"}
 
 
-def follow(lines: "queue.Queue[str | None]") -> Iterator[Event | None]:
-    """Lines of JSON as events, until the None that ends them; anything else a worker prints is passed on."""
-    while True:
-        try:
-            line = lines.get(timeout=0.1)
-        except queue.Empty:
-            yield None
-            continue
-        if line is None:
-            return
-        if line.startswith("{"):
-            yield json.loads(line)
-        elif line.strip():
-            console.print(line.rstrip(), style="dim", markup=False)
-
-
-def watch(title: str, job: str, steps: int, work: Path, options: argparse.Namespace) -> Event:
-    """Run a job under a progress bar; its result."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
+def watch(title: str, job: str, steps: int, work: Path) -> Event:
+    """Run a job under a progress bar, which keeps moving while the job compiles; its result."""
+    columns = [SpinnerColumn(), TextColumn("{task.description:<26}"), BarColumn(), TimeElapsedColumn()]
     result: Event = {}
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(f"{title:<36}", total=steps, note="starting")
-        for event in events(job, work, options):
-            if event is None:
-                continue
-            if "step" in event:
-                progress.update(
-                    task, completed=event["step"], note=f"step {event['step']}/{steps}  loss {event['loss']:.3f}"
-                )
-            result |= event.get("result", {}) | {k: v for k, v in event.items() if k == "failed"}
-            progress.update(task, **({"note": event["stage"]} if "stage" in event else {}))
-    show_warnings(work / f"{job}.log")
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress:
+        task = progress.add_task(title, total=steps, note="starting")
+        for event in events(job, work):
+            progress.update(task, completed=event.get("step"), note=note(event, steps))
+            result = event.get("result", result) if "failed" not in event else event
+    warned = [line for line in (work / f"{job}.log").read_text().splitlines() if "Warning" in line]
+    console.print(*warned, sep="\n", end="\n" if warned else "", style="dim", markup=False)
     return result
 
 
-def show_warnings(log: Path) -> None:
-    """Warnings of a worker, as they are."""
-    for line in log.read_text().splitlines():
-        if "Warning" in line:
-            console.print(line, style="dim", markup=False)
+def note(event: Event, steps: int) -> str:
+    """What stands beside the bar."""
+    if "step" in event:
+        return f"step {event['step']}/{steps}, loss {event['loss']:.3f}"
+    return (
+        event.get("stage")
+        or event.get("failed")
+        or "done, first step {first:.1f} s, then {step:.2f} s".format(**event["result"])
+    )
 
 
 def build_data(work: Path, options: argparse.Namespace) -> str:
@@ -243,7 +216,7 @@ def table(results: dict[str, Event]) -> Table:
     return out
 
 
-def footnotes(described: str, options: argparse.Namespace) -> str:
+def footnotes(described: str, results: dict[str, Event], options: argparse.Namespace) -> str:
     """The settings the table stands on, and how to read its last column."""
     model = options.model or f"byte-level Llama of 2.5 M parameters after {options.pretrain} steps of pretraining"
     return f"""\
@@ -253,8 +226,15 @@ batch {options.batch}, length {options.length}, {options.steps} steps, AdamW lr 
 CPU, {torch.get_num_threads()} threads, torch {torch.__version__}
 step: median of forward + backward + update, without the first step (which compiles). peak: resident memory above model,
 gradients and optimizer state. saved: bytes that one forward keeps for backward, keys and values among the activations.
-loss: every way takes the same number of steps. tokenseek learns from {options.keep_ratio:.0%} of the tokens, so less per step, in less
-time and memory; a larger --keep-ratio or more --steps narrows the gap. One run, one seed."""
+{verdict(results, options)}"""
+
+
+def verdict(results: dict[str, Event], options: argparse.Namespace) -> str:
+    """What the run says about learning, in numbers."""
+    falls = [f"{r['before'] - r['after']:.3f} ({title})" for title, r in results.items() if "failed" not in r]
+    return f"""\
+Held-out loss fell by {", ".join(falls)}, after the same number of steps.
+tokenseek learns from {options.keep_ratio:.0%} of the tokens: less per step is expected. One run, one seed."""
 
 
 def run(options: argparse.Namespace, work: Path) -> dict[str, Event]:
@@ -262,10 +242,10 @@ def run(options: argparse.Namespace, work: Path) -> dict[str, Event]:
     with console.status("reading and encoding the data"):
         described = build_data(work, options)
     if not options.model:
-        watch("pretraining (eager)", "pretrain", options.pretrain, work, options)
+        watch("pretraining (eager)", "pretrain", options.pretrain, work)
     titles = {way: title.format(ratio=options.keep_ratio) for way, title in WAYS.items()}
-    results = {title: watch(title, way, options.steps, work, options) for way, title in titles.items()}
-    console.print(table(results), footnotes(described, options), sep="\n", highlight=False)
+    results = {title: watch(title, way, options.steps, work) for way, title in titles.items()}
+    console.print(table(results), footnotes(described, results, options), sep="\n", highlight=False)
     return results
 
 
@@ -277,7 +257,7 @@ def arguments() -> argparse.Namespace:
         "--data", help=".jsonl with prompt and completion, or plain text (default: the standard library)"
     )
     parser.add_argument("--keep-ratio", type=float, default=0.1, help="share of the tokens tokenseek trains on")
-    for name, value in {"steps": 40, "batch": 16, "length": 256, "pretrain": 90, "held-out": 64}.items():
+    for name, value in {"steps": 35, "batch": 16, "length": 256, "pretrain": 140, "held-out": 64}.items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
     parser.add_argument("--lr", type=float, default=1e-3, help="default 1e-3")
     parser.add_argument("--json", type=Path, help="write the table's figures there")

@@ -25,6 +25,7 @@ from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
 from torch.utils import _pytree as pytree
 
+from .emit import emit
 from .errors import GraphNotSupported, InvariantBroken
 from .fake import fake_inputs, fake_mode_of
 from .program import Program
@@ -178,28 +179,21 @@ def _tidy(module: fx.GraphModule) -> None:
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
         elif name == "copy":
-            _expand_copy(module.graph, node)
+            _expand_copy(node)
         elif node.target is _EXIT_AUTOCAST:
             _drop_idle_autocast(module.graph, node)
     module.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or is_autocast(node))
     module.recompile()
 
 
-def _expand_copy(graph: fx.Graph, node: fx.Node) -> None:
+def _expand_copy(node: fx.Node) -> None:
     """``aten.copy`` has no derivative; ``src.to(dtype).expand(shape)`` is the same value with one."""
-    target, source = node.args[:2]
-    with graph.inserting_before(node), fake_mode_of([target.meta["val"]]):
-        value = source.meta["val"]
-        for op, args in (
-            (aten._to_copy.default, ()),
-            (aten.expand.default, (list(target.meta["val"].shape),)),
-        ):
-            kwargs = {"dtype": target.meta["val"].dtype} if op is aten._to_copy.default else {}
-            value = op(value, *args, **kwargs)
-            source = graph.call_function(op, (source, *args), kwargs)
-            source.meta = {**node.meta, "val": value}
-    node.replace_all_uses_with(source)
-    graph.erase_node(node)
+    target, source = (arg.meta["val"] for arg in node.args[:2])
+    with node.graph.inserting_before(node):
+        cast = emit(node, aten._to_copy.default, node.args[1], dtype=target.dtype)
+        same = emit(node, aten.expand.default, cast, list(target.shape)) if source.shape != target.shape else cast
+    node.replace_all_uses_with(same)
+    node.graph.erase_node(node)
 
 
 def is_autocast(node: fx.Node) -> bool:

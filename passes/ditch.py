@@ -29,9 +29,10 @@ from .canonicalize import Retrace, is_autocast, record_opaque
 from .errors import GraphNotSupported, InvariantBroken
 from .factors import Axes
 from .fake import fake_mode_of
-from .geometry import Geometry
+from .geometry import Geometry, device_of, example_sizes, sizes_of
 from .program import Program, where
 from .rules.op import is_tensor, operands_of, tensors_in
+from .token_axes import ATTENDING
 from .rules.rows import LABEL_LOSSES, ROWS_RULES, rerun
 
 aten = torch.ops.aten
@@ -118,7 +119,7 @@ class Ditch:
         if not self.noise:
             return ()
         with fake_mode_of(program.inputs):
-            batch, tokens = sizes_of(program, {n: n.meta.get("val") for n in program.graph.nodes})
+            batch, tokens = example_sizes(program)
             return (torch.empty(batch, tokens, device=device_of(program)),)
 
     def _outputs(self, program: Program, streams: Streams) -> Iterator[Any]:
@@ -175,7 +176,8 @@ class Streams:
             if is_autocast(node):
                 self._switches.run_node(node)
             elif node in self.live:
-                with tagged("rows", node):
+                kind = kind_of(self.program, node)
+                with tagged("rows" if kind in ("activations", "keys/values") else kind, node):
                     self._compute(node)
 
     def full(self, node: fx.Node) -> Any:
@@ -185,7 +187,7 @@ class Streams:
         if node in self._whole:
             return self._whole[node]
         if node not in self._merged:
-            with tagged("full", node):
+            with tagged("keys/values" if _feeds_attention(node) else "barrier", node):
                 self._merged[node] = self._merge(node)
         return self._merged[node]
 
@@ -307,21 +309,23 @@ def tagged(kind: str, node: fx.Node | None = None) -> Iterator[None]:
         fx_traceback.current_meta = before
 
 
-def sizes_of(program: Program, values: dict[fx.Node, Any]) -> tuple[Any, Any]:
-    """The sizes of the batch (1: one instance) and the token axis, read off values that have them as dims."""
-    axes = program.axes
-    sizes: dict[Any, Any] = {(): 1}
-    for node in program.graph.nodes:
-        for dim, label in enumerate(axes.of(node)) if is_tensor(node) else ():
-            if label and label in (axes.batch, axes.token):
-                sizes.setdefault(label, values[node].shape[dim])
-    if axes.token not in sizes or axes.batch not in sizes:
-        raise GraphNotSupported("The token axis never stands alone as a dim of a value.")
-    return sizes[axes.batch], sizes[axes.token]
+def kind_of(program: Program, node: fx.Node) -> str:
+    """What a value is, for reports: logits, scores (two token axes), keys/values, or activations."""
+    if not is_tensor(node):
+        return "activations"
+    if _class_labels(program) & set(sum(program.axes.of(node), ())):
+        return "logits"
+    if len(program.axes.token_dims(node)) > 1:
+        return "scores"
+    return "keys/values" if _feeds_attention(node) else "activations"
 
 
-def device_of(program: Program) -> torch.device:
-    return program.axes.attentions[0].node.meta["val"].device
+def _feeds_attention(node: fx.Node) -> bool:
+    """True when attention reads the value at all positions: its keys or values, or the right side of its products."""
+    return any(
+        (node in user.args[1:3] and user.target in ATTENDING) or (user.target in _LAYOUT and _feeds_attention(user))
+        for user in node.users
+    )
 
 
 def _class_labels(program: Program) -> set[int]:

@@ -24,5 +24,9 @@ class GraphNotSupported(TokenSeekError):
         return " ".join([super().__str__(), *getattr(self, "__notes__", ())])
 
 
+class NothingToSelect(GraphNotSupported):
+    """There is nothing to choose from (sequences of one token): plain training is the definition."""
+
+
 class InvariantBroken(TokenSeekError):
     """A pass left a graph that breaks its stage's invariant: a bug in a pass or in a rule."""

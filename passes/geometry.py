@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 
 from .errors import GraphNotSupported
 from .factors import Axes, Dim
+from .program import Program
+from .rules.op import is_tensor
 from .token_axes import TokenAxes, find
 
 
@@ -72,3 +76,56 @@ class Geometry:
                 pieces.append(("", self.axes.space.size(label[:1])))
                 label = label[1:]
         return pieces
+
+
+def sizes_of(program: Program, values: Mapping[fx.Node, Any]) -> tuple[Any, Any]:
+    """The sizes of the batch (1: one instance) and the token axis, read off ``values`` that have them as dims."""
+    return tuple(_read(place, values) for place in _places(program))  # type: ignore[return-value]
+
+
+def example_sizes(program: Program) -> tuple[Any, Any]:
+    """The sizes of batch and token axis of the example inputs."""
+    return sizes_of(program, {node: node.meta.get("val") for node in program.graph.nodes})
+
+
+def runtime_sizes(program: Program) -> Callable[[Sequence[Any]], tuple[int, int]]:
+    """What reads the sizes of batch and token axis off the inputs of a call."""
+    places = [_input_place(program, place) for place in _places(program)]
+    example = example_sizes(program)
+    return lambda args: tuple(  # type: ignore[return-value]
+        size if place is None else args[place[0]].shape[place[1]] for place, size in zip(places, example, strict=True)
+    )
+
+
+def device_of(program: Program) -> torch.device:
+    return program.axes.attentions[0].node.meta["val"].device
+
+
+Place = tuple[fx.Node, int] | None
+
+
+def _places(program: Program) -> tuple[Place, Place]:
+    """Where the batch and the token axis stand alone as a dim of a value, inputs first (None: no batch)."""
+    batch = _place(program, program.axes.batch) if program.axes.batch else None
+    return batch, _place(program, program.axes.token)
+
+
+def _place(program: Program, label: Dim) -> Place:
+    for node in filter(is_tensor, program.graph.nodes):
+        for dim, other in enumerate(program.axes.of(node)):
+            if other == label:
+                return node, dim
+    raise GraphNotSupported("The batch or the token axis never stands alone as a dim of a value.")
+
+
+def _read(place: Place, values: Mapping[fx.Node, Any]) -> Any:
+    return 1 if place is None else values[place[0]].shape[place[1]]
+
+
+def _input_place(program: Program, place: Place) -> tuple[int, int] | None:
+    """``place`` as (position of the input, dim); None where the size is a constant."""
+    if place is None or isinstance(_read(place, {place[0]: place[0].meta["val"]}), int):
+        return None
+    if place[0].op != "placeholder":
+        raise GraphNotSupported("A dynamic batch or sequence length is not a dim of any input.")
+    return program.placeholders.index(place[0]), place[1]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
-from .errors import GraphNotSupported, InvariantBroken
+from .errors import GraphNotSupported, InvariantBroken, NothingToSelect
 from .factors import Axes, Dim, Space, same_size
 from .program import Program
 from .rules.axes import rule_for
@@ -22,7 +22,9 @@ from .rules.op import Flow, Op, is_tensor, operands_of, tensors_in
 aten = torch.ops.aten
 _SDPA = aten.scaled_dot_product_attention.default
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
-_CONTRACTIONS = (aten.matmul.default, aten.bmm.default, aten.einsum.default)
+_CONTRACTIONS = (aten.matmul.default, aten.bmm.default, aten.einsum.default, aten.baddbmm.default)
+#: Operations that read their second operand at all positions.
+ATTENDING = (_SDPA, *_CONTRACTIONS)
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def _token(found: TokenAxes) -> Dim:
     resolve = found.space.resolve
     classes = {resolve(a.query): a for a in found.attentions} | {resolve(a.key): a for a in found.attentions}
     if () in classes:
-        raise GraphNotSupported("The sequence has a single token, there is nothing to select.")
+        raise NothingToSelect("The sequence has a single token.")
     if len(classes) > 1:
         raise GraphNotSupported(
             f"The attentions of the graph run over {len(classes)} different token axes.",

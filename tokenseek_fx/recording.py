@@ -47,3 +47,8 @@ def note(indices: torch.Tensor, scores: torch.Tensor) -> None:
     """Add a selection to the open recordings of this thread."""
     for recording in _recordings.get():
         recording.append(Selection(indices.detach().clone(), scores.detach().clone()))
+
+
+def is_open() -> bool:
+    """True when a recording is open in this thread."""
+    return bool(_recordings.get())

@@ -1,0 +1,19 @@
+"""Adding nodes to a graph by hand, with the metadata that passes rely on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from .fake import fake_mode_of
+
+
+def emit(like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """A call at the graph's insertion point, in the place (module, source line) of ``like``, its fake value computed."""
+    values = pytree.tree_map_only(fx.Node, lambda node: node.meta["val"], (args, kwargs))
+    node = like.graph.call_function(target, args, kwargs)
+    with fake_mode_of(values):
+        node.meta = {**like.meta, "val": target(*values[0], **values[1])}
+    return node

@@ -1,0 +1,63 @@
+"""What differs between the supported versions of PyTorch, and what has no public name in any."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+_RESUME_PREFIX = "torch_dynamo_resume_in_"
+
+
+class _OnceLoggers(set):
+    """Dynamo's set of functions to skip, with the ``logger.warning_once`` family that transformers adds to every logger
+    (looked up late: transformers may be imported after this package)."""
+
+    _NAMES = ("warning_once", "info_once", "warning_advice")
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from super().__iter__()
+        yield from (getattr(logging.Logger, name) for name in self._NAMES if hasattr(logging.Logger, name))
+
+    def __contains__(self, function: object) -> bool:
+        return any(function is known for known in self)
+
+
+def ignore_logging_in_forward() -> None:
+    """Let Dynamo trace through ``logger.warning_once``: it would split a model's graph for the sake of a message."""
+    import torch._dynamo.config as config
+
+    config.ignore_logging_functions = _OnceLoggers(config.ignore_logging_functions)
+
+
+def graph_break(gm: fx.GraphModule) -> tuple[str, str, int] | None:
+    """``(reason, file, line)`` where Dynamo ended this graph because it had to split the model; None where it did not."""
+    why = getattr(gm, "compile_subgraph_reason", None)
+    if why is None or not why.graph_break:
+        return None
+    frame = why.user_stack[-1] if why.user_stack else None
+    first_line = next((line.strip() for line in str(why.reason).splitlines() if line.strip()), "")
+    return first_line, frame.filename if frame else "", (frame.lineno or 0) if frame else 0
+
+
+def continues_a_split_model() -> bool:
+    """True inside the compilation of the rest of a function that Dynamo split."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        return InstructionTranslator.current_tx().f_code.co_name.startswith(_RESUME_PREFIX)
+    except AttributeError:
+        return False
+
+
+def inductor(mode: str | None, options: dict[str, Any] | None) -> Any:
+    """Inductor as ``torch.compile(mode=..., options=...)`` would call it."""
+    return torch._TorchCompileInductorWrapper(mode, options, None)
+
+
+def unlimited_recompiles() -> Any:
+    """Trace once more whatever was compiled before."""
+    return torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)

@@ -1,0 +1,180 @@
+"""Explain: what the backend would do with a model, before any training."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils.flop_counter import FlopCounterMode
+
+from . import compat
+from .backend import ditch, refuse_split, trains
+from .config import Config
+from .passes.audit import Audit, AuditSaved, saved_edges
+from .passes.ditch import Barrier, kind_of
+from .passes.errors import TokenSeekError
+from .passes.fake import fake_mode_of
+from .passes.geometry import example_sizes
+from .passes.pipeline import analysis
+from .passes.program import Program, module_path, source_line
+from .passes.select import kept_tokens
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What would be done with a model. ``str()`` of it is the report.
+
+    ``refusal``: why the model would be compiled as it is (the rest is then empty). ``forwards``: predicted cost of a
+    training step in units of one forward of the model (training on all tokens costs 3). ``plain``, ``rewritten``: the
+    tensors saved for backward.
+    """
+
+    refusal: str | None = None
+    batch: int = 0
+    tokens: int = 0
+    kept: int = 0
+    attentions: tuple[str, ...] = ()
+    losses: tuple[str, ...] = ()
+    ditched: int = 0
+    live: int = 0
+    barriers: tuple[Barrier, ...] = ()
+    plain: Audit = Audit(())
+    rewritten: Audit = Audit(())
+    forwards: float = 3.0
+
+    def __str__(self) -> str:
+        if self.refusal:
+            return f"tokenseek: compiled without token selection.\n{self.refusal}"
+        return "\n".join([*self._summary(), *self._barriers(), *self._memory(), *self._unexplained()])
+
+    def _summary(self) -> list[str]:
+        loss = ", ".join(self.losses) or "outside the graph: outputs in full, gradient through the kept rows"
+        return [
+            f"tokenseek: keeps {self.kept} of {self.tokens} tokens in each of {self.batch} sequences",
+            f"  token axis    T = {self.tokens}, found from {len(self.attentions)} attentions:",
+            *(f"                {line}" for line in _counted(self.attentions)),
+            f"  loss          {loss}",
+            f"  ditched       {self.ditched} of {self.live} operations that carry gradient run on the kept rows only",
+            f"  cost          {self.forwards:.2f} forwards a step (3.00 with all tokens)",
+        ]
+
+    def _barriers(self) -> list[str]:
+        if not self.barriers:
+            return ["  barriers      none"]
+        return [f"  barriers      {len(self.barriers)} operations run over all tokens:", *(f"    {b}" for b in self.barriers)]
+
+    def _memory(self) -> list[str]:
+        kinds = sorted({*self.plain.by_kind(), *self.rewritten.by_kind()})
+        rows = [(kind, self.plain.by_kind().get(kind, 0), self.rewritten.by_kind().get(kind, 0)) for kind in kinds]
+        rows.append(("total", self.plain.bytes, self.rewritten.bytes))
+        head = "  saved for backward (MiB)     all tokens     tokenseek"
+        return [head, *(f"    {kind:<22} {a / _MIB:>13.2f} {b / _MIB:>13.2f}" for kind, a, b in rows)]
+
+    def _unexplained(self) -> list[str]:
+        return [f"  full length, unexplained: {edge.name} {edge.shape} {edge.place}" for edge in self.rewritten.unexplained]
+
+
+def explain(
+    model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **inputs: Any
+) -> Explanation:
+    """Trace ``model(*args, **inputs)`` for training and tell (and print) what the backend would do. Nothing is executed.
+
+    ``options``: those of the backend (``Config``). Returns the ``Explanation`` that is printed.
+
+    >>> explain(model, **batch, options={"keep_ratio": 0.1})  # doctest: +SKIP
+    """
+    config = Config.from_options(options)
+    found: list[Explanation] = []
+
+    def look(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        found.append(_explain_graph(gm, example_inputs, config))
+        return _stop
+
+    plain = copy.copy(getattr(model, "_orig_mod", model))
+    plain._compiled_call_impl = None
+    try:
+        with torch.enable_grad(), compat.unlimited_recompiles():
+            torch.compile(plain, backend=look)(*args, **inputs)
+    except _Stop:
+        pass
+    explanation = found[0] if found else Explanation("Dynamo found no graph to compile in the model.")
+    print(explanation)
+    return explanation
+
+
+class _Stop(Exception):
+    """The graph is known, the model need not run."""
+
+
+def _stop(*args: Any) -> None:
+    raise _Stop
+
+
+def _explain_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Explanation:
+    if not trains(inputs):
+        return Explanation("Nothing requires grad.")
+    try:
+        refuse_split(gm)
+        plain = analysis().run(Program(gm, tuple(inputs)))
+        rewritten = AuditSaved().run(ditch(config).run(plain))
+    except TokenSeekError as error:
+        return Explanation(str(error))
+    return _described(plain, rewritten, config)
+
+
+def _described(plain: Program, rewritten: Program, config: Config) -> Explanation:
+    assert plain.axes and plain.activity and rewritten.rewrite and rewritten.audit
+    batch, tokens = example_sizes(plain)
+    live = [node for node in plain.graph.nodes if node in plain.activity.live and node.op == "call_function"]
+    for node in plain.graph.nodes:
+        node.meta["custom"] = {**node.meta.get("custom", {}), "tokenseek": kind_of(plain, node)}
+    barriers = rewritten.rewrite.barriers
+    return Explanation(
+        batch=int(batch),
+        tokens=int(tokens),
+        kept=int(kept_tokens(tokens, config.keep_ratio, config.keep_tokens)),
+        attentions=tuple(f"{a.node.target} {source_line(a.node)}" for a in plain.axes.attentions),
+        losses=tuple(f"{n.target} {module_path(n)} {source_line(n)}" for n in plain.activity.losses),
+        ditched=sum(plain.axes.has_rows(node) for node in live) - len({b.node for b in barriers}),
+        live=len(live),
+        barriers=barriers,
+        plain=saved_edges(plain.module, plain.inputs),
+        rewritten=rewritten.audit,
+        forwards=_forwards(plain, rewritten),
+    )
+
+
+def _counted(lines: Sequence[str]) -> list[str]:
+    return [f"{n} x {line}" if n > 1 else line for line, n in Counter(lines).items()]
+
+
+def _forwards(plain: Program, rewritten: Program) -> float:
+    """(seek + 3 x ditch) / forward, in floating-point operations of matrix products."""
+    assert rewritten.rewrite is not None
+    forward = sum(_flops(plain.module, plain.inputs).values())
+    flops = _flops(rewritten.rewrite.module, rewritten.rewrite.inputs)
+    seek = flops.pop(None, 0)
+    return (seek + 3 * sum(flops.values())) / forward if forward else 3.0
+
+
+def _flops(module: fx.GraphModule, inputs: Sequence[Any]) -> Counter[str | None]:
+    """Floating-point operations by the kind of the node, counted on fake tensors."""
+    counts: Counter[str | None] = Counter()
+
+    class Count(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            with FlopCounterMode(display=False) as counter:
+                result = super().run_node(n)
+            counts[n.meta.get("custom", {}).get("tokenseek")] += counter.get_total_flops()
+            return result
+
+    with torch.no_grad(), fake_mode_of(inputs):
+        Count(module).run(*inputs)
+    return counts
