@@ -233,7 +233,7 @@ def verdict(results: dict[str, Event], options: argparse.Namespace) -> str:
     """What the run says about learning, in numbers."""
     falls = [f"{r['before'] - r['after']:.3f} ({title})" for title, r in results.items() if "failed" not in r]
     return f"""\
-Held-out loss fell by {", ".join(falls)}, after the same number of steps.
+Held-out loss fell by {", ".join(falls) or "nothing: no way came to its end"}, after as many steps each.
 tokenseek learns from {options.keep_ratio:.0%} of the tokens: less per step is expected. One run, one seed."""
 
 

@@ -1,1 +1,37 @@
+"""Passes: small named values that read a traced graph and write one result, usable alone or as a pipeline."""
 
+from .activity import FindActivity
+from .audit import AuditSaved
+from .blocks import FindBlocks
+from .canonicalize import Canonicalize
+from .ditch import Ditch
+from .pipeline import Pass, Pipeline, analysis, rewriting
+from .program import Program
+from .rules.axes import along, elementwise, formula
+from .rules.op import axes_rule
+from .rules.rows import rows_rule
+from .select import ScoreInputs, TopK
+from .shift import UnshiftLabels
+from .token_axes import FindTokenAxes
+
+__all__ = [
+    "AuditSaved",
+    "Canonicalize",
+    "Ditch",
+    "FindActivity",
+    "FindBlocks",
+    "FindTokenAxes",
+    "Pass",
+    "Pipeline",
+    "Program",
+    "ScoreInputs",
+    "TopK",
+    "UnshiftLabels",
+    "along",
+    "analysis",
+    "axes_rule",
+    "elementwise",
+    "formula",
+    "rewriting",
+    "rows_rule",
+]

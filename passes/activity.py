@@ -8,9 +8,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from .canonicalize import attribute
 from .errors import GraphNotSupported
-from .program import Program
+from .program import Program, attribute
 from .rules.op import tensors_in
 
 _CUT = (torch.ops.aten.detach.default,)
@@ -48,7 +47,9 @@ class FindActivity:
         assert program.activity is not None
         for index in program.mutated:
             if program.placeholders[index] in program.activity.live:
-                raise GraphNotSupported("The forward writes to a tensor that requires grad.", node=program.placeholders[index])
+                raise GraphNotSupported(
+                    "The forward writes to a tensor that requires grad.", node=program.placeholders[index]
+                )
 
 
 def _is_live(module: fx.GraphModule, node: fx.Node, live: dict) -> bool:

@@ -85,7 +85,9 @@ class Call:
         query = self.node.args[0]
         rank, labels = query.meta["val"].ndim, self.streams.axes.of(query)
         position = torch.arange(self.geometry.tokens, device=self.geometry.indices.device).unsqueeze(-1)
-        return self.streams.aligned_rows(position, (labels[-2], ()), 0, (*labels[:-1], ()), self.streams.seek[query], rank)
+        return self.streams.aligned_rows(
+            position, (labels[-2], ()), 0, (*labels[:-1], ()), self.streams.seek[query], rank
+        )
 
     @property
     def in_full(self) -> tuple[tuple, dict]:

@@ -28,14 +28,20 @@ from torch.utils import _pytree as pytree
 from .emit import emit
 from .errors import GraphNotSupported, InvariantBroken
 from .fake import fake_inputs, fake_mode_of
-from .program import Program
+from .program import Program, attribute
 
 aten = torch.ops.aten
 _SET_GRAD = torch._C._set_grad_enabled
 _ENTER_AUTOCAST, _EXIT_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 _INLINED = {"tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint"}
 _LARGEST_LITERAL = 64
-_ASSERTS = {"_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range", "_functional_assert_async"}
+_ASSERTS = {
+    "_assert_tensor_metadata",
+    "_assert_async",
+    "_assert_scalar",
+    "sym_constrain_range",
+    "_functional_assert_async",
+}
 
 
 @dataclass(frozen=True)
@@ -146,8 +152,8 @@ def _like(example: Any, args: Any) -> Any:
 
 
 def _unwrap(tensor: FunctionalTensor) -> torch.Tensor:
-    torch._sync(tensor)
-    return torch._from_functional_tensor(tensor.elem)
+    torch._sync(tensor)  # pyright: ignore[reportPrivateImportUsage]
+    return torch._from_functional_tensor(tensor.elem)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _functional(module: fx.GraphModule, writes: list[int]) -> Any:
@@ -234,10 +240,3 @@ def _check_constant(module: fx.GraphModule, node: fx.Node) -> None:
             "It comes from code that the tracer can't follow (a vmap or a tensor created outside the model).",
             node,
         )
-
-
-def attribute(module: torch.nn.Module, path: str) -> Any:
-    value: Any = module
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value

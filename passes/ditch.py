@@ -30,18 +30,21 @@ from .errors import GraphNotSupported, InvariantBroken
 from .factors import Axes
 from .fake import fake_mode_of
 from .geometry import Geometry, device_of, example_sizes, sizes_of
-from .program import Program, where
+from .program import Program, attribute, where
 from .rules.op import is_tensor, operands_of, tensors_in
+from .rules.rows import LABEL_LOSSES, LOSSES, ROWS_RULES, rerun
 from .token_axes import ATTENDING
-from .rules.rows import LABEL_LOSSES, ROWS_RULES, rerun
 
 aten = torch.ops.aten
 #: Operations that only lay out what they get. A full value is put together before them, so that keys and values are
 #: whole before heads are repeated.
+_LAYOUT_NAMES = (
+    "view reshape _unsafe_view flatten unflatten squeeze unsqueeze transpose permute expand t numpy_T contiguous clone"
+)
 _LAYOUT = {
-    op
-    for name in "view reshape _unsafe_view flatten unflatten squeeze unsqueeze transpose permute expand t numpy_T contiguous clone".split()
-    for op in (getattr(getattr(aten, name), overload) for overload in getattr(aten, name).overloads())
+    getattr(packet, overload)
+    for packet in (getattr(aten, name) for name in _LAYOUT_NAMES.split())
+    for overload in packet.overloads()
 }
 
 #: ``select(batch, tokens, device, noise) -> (scores [B, T], indices [B, k] sorted)``
@@ -162,19 +165,21 @@ class Seek(Retrace):
 class Streams:
     """The ditch stream beside the seek stream: for every live node its selected rows, or (without rows) its whole value."""
 
-    def __init__(self, program: Program, seek: dict, geometry: Geometry, inputs: tuple, barriers: list[Barrier]) -> None:
+    def __init__(
+        self, program: Program, seek: dict, geometry: Geometry, inputs: tuple, barriers: list[Barrier]
+    ) -> None:
         self.program, self.axes, self.live = program, program.axes, program.activity.live
         self.seek, self.geometry, self.barriers = seek, geometry, barriers
         self._inputs = dict(zip(program.placeholders, inputs, strict=True))
         self._rows: dict[fx.Node, Any] = {}
         self._whole: dict[fx.Node, Any] = {}
         self._merged: dict[fx.Node, torch.Tensor] = {}
-        self._switches = _Switches(program.module)
+        self._switches = Retrace(program.module)
 
     def run(self) -> None:
         for node in self.program.graph.nodes:
             if is_autocast(node):
-                self._switches.run_node(node)
+                self._switches.env[node] = self._switches.run_node(node)
             elif node in self.live:
                 kind = kind_of(self.program, node)
                 with tagged("rows" if kind in ("activations", "keys/values") else kind, node):
@@ -197,7 +202,9 @@ class Streams:
             return self._rows[node]
         return self.geometry.take(self.full(node), self.axes.of(node), dim)
 
-    def aligned_rows(self, value: Any, labels: Axes, dim: int, like: Axes, result: torch.Tensor, rank: int) -> torch.Tensor:
+    def aligned_rows(
+        self, value: Any, labels: Axes, dim: int, like: Axes, result: torch.Tensor, rank: int
+    ) -> torch.Tensor:
         """Rows of a value that all instances share, where it meets a result with axes ``like``: it gets a batch dim."""
         if not self.axes.batch or self.axes.batch_dim_of(labels) is not None:
             return self.geometry.take(value, labels, dim)
@@ -221,7 +228,7 @@ class Streams:
             self._operation(node)
 
     def _source(self, node: fx.Node) -> None:
-        value = self._inputs[node] if node.op == "placeholder" else _attribute(self.program.module, node)
+        value = self._inputs[node] if node.op == "placeholder" else attribute(self.program.module, str(node.target))
         if self.axes.has_rows(node):
             self._rows[node] = self.geometry.take(value, self.axes.of(node), self.axes.row_dim(node))
         else:
@@ -258,12 +265,27 @@ class Streams:
 
     def _in_full(self, call: Call) -> Any:
         node = call.node
+        if node.target in LOSSES:
+            self._refuse_partial_loss(node)
         if self._meets_rows(node):
             self._report(node)
         args, kwargs = call.in_full
         if isinstance(node.target, torch._ops.HigherOrderOperator):
             return record_opaque(node.target, args, kwargs, node.meta["val"])
         return node.target(*args, **kwargs)
+
+    def _refuse_partial_loss(self, node: fx.Node) -> None:
+        """A loss per instance is an ordinary loss; one over some part of the tokens has no kept share."""
+        operand = self.axes.of(node.args[0])
+        positions = operand[:1] + operand[2:] if node.target in LABEL_LOSSES else ()
+        unknown = set(sum(positions, ())) - set(self.axes.batch)
+        if unknown or set(sum(operand, ())) & self.axes.space.parts_of(self.axes.token):
+            raise GraphNotSupported(
+                "The loss runs over positions that are neither all tokens nor one per sequence (a part of the tokens "
+                "chosen before the loss), so its kept share is not defined.",
+                "Give all tokens to the loss and mark the others with ignore_index in the labels.",
+                node,
+            )
 
     def _report(self, node: fx.Node) -> None:
         reason = "it mixes tokens" if self.axes.has_rule(node) else "the operation has no rule"
@@ -274,7 +296,9 @@ class Streams:
         if isinstance(result, torch.Tensor):
             return self.geometry.take(result, self.axes.of(node), self.axes.row_dim(node))
         return tuple(
-            self.geometry.take(x, self.axes.resolved(axes), self.axes.row_dim(node)) if isinstance(x, torch.Tensor) else x
+            self.geometry.take(x, self.axes.resolved(axes), self.axes.row_dim(node))
+            if isinstance(x, torch.Tensor)
+            else x
             for x, axes in zip(result, self.axes.axes[node], strict=True)
         )
 
@@ -291,10 +315,6 @@ class Streams:
             args, kwargs = Call(node, self, None).in_full
             return node.target(*args, **kwargs)
         return self.geometry.put(self.seek[node], self._rows[node], self.axes.of(node), self.axes.row_dim(node))
-
-
-class _Switches(Retrace):
-    """Executes autocast switches of the graph once more, for the ditch stream."""
 
 
 @contextmanager
@@ -347,12 +367,6 @@ def _name_placeholders(module: fx.GraphModule, program: Program) -> None:
     """Inputs keep the names that they had."""
     for new, old in zip(module.graph.find_nodes(op="placeholder"), program.placeholders, strict=False):
         new.target = new.name = old.name
-
-
-def _attribute(module: fx.GraphModule, node: fx.Node) -> Any:
-    from .canonicalize import attribute
-
-    return attribute(module, str(node.target))
 
 
 def _bytes(node: fx.Node) -> int:

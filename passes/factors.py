@@ -22,6 +22,11 @@ def same_size(a, b) -> bool:
     return statically_known_true(a == b)
 
 
+def guarded_same_size(a, b) -> bool:
+    """True when two sizes are equal in the example at hand; symbolic ones get a guard that says so."""
+    return same_size(a, b) or bool(a == b)
+
+
 def divides(a, b) -> bool:
     """True when ``b`` is known to be a multiple of ``a``."""
     return statically_known_true(b % a == 0)
@@ -43,6 +48,7 @@ class Space:
     def __init__(self) -> None:
         self._sizes: list = []
         self._meaning: dict[int, Dim] = {}
+        self._parts: dict[int, Dim] = {}
 
     def fresh(self, size) -> Dim:
         """A dim that nothing is known about yet."""
@@ -53,6 +59,21 @@ class Space:
 
     def fresh_axes(self, shape: Sequence) -> Axes:
         return tuple(self.fresh(size) for size in shape)
+
+    def fresh_part(self, size, whole: Dim) -> Dim:
+        """A new dim made from some positions of ``whole`` (a slice, a top-k): not the same axis, but known to be of it."""
+        dim = self.fresh(size)
+        self._parts.update(dict.fromkeys(dim, whole))
+        return dim
+
+    def parts_of(self, dim: Dim) -> set[int]:
+        """The root factors of dims that were made from positions of ``dim``, but are not ``dim`` itself."""
+        inside = set(self.resolve(dim))
+        found: set[int] = set()
+        for part, whole in self._parts.items():
+            if (inside | found) & set(self.resolve(whole)):
+                found |= set(self.resolve((part,)))
+        return found - inside
 
     def resolve(self, dim: Dim) -> Dim:
         """The dim in terms of root factors."""
@@ -67,7 +88,7 @@ class Space:
         """State that two dims are the same axis. Dims that can't be aligned factor by factor stay apart."""
         while True:
             left, right = self._strip_common(self.resolve(left), self.resolve(right))
-            if not left or not right or not self._equate_first(left[0], right[0], len(left) == len(right) == 1):
+            if not left or not right or not self._equate_first(left[0], right[0], len(left) == len(right)):
                 return
 
     @staticmethod
@@ -77,9 +98,11 @@ class Space:
             n += 1
         return left[n:], right[n:]
 
-    def _equate_first(self, a: int, b: int, alone: bool) -> bool:
+    def _equate_first(self, a: int, b: int, one_to_one: bool) -> bool:
+        """Make the outermost factors of two dims agree. Where the rest may correspond one to one, symbolic sizes that
+        Dynamo has not equated (ids and labels have symbols of their own) are compared by a guard."""
         size_a, size_b = self._sizes[a], self._sizes[b]
-        if same_size(size_a, size_b) or (alone and not statically_known_true(size_a != size_b)):
+        if same_size(size_a, size_b) or (one_to_one and guarded_same_size(size_a, size_b)):
             self._meaning[b] = (a,)
         elif divides(size_a, size_b):
             self._split(b, size_a)

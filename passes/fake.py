@@ -19,12 +19,17 @@ def fake_inputs(module: fx.GraphModule, inputs: Iterable[Any]) -> tuple[Any, ...
     context = TracingContext.try_get()
     mode = (context.fake_mode if context else None) or detect_fake_mode(inputs) or FakeTensorMode()
     contexts = context.tensor_to_context if context else {}
-    return tuple(
-        mode.from_tensor(x, symbolic_context=contexts.get(x), static_shapes=None if x in contexts else True)
-        if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor)
-        else x
-        for x in inputs
-    )
+    return tuple(_fake(mode, x, contexts) if isinstance(x, torch.Tensor) else x for x in inputs)
+
+
+def _fake(mode: FakeTensorMode, x: torch.Tensor, contexts: Any) -> torch.Tensor:
+    """``x`` in ``mode``, with the symbols that Dynamo gave its sizes."""
+    if isinstance(x, FakeTensor):
+        return x
+    if x not in contexts:
+        return mode.from_tensor(x, static_shapes=True)
+    symbols = contexts[x]
+    return mode.from_tensor(x, static_shapes=False, symbolic_context=symbols, source=symbols.tensor_source)
 
 
 def fake_mode_of(values: Any) -> AbstractContextManager:

@@ -74,8 +74,18 @@ def module_path(node: fx.Node) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File")]
+    lines = [
+        line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File")
+    ]
     if not lines:
         return ""
     _, file, rest = lines[-1].split('"', 2)
     return f"({file.rsplit('/', 1)[-1]}:{rest.split('line ')[1].split(',')[0]})"
+
+
+def attribute(module: Any, path: str) -> Any:
+    """``module.a.b`` for the path ``"a.b"``."""
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value

@@ -53,4 +53,3 @@ class TopK:
         scores = self.scorer(ScoreInputs(batch, tokens, kept, device, noise))
         order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
         return scores, torch.sort(order[:, :kept], dim=-1).values
-

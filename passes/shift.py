@@ -31,7 +31,8 @@ class UnshiftLabels:
 
     def run(self, program: Program) -> Program:
         losses = [node for node in program.graph.nodes if node.target in LABEL_LOSSES]
-        if not any([_unshift(node) for node in losses]):
+        unshifted = [_unshift(node) for node in losses]
+        if not any(unshifted):
             return program
         module = fx.GraphModule(program.module, program.graph)
         module.graph.eliminate_dead_code()

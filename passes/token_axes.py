@@ -16,8 +16,8 @@ from torch import fx
 from .errors import GraphNotSupported, InvariantBroken, NothingToSelect
 from .factors import Axes, Dim, Space, same_size
 from .program import Program
-from .rules.axes import rule_for
-from .rules.op import Flow, Op, is_tensor, operands_of, tensors_in
+from .rules.axes import flow_of, rule_for
+from .rules.op import Flow, is_tensor, operands_of
 
 aten = torch.ops.aten
 _SDPA = aten.scaled_dot_product_attention.default
@@ -99,7 +99,7 @@ class FindTokenAxes:
     def run(self, program: Program) -> Program:
         space, axes, flows, known = Space(), {}, {}, set()
         for node in program.graph.nodes:
-            flow = _flow(node, space, axes)
+            flow = flow_of(node, space, axes)
             axes[node], flows[node] = flow.outputs, flow
             if rule_for(node.target) is not None:
                 known.add(node)
@@ -114,22 +114,12 @@ class FindTokenAxes:
         for node in filter(is_tensor, program.graph.nodes):
             shape, axes = node.meta["val"].shape, program.axes.of(node)
             sizes_agree = len(shape) == len(axes) and all(
-                same_size(size, 1) or not torch.fx.experimental.symbolic_shapes.statically_known_true(
-                    program.axes.space.size(dim) != size
-                )
+                same_size(size, 1)
+                or not torch.fx.experimental.symbolic_shapes.statically_known_true(program.axes.space.size(dim) != size)
                 for dim, size in zip(axes, shape, strict=True)
             )
             if not sizes_agree:
                 raise InvariantBroken(f"{node.name}: shape {tuple(shape)} but axes {axes}")
-
-
-def _flow(node: fx.Node, space: Space, axes: dict) -> Flow:
-    tensors = tensors_in(node.meta.get("val")) if node.op != "output" else []
-    if node.op == "call_function" and tensors:
-        op = Op(node, space, axes)
-        rule = rule_for(node.target)
-        return rule(op) if rule else op.unknown()
-    return Flow(tuple(space.fresh_axes(x.shape) for x in tensors) or ((),))
 
 
 def find(needle: Dim, dim: Dim) -> int | None:

@@ -83,7 +83,7 @@ def inner_compiler(config: Config) -> Callable[[fx.GraphModule, Sequence[Any]], 
     """What compiles a graph to code."""
     if config.inner == "inductor":
         return compat.inductor(config.mode, dict(config.inductor_options or {}))
-    return lookup_backend(config.inner)
+    return lookup_backend(config.inner)  # type: ignore[return-value]
 
 
 class Rewritten:

@@ -107,7 +107,9 @@ def _is_int(value: Any) -> bool:
 
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ConfigError(f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}.{_nearest(value, allowed)}")
+        raise ConfigError(
+            f"{name}={value!r}: expected one of {', '.join(map(repr, allowed))}.{_nearest(value, allowed)}"
+        )
 
 
 def _nearest(name: Any, known: Iterable[str]) -> str:

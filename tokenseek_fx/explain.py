@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,8 +45,8 @@ class Explanation:
     ditched: int = 0
     live: int = 0
     barriers: tuple[Barrier, ...] = ()
-    plain: Audit = Audit(())
-    rewritten: Audit = Audit(())
+    plain: Audit = field(default_factory=lambda: Audit(()))
+    rewritten: Audit = field(default_factory=lambda: Audit(()))
     forwards: float = 3.0
 
     def __str__(self) -> str:
@@ -68,7 +68,10 @@ class Explanation:
     def _barriers(self) -> list[str]:
         if not self.barriers:
             return ["  barriers      none"]
-        return [f"  barriers      {len(self.barriers)} operations run over all tokens:", *(f"    {b}" for b in self.barriers)]
+        return [
+            f"  barriers      {len(self.barriers)} operations run over all tokens:",
+            *(f"    {b}" for b in self.barriers),
+        ]
 
     def _memory(self) -> list[str]:
         kinds = sorted({*self.plain.by_kind(), *self.rewritten.by_kind()})
@@ -78,12 +81,12 @@ class Explanation:
         return [head, *(f"    {kind:<22} {a / _MIB:>13.2f} {b / _MIB:>13.2f}" for kind, a, b in rows)]
 
     def _unexplained(self) -> list[str]:
-        return [f"  full length, unexplained: {edge.name} {edge.shape} {edge.place}" for edge in self.rewritten.unexplained]
+        return [
+            f"  full length, unexplained: {edge.name} {edge.shape} {edge.place}" for edge in self.rewritten.unexplained
+        ]
 
 
-def explain(
-    model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **inputs: Any
-) -> Explanation:
+def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **inputs: Any) -> Explanation:
     """Trace ``model(*args, **inputs)`` for training and tell (and print) what the backend would do. Nothing is executed.
 
     ``options``: those of the backend (``Config``). Returns the ``Explanation`` that is printed.

@@ -210,7 +210,7 @@ class _Ditching(TorchFunctionMode):
         if not y.requires_grad or y.grad_fn is None:
             return
         key = ("ditched", id(self), y.output_nr)
-        if key not in y.grad_fn.metadata:
+        if key not in y.grad_fn.metadata:  # type: ignore[operator]
             y.grad_fn.metadata[key] = True
             kept = self._kept(self.rows[y])
             y.register_hook(lambda grad: grad if grad is None else torch.where(kept, grad, torch.zeros_like(grad)))
@@ -269,7 +269,7 @@ class _Ditching(TorchFunctionMode):
         rows = [r for r in tree_leaves(moved) if isinstance(r, Tensor)]
         for y, descent in zip(results, rows, strict=True):
             self._check_grown(func, sources, y, descent)
-        return rows
+        return rows  # type: ignore[return-value]
 
     def _inherit(self, y: Tensor, operands: list[Tensor]) -> Tensor | None:
         """The rows of the operands that share the leading dims of `y`, those with a gradient first."""

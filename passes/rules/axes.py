@@ -5,9 +5,14 @@ from __future__ import annotations
 import operator
 
 import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
 
-from ..factors import same_size
-from .op import AXES_RULES, AxesRule, Flow, Op, axes_rule, is_tensor
+from ..factors import Axes, Space, same_size
+from ..fake import fake_mode_of
+from ..program import attribute
+from .op import AXES_RULES, AxesRule, Flow, Op, axes_rule, is_tensor, tensors_in
 
 aten = torch.ops.aten
 
@@ -45,12 +50,15 @@ def _register(names: str, rule: AxesRule) -> None:
 # Pointwise in fact though not by tag.
 _register(
     "dropout.default native_dropout.default contiguous.default alias.default detach.default to.dtype to.device "
-    "to.dtype_layout to.other _to_copy.default type_as.default lift_fresh_copy.default masked_fill.Tensor "
+    "to.dtype_layout _to_copy.default lift_fresh_copy.default masked_fill.Tensor "
     "__and__.Tensor __or__.Tensor __and__.Scalar __or__.Scalar hardswish.default log_sigmoid.default "
     "floor_divide.default rand_like.default zeros_like.default ones_like.default full_like.default bernoulli.default "
-    "bernoulli.p fill.Scalar _conj.default empty_like.default randn_like.default",
+    "bernoulli.p fill.Scalar _conj.default broadcast_tensors.default empty_like.default randn_like.default",
     elementwise,
 )
+
+# The second operand gives its dtype and device alone.
+_register("to.other type_as.default", lambda op: op.elementwise(op.operands[:1]))
 
 # Contractions.
 _register("linear.default", formula("... i, o i, o -> ... o"))
@@ -70,9 +78,9 @@ def matmul(op: Op) -> Flow:
 @axes_rule(aten.addmm.default, aten.baddbmm.default)
 def add_then_matmul(op: Op) -> Flow:
     """``bias + a @ b``: the bias broadcasts to the result."""
-    bias, a, b = op.operands
-    rank = len(op.axes(a))
-    letters = " ".join(["b", "i", "j"][3 - rank :][-len(op.axes(bias)) :])
+    bias, left, _ = op.operands
+    rank = len(op.axes(left))
+    letters = " ".join(["b", "i", "j"][3 - len(op.axes(bias)) :])
     lead = "b " if rank == 3 else ""
     return op.formula(f"{letters}, {lead}i k, {lead}k j -> {lead}i j")
 
@@ -83,6 +91,8 @@ def einsum(op: Op) -> Flow:
     if "->" not in equation or "..." in equation:
         return op.unknown()
     left, right = equation.split("->")
+    if any(len(set(term)) < len(term) for term in left.split(",")):  # a diagonal
+        return op.unknown()
     return op.formula(", ".join(" ".join(term) for term in left.split(",")) + " -> " + " ".join(right))
 
 
@@ -90,12 +100,14 @@ def einsum(op: Op) -> Flow:
 def attention(op: Op) -> Flow:
     """Query rows are carried; keys and values are mixed over all positions."""
     query, key, value = (op.axes(op[name]) for name in ("query", "key", "value"))
-    same_heads = same_size(op["query"].meta["val"].shape[-3], op["key"].meta["val"].shape[-3]) if len(query) > 2 else True
+    same_heads = (
+        same_size(op["query"].meta["val"].shape[-3], op["key"].meta["val"].shape[-3]) if len(query) > 2 else True
+    )
     for left, right in [(query, key), (key, value)]:
         for dim in range(-len(query), -2):
             if same_heads or dim != -3:
                 op.space.equate(left[dim], right[dim])
-    op.space.equate(query[-1], key[-1])
+    op.space.equate(query[len(query) - 1], key[len(key) - 1])
     op.space.equate(key[-2], value[-2])
     rank = len(query)
     carries = [{dim: dim for dim in range(rank - 1)}]
@@ -118,7 +130,9 @@ def _mask_carry(op: Op, scores) -> dict[int, int]:
 
 
 # Normalisations and scans: they mix along some dims and keep the labels.
-_register("softmax.int _softmax.default log_softmax.int _log_softmax.default cumsum.default cumprod.default", along("dim"))
+_register(
+    "softmax.int _softmax.default log_softmax.int _log_softmax.default cumsum.default cumprod.default", along("dim")
+)
 _register("logcumsumexp.default", along("dim"))
 
 
@@ -175,7 +189,9 @@ def expand(op: Op) -> Flow:
     source, shape = op.operands[0], op.results[0].shape
     new = len(shape) - len(op.axes(source))
     sizes = source.meta["val"].shape
-    return op.permute([i - new if i >= new and same_size(sizes[i - new], shape[i]) else None for i in range(len(shape))])
+    return op.permute(
+        [i - new if i >= new and same_size(sizes[i - new], shape[i]) else None for i in range(len(shape))]
+    )
 
 
 @axes_rule(aten.slice.Tensor)
@@ -186,7 +202,9 @@ def slice_(op: Op) -> Flow:
     return op.along([] if whole else [dim])
 
 
-_register("split.Tensor split_with_sizes.default chunk.default tensor_split.sections", lambda op: op.along(op.dims("dim")))
+_register(
+    "split.Tensor split_with_sizes.default chunk.default tensor_split.sections", lambda op: op.along(op.dims("dim"))
+)
 _register("topk.default sort.default sort.stable argsort.default argsort.stable", lambda op: op.along(op.dims("dim")))
 _register("glu.default", lambda op: op.along(op.dims("dim")))
 _register("flip.default roll.default", lambda op: op.along(op.dims("dims")))
@@ -225,6 +243,17 @@ def cat(op: Op) -> Flow:
             op.space.equate(op.axes(parts[0])[i], op.axes(part)[i])
     out = tuple(op.space.fresh(op.results[0].shape[dim]) if i == dim else op.axes(parts[0])[i] for i in range(rank))
     return Flow((out,), tuple({i: i for i in others} if node in parts else {} for node in op.operands))
+
+
+@axes_rule(aten.slice_scatter.default, aten.select_scatter.default)
+def scatter_part(op: Op) -> Flow:
+    """A part of one dim is replaced; the other dims agree."""
+    whole, part = (op.axes(op[name]) for name in ("self", "src"))
+    (dim,) = op.dims("dim")
+    dims = {i: i - (op.node.target is aten.select_scatter.default and i > dim) for i in range(len(whole)) if i != dim}
+    for i, j in dims.items():
+        op.space.equate(whole[i], part[j])
+    return Flow((whole,), ({i: i for i in dims}, dims))
 
 
 @axes_rule(aten.stack.default)
@@ -275,6 +304,29 @@ def elementwise_loss(op: Op) -> Flow:
     for left, right in zip(reversed(op.axes(a)), reversed(op.axes(b)), strict=False):
         op.space.equate(left, right)
     return op.reduce(range(len(op.axes(a))))
+
+
+@axes_rule(torch.ops.higher_order.autograd_function_apply)
+def custom_function(op: Op) -> Flow:
+    """A custom autograd function: the axes of its results are those of its forward body. Nothing is carried, since its
+    backward is its own: it stays a barrier, behind which the token axis is still known."""
+    body = attribute(op.node.graph.owning_module, op.node.args[0].target)
+    with fake_mode_of(op.results):
+        graph = make_fx(body, pre_dispatch=True)(*(arg.meta["val"] for arg in op.node.args[2:])).graph
+    axes = dict(zip(graph.find_nodes(op="placeholder"), (op._axes[arg] for arg in op.node.args[2:]), strict=True))
+    for node in graph.nodes:
+        axes.setdefault(node, flow_of(node, op.space, axes).outputs)
+    results = pytree.tree_leaves(graph.output_node().args[0][0])
+    return Flow(tuple(axes[node][0] for node in results if is_tensor(node)), tuple({} for _ in op.operands))
+
+
+def flow_of(node: fx.Node, space: Space, axes: dict[fx.Node, tuple[Axes, ...]]) -> Flow:
+    """How axes go through a node, by its rule; unknown without one."""
+    tensors = tensors_in(node.meta.get("val")) if node.op != "output" else []
+    if node.op != "call_function" or not tensors:
+        return Flow(tuple(space.fresh_axes(x.shape) for x in tensors) or ((),))
+    op, rule = Op(node, space, axes), rule_for(node.target)
+    return rule(op) if rule else op.unknown()
 
 
 @axes_rule(operator.getitem)

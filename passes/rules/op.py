@@ -115,7 +115,7 @@ class Op:
         axes, mixed = self.axes(self.operands[0]), set(mixed)
         outputs = tuple(
             tuple(
-                label if dim not in mixed or keep_labels else self.space.fresh(size)
+                label if dim not in mixed or keep_labels else self.space.fresh_part(size, label)
                 for dim, (label, size) in enumerate(zip(axes, out.shape, strict=True))
             )
             for out in self.results

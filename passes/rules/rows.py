@@ -21,6 +21,17 @@ RowsRule = Callable[["Call"], Any]
 ROWS_RULES: dict[Any, RowsRule] = {}
 _MEAN, _SUM = 1, 2
 
+#: Operations whose operands don't broadcast to one result: one that all instances share can't be given a batch dim.
+_FIXED_RANK = (
+    aten.broadcast_tensors.default,
+    aten.linear.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.addmm.default,
+    aten.baddbmm.default,
+    aten.embedding.default,
+    aten.einsum.default,
+)
 #: Losses whose target names a class, or says that a position has none.
 LABEL_LOSSES = (aten.cross_entropy_loss.default, aten.nll_loss_nd.default)
 ELEMENTWISE_LOSSES = (
@@ -45,7 +56,28 @@ def rows_rule(*targets: Any) -> Callable[[RowsRule], RowsRule]:
 
 def rerun(call: Call) -> Any:
     """The default: the same call on operands restricted where they carry the row, in full elsewhere."""
-    return call.target(*call.args, **call.kwargs) if call.carries_rows else NotImplemented
+    return (
+        call.target(*call.args, **call.kwargs) if call.carries_rows and _instances_stay_apart(call) else NotImplemented
+    )
+
+
+def _instances_stay_apart(call: Call) -> bool:
+    """True when a row needs operands of its own instance alone, so that instances may have different rows."""
+    axes = call.streams.axes
+    at = axes.batch_dim_of(axes.of(call.node)) if axes.batch else None
+    carrying = [i for i in range(len(call.operands)) if call._carried(i) is not None]
+    return at is None or all(_has_instances(call, i, at) for i in carrying)
+
+
+def _has_instances(call: Call, operand: int, at: int) -> bool:
+    """True when an operand carries the batch to dim ``at`` of the result, or can be broadcast there."""
+    axes = call.streams.axes
+    labels, rank = axes.of(call.operands[operand]), len(axes.of(call.node))
+    own = axes.batch_dim_of(labels)
+    if own is not None:
+        return axes.carried(call.node, operand, at) == own
+    place = at + len(labels) - rank
+    return call.target not in _FIXED_RANK and (place < 0 or not labels[place])
 
 
 @rows_rule(
@@ -71,14 +103,21 @@ def expand(call: Call) -> Any:
 @rows_rule(aten.scaled_dot_product_attention.default)
 def attention(call: Call) -> Any:
     """Query rows attend to all keys; a causal flag becomes a comparison of positions."""
-    if not call.carries_rows:
+    if not (call.carries_rows and _instances_stay_apart(call)):
         return NotImplemented
+    if call.dim != len(call["query"].shape) - 2:
+        return _attention_beside(call)
     query, key, value = call.rows(0), call.full(1), call.full(2)
     mask = None if call["attn_mask"] is None else call.rows(3)
     if call["is_causal"]:
         mask = call.positions() >= torch.arange(key.shape[-2], device=key.device)
     options = {name: call[name] for name in ("dropout_p", "scale", "enable_gqa")}
     return call.target(query, key, value, mask, **options)
+
+
+def _attention_beside(call: Call) -> Any:
+    """The tokens are a leading dim: one attention each, where keys and values have that dim too."""
+    return rerun(call) if all(call._carried(i) is not None for i in range(3)) else NotImplemented
 
 
 @rows_rule(*LABEL_LOSSES)

@@ -1,0 +1,132 @@
+"""Show: a program as text, a line for every value of its latest graph, with what the passes found out about it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from .audit import Audit
+from .factors import Dim
+from .program import Program
+from .rules.op import is_tensor
+
+#: Arguments that say where and how a value lies in memory, not what it is.
+_PLACEMENT = ("device", "layout", "memory_format", "pin_memory")
+
+
+def show(program: Program) -> str:
+    """What the latest pass made of ``program``: its graph, after ``ditch`` the rewritten one, after ``saved tensors`` what
+    is saved for backward.
+
+    A line is ``name: type[shape] = operation(arguments)  # remarks``. A leading ``*``: the value carries gradient. In a
+    shape, ``t:`` and ``b:`` mark the token axis and the batch; factors of one dim stand in parentheses. In the rewritten
+    graph the remark is the stream that a value belongs to.
+
+    >>> print(show(analysis().run(Program(gm, inputs))))  # doctest: +SKIP
+    * embedding: f32[b:2, t:5, 8] = embedding(weight, ids)  # stream
+    """
+    if program.audit is not None:
+        return "\n".join(_saved(program.audit))
+    if program.rewrite is not None:
+        return "\n".join(_rewritten_line(node) for node in program.rewrite.module.graph.nodes)
+    return "\n".join(_line(program, node) for node in program.graph.nodes)
+
+
+def _line(program: Program, node: fx.Node) -> str:
+    live = program.activity is not None and node in program.activity.live
+    return _text("* " if live else "  ", node, _type(program, node), ", ".join(_remarks(program, node)))
+
+
+def _rewritten_line(node: fx.Node) -> str:
+    """No pass has looked at the rewritten graph: its nodes carry the stream that they belong to."""
+    stream = node.meta.get("custom", {}).get("tokenseek", "seek")
+    return _text("  ", node, _plain_type(node.meta.get("val")), stream if node.op == "call_function" else "")
+
+
+def _text(mark: str, node: fx.Node, kind: str, remark: str) -> str:
+    if node.op == "output":
+        return f"  return {_argument(node.args[0])}"
+    made = f" = {_call(node)}" if node.op == "call_function" else ""
+    return f"{mark}{node.name}: {kind}{made}" + (f"  # {remark}" if remark else "")
+
+
+def _remarks(program: Program, node: fx.Node) -> Iterator[str]:
+    if node.op == "placeholder":
+        yield "input"
+    if program.axes and any(node is attention.node for attention in program.axes.attentions):
+        yield "attention"
+    if program.blocks and node in program.blocks.stream:
+        yield "stream"
+    if program.blocks and node is program.blocks.last_entry:
+        yield "the last block begins"
+    if program.activity and node in program.activity.losses:
+        yield "loss"
+
+
+def _type(program: Program, node: fx.Node) -> str:
+    if program.axes is None or not is_tensor(node):
+        return _plain_type(node.meta.get("val"))
+    labels, shape = program.axes.of(node), node.meta["val"].shape
+    dims = [_dim(program, label, size) for label, size in zip(labels, shape, strict=True)]
+    return f"{_dtype(node.meta['val'].dtype)}[{', '.join(dims)}]"
+
+
+def _dim(program: Program, label: Dim, size: Any) -> str:
+    """``5``, ``t:5`` or ``(b:2 t:5)``."""
+    assert program.axes is not None
+    factors: list[str] = []
+    while label:
+        name, axis = next(
+            ((name, axis) for name, axis in _named(program) if axis and label[: len(axis)] == axis), ("", label[:1])
+        )
+        factors.append(f"{name}{program.axes.space.size(axis)}")
+        label = label[len(axis) :]
+    named = any(":" in factor for factor in factors)
+    return str(size) if not named else factors[0] if len(factors) == 1 else f"({' '.join(factors)})"
+
+
+def _named(program: Program) -> list[tuple[str, Dim]]:
+    assert program.axes is not None
+    return [("b:", program.axes.batch), ("t:", program.axes.token)]
+
+
+def _plain_type(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{_dtype(value.dtype)}[{', '.join(map(str, value.shape))}]"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(_plain_type, value))})"
+    return type(value).__name__
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.").replace("float", "f").replace("int", "i")
+
+
+def _call(node: fx.Node) -> str:
+    keywords = [f"{name}={_argument(value)}" for name, value in node.kwargs.items() if name not in _PLACEMENT]
+    return f"{_operation(node.target)}({', '.join([*map(_argument, node.args), *keywords])})"
+
+
+def _operation(target: Any) -> str:
+    """``aten.pow.Tensor_Scalar`` -> ``pow``; operations of others keep their namespace."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.removeprefix("aten::").replace("::", ".")
+    return getattr(target, "__name__", str(target))
+
+
+def _argument(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        inside = ", ".join(map(_argument, value))
+        return f"({inside})" if isinstance(value, tuple) else f"[{inside}]"
+    return "end" if value == sys.maxsize and not isinstance(value, fx.Node) else str(value)
+
+
+def _saved(audit: Audit) -> Iterator[str]:
+    """A line for every tensor saved for backward, by kind, the largest first."""
+    yield f"{audit.bytes:>6} bytes saved for backward"
+    for edge in sorted(audit.edges, key=lambda edge: (edge.kind, -edge.bytes, edge.shape)):
+        yield f"{edge.bytes:>6} {edge.kind:<12} {_dtype(edge.dtype)}[{', '.join(map(str, edge.shape))}]"

@@ -1,0 +1,78 @@
+"""Comparing a compiled model with the eager reference."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import tokenseek_fx
+from tokenseek_fx import reference
+
+Grads = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One forward and backward: the model's output, its gradients by parameter, the kept rows."""
+
+    output: Any
+    grads: Grads
+    indices: torch.Tensor
+
+    @property
+    def loss(self) -> torch.Tensor:
+        return loss_of(self.output)
+
+
+def loss_of(output: Any) -> torch.Tensor:
+    return output.loss if hasattr(output, "loss") else output[0] if isinstance(output, tuple) else output
+
+
+def grads_of(model: nn.Module) -> Grads:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def compiled(model: nn.Module, batch: dict[str, Any], **options: Any) -> Run:
+    """Train one step with ``backend="tokenseek"`` on a copy of ``model``, strictly."""
+    torch._dynamo.reset()
+    model = copy.deepcopy(model)
+    options = {"inner": "aot_eager", "keep_ratio": 0.3, "strict": True, **options}
+    run = torch.compile(model, backend="tokenseek", options=options)
+    with tokenseek_fx.record() as rec:
+        output = run(**batch)
+    loss_of(output).backward()
+    (selection,) = rec
+    return Run(output, grads_of(model), selection.indices)
+
+
+def by_reference(model: nn.Module, batch: dict[str, Any], indices: torch.Tensor, length: int | None = None) -> Run:
+    """The same step by the eager definition."""
+    model = copy.deepcopy(model)
+    with reference.ditching(model, indices, length=length):
+        output = model(**batch)
+        loss_of(output).backward()
+    return Run(output, grads_of(model), indices)
+
+
+def error(a: Grads, b: Grads) -> float:
+    """The largest difference of two sets of gradients over the largest gradient."""
+    assert set(a) == set(b), set(a) ^ set(b)
+    assert all(torch.isfinite(g).all() for g in b.values())
+    largest = max(g.abs().max().item() for g in b.values())
+    assert largest > 0
+    return max((a[name].double() - b[name].double()).abs().max().item() for name in a) / largest
+
+
+def assert_matches(
+    model: nn.Module, batch: dict[str, Any], tol: float, length: int | None = None, **options: Any
+) -> Run:
+    """Loss and every gradient equal the reference for the rows that were kept."""
+    run = compiled(model, batch, **options)
+    expected = by_reference(model, batch, run.indices, length)
+    torch.testing.assert_close(run.loss.detach(), expected.loss.detach(), rtol=max(tol, 1e-6), atol=0)
+    assert error(run.grads, expected.grads) <= tol
+    return run

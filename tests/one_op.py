@@ -1,0 +1,235 @@
+"""One operation through the real machinery: its axes, any axis named the token, and its streams, run eagerly.
+
+A ``Case`` is one row of the operation table. Its operands are written in named axes: ``"b t i, o i, o"``. A letter is an
+axis with a size of its own, ``(t d)`` is a merged dim, ``1`` a dim of size 1. Small letters are different axes in every
+operand until the rule says that they are one; a capital letter is one axis everywhere, as if the rest of the graph said so.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tokenseek_fx.passes.activity import FindActivity
+from tokenseek_fx.passes.ditch import Barrier, Streams
+from tokenseek_fx.passes.factors import Axes, Dim, Space
+from tokenseek_fx.passes.geometry import Geometry
+from tokenseek_fx.passes.program import Program
+from tokenseek_fx.passes.rules.axes import flow_of
+from tokenseek_fx.passes.token_axes import TokenAxes, find
+
+SIZES = (2, 4, 3, 5, 6, 7)
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation, its operands in named axes, and the axes along which its rows stay apart (``rows``).
+
+    ``args(n, *operands)``: its arguments; ``n.t`` is the size of axis t (p: a pair) and ``n.dim`` a dim (1 unless drawn). A term that
+    starts with ``bool``, ``complex``, ``const`` (without gradient) or ``<v`` (integers below the size of v) is of that kind.
+    ``shares``: as the batch, these axes may be absent from an operand that has the tokens: it is broadcast.
+    """
+
+    op: Any
+    operands: str
+    rows: str
+    args: Callable[..., tuple]
+    kwargs: dict[str, Any]
+    shares: str = ""
+
+    @property
+    def terms(self) -> list[str]:
+        return [term.strip() for term in self.operands.split(",")]
+
+    @property
+    def letters(self) -> list[str]:
+        text = re.sub("bool|complex|const", "", self.operands)
+        return list(dict.fromkeys(re.findall("[A-Za-z]", text)))
+
+    def sizes(self, sizes: Sequence[int] = SIZES, dim: int = 1) -> SimpleNamespace:
+        return SimpleNamespace(**{**dict(zip(self.letters, sizes, strict=False)), "p": 2, "dim": dim})
+
+    def __str__(self) -> str:
+        return f"{getattr(self.op, '__name__', self.op)}({self.operands})"
+
+
+def _kind(term: str) -> tuple[str, str]:
+    """``"<v b t"`` -> (``"<v"``, ``"b t"``)."""
+    head, _, rest = term.partition(" ")
+    return (head, rest) if head in ("bool", "complex", "const") or head.startswith("<") else ("", term)
+
+
+def _dims(axes: str) -> list[str]:
+    """``"b (t d) 1"`` -> ``["b", "td", ""]``."""
+    return [re.sub(r"[() 1]", "", dim) for dim in re.findall(r"\([^)]*\)|\S", axes)]
+
+
+def draw(case: Case, n: SimpleNamespace, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Random operands."""
+    return [_random(*_kind(term), n, dtype) for term in case.terms]
+
+
+def _random(kind: str, axes: str, n: SimpleNamespace, dtype: torch.dtype) -> Tensor:
+    shape = [_size(dim, n) for dim in _dims(axes)]
+    if kind.startswith("<"):
+        return torch.randint(getattr(n, kind[1:]), shape)
+    if kind == "bool":
+        return torch.rand(shape) < 0.7
+    return torch.randn(shape, dtype=dtype.to_complex() if kind == "complex" else dtype)
+
+
+def _size(dim: str, n: SimpleNamespace) -> int:
+    return int(torch.tensor([getattr(n, letter) for letter in dim], dtype=torch.int64).prod())
+
+
+@dataclass(frozen=True)
+class OneOp:
+    """A graph of one operation: its operands are placeholders, its tensor results are returned."""
+
+    program: Program
+    axes: TokenAxes
+    node: fx.Node
+    results: tuple[fx.Node, ...]
+    names: dict[str, list[Dim]]
+
+    @property
+    def operands(self) -> list[fx.Node]:
+        return self.program.placeholders
+
+    def values(self, operands: Sequence[Tensor]) -> dict[fx.Node, Any]:
+        """The value of every node of the graph."""
+        values: dict[fx.Node, Any] = dict(zip(self.operands, operands, strict=True))
+        for node in (self.node, *(result for result in self.results if result is not self.node)):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = node.target(*args, **kwargs)
+        return values
+
+    def named(self, token: Dim, batch: Dim) -> OneOp:
+        """The same with these axes as the token axis and the batch."""
+        resolve = self.axes.space.resolve
+        axes = replace(self.axes, token=resolve(token), batch=resolve(batch))
+        return replace(self, axes=axes, program=replace(self.program, axes=axes))
+
+
+def build(case: Case, n: SimpleNamespace, operands: Sequence[Tensor]) -> OneOp:
+    """The graph of the operation on these operands, with the axes that its rule gives."""
+    graph, space, names = fx.Graph(), Space(), {}
+    placeholders = [graph.placeholder(f"x{i}") for i in range(len(operands))]
+    axes: dict[fx.Node, tuple[Axes, ...]] = {}
+    for node, term, value in zip(placeholders, case.terms, operands, strict=True):
+        node.meta["val"] = value
+        axes[node] = (_axes(_kind(term)[1], n, space, names),)
+    node = graph.call_function(case.op, case.args(n, *placeholders), case.kwargs)
+    node.meta["val"] = _call(node, dict(zip(placeholders, operands, strict=True)))
+    results = tuple(_results(graph, node))
+    graph.output(results)
+    flows = {}
+    for x in dict.fromkeys((node, *results)):
+        flows[x] = flow_of(x, space, axes)
+        axes[x] = flows[x].outputs
+    program = Program(fx.GraphModule(torch.nn.Module(), graph), tuple(operands))
+    found = TokenAxes(space, axes, flows, (), _known=frozenset({node}))
+    program = replace(FindActivity().run(program), axes=found)
+    return OneOp(program, found, node, results, names)
+
+
+def _axes(axes: str, n: SimpleNamespace, space: Space, names: dict[str, list[Dim]]) -> Axes:
+    def factor(letter: str) -> Dim:
+        if letter.islower() or letter not in names:
+            names.setdefault(letter, []).append(space.fresh(getattr(n, letter)))
+        return names[letter][-1]
+
+    return tuple(sum((factor(letter) for letter in dim), ()) for dim in _dims(axes))
+
+
+def _call(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    return node.target(*args, **kwargs)
+
+
+def _results(graph: fx.Graph, node: fx.Node) -> Iterator[fx.Node]:
+    value = node.meta["val"]
+    if isinstance(value, Tensor):
+        yield node
+        return
+    for i, part in enumerate(value):
+        item = graph.call_function(operator.getitem, (node, i))
+        item.meta["val"] = part
+        yield item
+
+
+# -- rows, spelled out by coordinates, without passes/geometry.py -------------------------------------------------------
+
+
+def coordinate(space: Space, label: Dim, needle: Dim) -> Tensor:
+    """For every index of a dim: where it stands along the factors ``needle`` of its label."""
+    at = find(needle, label)
+    assert at is not None
+    return torch.arange(space.size(label)) // space.size(label[at + len(needle) :]) % space.size(needle)
+
+
+def rows_index(axes: TokenAxes, labels: Axes, dim: int, indices: Tensor) -> tuple[Tensor, ...]:
+    """The index with which ``value[index]`` are the selected rows of ``value`` along ``dim``."""
+    size, label, kept = axes.space.size, labels[dim], indices.shape[1]
+    start = find(axes.token, label)
+    assert start is not None
+    before, after = label[:start], label[start + len(axes.token) :]
+    counts = [kept * size(label) // size(axes.token) if i == dim else size(other) for i, other in enumerate(labels)]
+    grid = list(torch.meshgrid(*(torch.arange(count) for count in counts), indexing="ij"))
+    outer, inner = grid[dim] // (kept * size(after)), grid[dim] % size(after)
+    instance = torch.zeros_like(outer)
+    if axes.batch:
+        if find(axes.batch, before) is not None:
+            instance = coordinate(axes.space, before, axes.batch)[outer]
+        elif find(axes.batch, after) is not None:
+            instance = coordinate(axes.space, after, axes.batch)[inner]
+        else:
+            at = next(i for i, other in enumerate(labels) if find(axes.batch, other) is not None)
+            instance = coordinate(axes.space, labels[at], axes.batch)[grid[at]]
+    token = indices[instance, grid[dim] // size(after) % kept]
+    grid[dim] = (outer * size(axes.token) + token) * size(after) + inner
+    return tuple(grid)
+
+
+def selection(op: OneOp) -> Tensor:
+    """Random sorted rows, half of them, for every instance."""
+    tokens, batch = op.axes.space.size(op.axes.token), op.axes.space.size(op.axes.batch)
+    return torch.rand(batch, tokens).argsort(1)[:, : tokens // 2].sort(1).values
+
+
+def ditch(op: OneOp, operands: Sequence[Tensor], indices: Tensor) -> tuple[dict[fx.Node, Tensor], list[Barrier]]:
+    """What the ditch stream makes of the operation: its results restricted where they have rows, and its barriers."""
+    axes, barriers = op.axes, []
+    geometry = Geometry(axes, indices, axes.space.size(axes.batch), axes.space.size(axes.token))
+    seek = op.values([x.detach() for x in operands])
+    streams = Streams(op.program, seek, geometry, tuple(operands), barriers)
+    streams.run()
+    live = [node for node in op.results if node in op.program.activity.live]
+    value = {n: streams.rows(n, axes.row_dim(n)) if axes.has_rows(n) else streams.full(n) for n in live}
+    return value, barriers
+
+
+def law(op: OneOp, operands: Sequence[Tensor], indices: Tensor) -> dict[fx.Node, Tensor]:
+    """The definition: the operation in full on operands whose other rows are detached, then the selected rows of it."""
+    values = op.values([_only(op.axes, *pair, indices) for pair in zip(op.operands, operands, strict=True)])
+    live = [node for node in op.results if node in op.program.activity.live]
+    return {node: _selected(op.axes, node, values[node], indices) for node in live}
+
+
+def _only(axes: TokenAxes, node: fx.Node, x: Tensor, indices: Tensor) -> Tensor:
+    if not x.requires_grad or not axes.has_rows(node):
+        return x
+    kept = torch.zeros_like(x, dtype=torch.bool)
+    kept[rows_index(axes, axes.of(node), axes.row_dim(node), indices)] = True
+    return torch.where(kept, x, x.detach())
+
+
+def _selected(axes: TokenAxes, node: fx.Node, x: Tensor, indices: Tensor) -> Tensor:
+    return x[rows_index(axes, axes.of(node), axes.row_dim(node), indices)] if axes.has_rows(node) else x

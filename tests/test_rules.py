@@ -1,0 +1,120 @@
+"""The law of every rule, over every placement of the token axis and the batch: selecting rows commutes with the operation.
+
+``rows(op(x)) == ditch(op)(rows(x))``, values and gradients, for every row of the operation table.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from itertools import product
+
+import pytest
+import torch
+from torch._ops import HigherOrderOperator
+from one_op import Case, OneOp, build, ditch, draw, law, selection
+from operations import RANDOM, TABLE
+
+from tokenseek_fx.passes.errors import GraphNotSupported
+from tokenseek_fx.passes.factors import Dim
+from tokenseek_fx.passes.rules.op import AXES_RULES
+from tokenseek_fx.passes.rules.rows import LABEL_LOSSES
+
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def placements(case: Case, op: OneOp) -> Iterator[tuple[str, Dim, str, Dim]]:
+    """Every axis as the token axis, with no batch and with every other axis as the batch (not one that the keys share)."""
+    axes = [
+        (letter, dim) for letter, dims in op.names.items() for dim in dict.fromkeys(map(op.axes.space.resolve, dims))
+    ]
+    for (token, t), (batch, b) in product(axes, [("", ()), *axes]):
+        if not set(t) & set(b) and not batch.isupper():
+            yield token, t, batch, b
+
+
+def is_barrier(case: Case, op: OneOp, token: str, batch: str) -> bool | None:
+    """What the table says; None where it says nothing: an operand has the tokens of all instances at once."""
+    live = op.program.activity.live
+    if not any(op.axes.has_rows(node) for node in (*op.operands, op.node) if node in live):
+        return False
+    with_token = [term for term in case.terms if token in term]
+    if batch and batch not in case.shares and any(batch not in term for term in with_token):
+        return None
+    return token not in case.rows or batch not in case.rows
+
+
+def which_live(case: Case) -> Iterator[list[bool]]:
+    """All float operands carry gradient, or the first of them alone."""
+    floats = [not term.startswith(("const", "<", "bool")) for term in case.terms]
+    yield floats
+    if sum(floats) > 1:
+        first = floats.index(True)
+        yield [i == first for i in range(len(floats))]
+
+
+@pytest.mark.parametrize("case", TABLE, ids=str)
+def test_selecting_rows_commutes_with_the_operation(case):
+    torch.manual_seed(0)
+    n = case.sizes()
+    operands = draw(case, n)
+    for live in which_live(case):
+        operands = [x.detach().requires_grad_(flag) for x, flag in zip(operands, live, strict=True)]
+        op = build(case, n, operands)
+        for token, t, batch, b in placements(case, op):
+            check_placement(case, op.named(t, b), operands, token, batch)
+
+
+def check_placement(case: Case, op: OneOp, operands: list[torch.Tensor], token: str, batch: str) -> None:
+    place, barrier = f"token {token}, batch {batch or 'none'}", is_barrier(case, op, token, batch)
+    try:
+        barriers = check_law(op, operands, place)
+    except GraphNotSupported:  # a loss over something else than all tokens has no definition
+        assert case.op in LABEL_LOSSES, place
+        assert not op.axes.has_rows(op.node), place
+    else:
+        if op.node in op.program.activity.live:
+            assert barrier in (None, bool(barriers)), place
+
+
+def check_law(op: OneOp, operands: list[torch.Tensor], place: str) -> int:
+    """Values and gradients of the ditch stream are those of the definition; returns the number of barriers."""
+    indices = selection(op)
+    actual, barriers = ditch(op, operands, indices)
+    expected = law(op, operands, indices)
+    assert actual.keys() == expected.keys()
+    for node, value in expected.items():
+        torch.testing.assert_close(actual[node], value, **EXACT, msg=lambda text: f"{place}: {text}")
+    seed = {node: torch.randn_like(value) for node, value in expected.items() if value.requires_grad}
+    for a, e in zip(grads(actual, seed, operands), grads(expected, seed, operands), strict=True):
+        torch.testing.assert_close(a, e, **EXACT, msg=lambda text: f"{place}: gradient: {text}")
+    return len(barriers)
+
+
+def grads(results: dict, seed: dict, operands: list[torch.Tensor]) -> list[torch.Tensor]:
+    live = [x for x in operands if x.requires_grad]
+    if not seed:
+        return []
+    total = sum((results[node] * seed[node]).real.sum() for node in seed)
+    return list(torch.autograd.grad(total, live, allow_unused=True, materialize_grads=True))
+
+
+def test_every_axes_rule_has_a_row_in_the_table():
+    in_table = {case.op for case in [*TABLE, *RANDOM]} | {operator.getitem}
+    missing = [op for op in AXES_RULES if op not in in_table and not isinstance(op, HigherOrderOperator)]
+    assert not missing
+
+
+@pytest.mark.parametrize("case", RANDOM, ids=str)
+def test_random_draws_are_restricted_to_the_rows(case):
+    """Their rows are drawn anew, so only shapes can be compared."""
+    n = case.sizes()
+    operands = [x.sigmoid().requires_grad_() for x in draw(case, n)]
+    op = build(case, n, operands)
+    for token, t, batch, b in placements(case, op):
+        placed = op.named(t, b)
+        indices = selection(placed)
+        actual, barriers = ditch(placed, operands, indices)
+        expected = law(placed, operands, indices)
+        assert {node: x.shape for node, x in actual.items()} == {node: x.shape for node, x in expected.items()}
+        assert bool(barriers) == bool(is_barrier(case, placed, token, batch))
