@@ -3,8 +3,8 @@
     python benchmarks/step.py --setting 1 --rounds 3 --steps 5 --out out/bench
 
 Every row runs in its own process, in turns (all rows, then all rows again), from the same weights and ids. A step is
-forward + backward. Peak memory is resident memory above model and gradients. The first step is reported from round one,
-with an empty Inductor cache; later rounds find their kernels in it.
+forward + backward. Peak memory is resident memory above model and gradients, with and without the allocator's slack. The
+first step is reported from round one, with an empty Inductor cache; later rounds find their kernels in it.
 """
 
 import argparse
@@ -116,10 +116,16 @@ def work(row: str, setting: Setting, steps: int) -> Result:
     return {"first": first, "loss": loss, "seconds": seconds, "peak": peak.bytes, **saved}
 
 
-def spawn(row: str, setting: Setting, steps: int, cache: Path) -> Result:
+# glibc keeps freed memory for itself, by an amount that depends on the order of sizes more than on what is in use. With a
+# fixed threshold tensors are mapped and unmapped one by one, and resident memory is memory in use. It slows every row, so
+# times are taken without it.
+EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
+
+def spawn(row: str, setting: Setting, steps: int, cache: Path, environment: dict[str, str]) -> Result:
     """The same in a process of its own; its errors are part of the result."""
     command = [sys.executable, __file__, "--worker", json.dumps([row, asdict(setting), steps])]
-    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache)} | environment
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     for line in done.stderr.splitlines():
         if done.returncode or "Warning" in line:
@@ -127,14 +133,17 @@ def spawn(row: str, setting: Setting, steps: int, cache: Path) -> Result:
     return {"failed": done.returncode} if done.returncode else json.loads(done.stdout.splitlines()[-1])
 
 
-def rounds(setting: Setting, count: int, steps: int) -> dict[str, list[Result]]:
-    """Every row once, then every row again: a drift of the machine meets all rows alike."""
-    results: dict[str, list[Result]] = {row: [] for row in ROWS}
+def rounds(rows: list[str], setting: Setting, count: int, steps: int) -> dict[str, list[Result]]:
+    """Every row once, then every row again: a drift of the machine meets all rows alike. A last round for memory."""
+    results: dict[str, list[Result]] = {row: [] for row in rows}
+    names = [*(f"round {number + 1}/{count}" for number in range(count)), "memory"]
     with tempfile.TemporaryDirectory() as caches:
-        for number in range(count):
-            for index, row in enumerate(ROWS):
-                console.print(f"round {number + 1}/{count}: {row} ...", end=" ", highlight=False)
-                results[row].append(spawn(row, setting, steps, Path(caches) / str(index)))
+        for name in names:
+            memory = name == "memory"
+            for index, row in enumerate(rows):
+                console.print(f"{name}: {row} ...", end=" ", highlight=False)
+                cache, environment = Path(caches) / str(index), EXACT_MEMORY if memory else {}
+                results[row].append(spawn(row, setting, 2 if memory else steps, cache, environment))
                 console.print(describe(results[row][-1]), highlight=False)
     return results
 
@@ -148,11 +157,13 @@ def describe(result: Result) -> str:
 
 
 def summary(runs: list[Result]) -> Result:
-    """Medians over all rounds; first step, loss and saved bytes from round one."""
+    """Medians over all rounds; first step, loss and saved bytes from round one, memory in use from the last."""
     if failed := [run for run in runs if "failed" in run]:
         return failed[0]
-    seconds = [value for run in runs for value in run["seconds"]]
-    medians = {"step": statistics.median(seconds), "peak": statistics.median(run["peak"] for run in runs)}
+    *timed, memory = runs
+    seconds = [value for run in timed for value in run["seconds"]]
+    medians = {"step": statistics.median(seconds), "resident": statistics.median(run["peak"] for run in timed)}
+    medians["peak"] = memory["peak"]
     saved = {"saved": runs[0]["activations"] + runs[0]["logits"]}
     return runs[0] | medians | saved | {"fastest": min(seconds), "slowest": max(seconds)}
 
@@ -161,6 +172,7 @@ def summary(runs: list[Result]) -> Result:
 COLUMNS: dict[str, tuple[str, str, float, str | None]] = {
     "step s": ("step", ".2f", 1, "torch.compile"),
     "peak MB": ("peak", ".0f", 1e6, "eager"),
+    "with allocator slack": ("resident", ".0f", 1e6, "eager"),
     "saved MB": ("saved", ".1f", 1e6, "torch.compile"),
     "of it logits": ("logits", ".1f", 1e6, None),
     "first step s": ("first", ".1f", 1, "torch.compile"),
@@ -218,6 +230,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", choices=[*SETTINGS, "all"], default="all")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
     parser.add_argument("--rounds", type=int, default=3, help="processes per row, default 3")
     parser.add_argument("--steps", type=int, default=5, help="measured steps per process, default 5")
     parser.add_argument(
@@ -245,7 +258,7 @@ def main() -> int:
 def report(chosen: list[Setting], options: argparse.Namespace) -> int:
     """Tables on the terminal, figures and tables on disk; 1 if a row failed."""
     where = machine()
-    runs = {str(setting): rounds(setting, options.rounds, options.steps) for setting in chosen}
+    runs = {str(setting): rounds(options.rows, setting, options.rounds, options.steps) for setting in chosen}
     every = {name: {row: summary(results) for row, results in rows.items()} for name, rows in runs.items()}
     for setting in chosen:
         show(setting, every[str(setting)])

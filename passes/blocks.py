@@ -12,7 +12,6 @@ import networkx as nx
 from torch import fx
 
 from .program import Program
-from .rules.op import is_tensor
 from .token_axes import Attention
 
 _ROOT, _SINK = "root", "sink"
@@ -62,7 +61,7 @@ def _flow_graph(program: Program) -> nx.DiGraph:
     flow = nx.DiGraph()
     flow.add_nodes_from([_ROOT, _SINK])
     for node in program.graph.nodes:
-        if node not in live or not is_tensor(node):
+        if node not in live:
             continue
         sources = [arg for arg in node.all_input_nodes if arg in flow]
         if sources or axes.has_rows(node):

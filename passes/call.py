@@ -56,14 +56,14 @@ class Call:
     @property
     def carries_rows(self) -> bool:
         """True when a row of the result depends on the same row of some operand, and on the others in full."""
-        return any(self._carried(i) is not None for i in range(len(self.operands)))
+        return any(self.carried(i) is not None for i in range(len(self.operands)))
 
     def full(self, operand: int) -> torch.Tensor:
         return self.streams.full(self.operands[operand])
 
     def rows(self, operand: int) -> torch.Tensor:
         """The operand restricted where it carries the row of the result, else in full."""
-        dim = self._carried(operand)
+        dim = self.carried(operand)
         return self.full(operand) if dim is None else self._restricted(operand, dim)
 
     def own_rows(self, operand: int) -> torch.Tensor:
@@ -109,7 +109,7 @@ class Call:
 
         return pytree.tree_map(leaf, value)
 
-    def _carried(self, operand: int) -> int | None:
+    def carried(self, operand: int) -> int | None:
         """The operand's dim that carries the token rows of the result."""
         if self.dim is None:
             return None

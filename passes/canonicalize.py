@@ -51,12 +51,12 @@ class Canonicalize:
     name: str = "canonicalize"
 
     def run(self, program: Program) -> Program:
+        _refuse_function_transforms(program.module)
         fakes = fake_inputs(program.module, program.inputs)
         writes: list[int] = []
         with warnings.catch_warnings(), fx_traceback.preserve_node_meta(), fake_mode_of(fakes):
             warnings.filterwarnings("ignore", message=".*pre-dispatch.*")
-            trace = make_fx(_functional(program.module, writes), pre_dispatch=True, tracing_mode="real")
-            module = trace(*fakes)
+            module = _traced(_functional(program.module, writes), fakes)
         _tidy(module)
         return replace(program, module=module, inputs=fakes, mutated=tuple(writes))
 
@@ -171,6 +171,27 @@ def _functional(module: fx.GraphModule, writes: list[int]) -> Any:
         return (*pytree.tree_leaves(flat, is_leaf=lambda x: x is None), *changed.values())
 
     return run
+
+
+def _refuse_function_transforms(module: fx.GraphModule) -> None:
+    """``torch.func`` transforms (vmap, grad) wrap values in a way that functionalization can't see through."""
+    for node in module.graph.nodes:
+        if node.op == "call_function" and (getattr(node.target, "__module__", None) or "").startswith(
+            "torch._functorch"
+        ):
+            raise GraphNotSupported(
+                f"The model uses a torch.func transform ({node.target.__name__}) in its forward.",
+                "Write it with batched operations.",
+                node,
+            )
+
+
+def _traced(function: Any, inputs: tuple) -> fx.GraphModule:
+    try:
+        return make_fx(function, pre_dispatch=True, tracing_mode="real")(*inputs)
+    except Exception as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise GraphNotSupported(f"The graph can't be traced to ATen ({type(error).__name__}: {first_line}).") from error
 
 
 def _tidy(module: fx.GraphModule) -> None:

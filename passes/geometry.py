@@ -49,6 +49,8 @@ class Geometry:
         """Sizes of ``value`` with batch and token axis as dims of their own, the gather index, and the token's place."""
         pieces = [piece for i, label in enumerate(labels) for piece in self._pieces(label, value.shape[i], i == dim)]
         kinds, sizes = [kind for kind, _ in pieces], [size for _, size in pieces]
+        if kinds.count("batch") > 1:
+            raise GraphNotSupported("A value has the batch axis twice (it compares instances), its rows have no owner.")
         at = kinds.index("token")
         index = self.indices
         if "batch" in kinds:

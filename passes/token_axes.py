@@ -177,13 +177,12 @@ def _token(found: TokenAxes) -> Dim:
 
 
 def _batch(program: Program, found: TokenAxes, token: Dim) -> Dim:
-    """The batch: the leading factors of attention that also belong to the data the model is called with."""
-    data = {
-        factor
-        for node, value in zip(program.placeholders, program.inputs, strict=True)
-        if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter)
-        for dim in found.of(node)
-        for factor in dim
-    }
+    """The batch: the leading factors of attention that also belong to the data the model is called with (the inputs that
+    hold the token axis; where none does, as with images, those that are no parameters)."""
+    inputs = [
+        (set(sum(found.of(node), ())), value) for node, value in zip(program.placeholders, program.inputs, strict=True)
+    ]
+    data = [factors for factors, value in inputs if set(token) <= factors]
+    data = data or [factors for factors, value in inputs if not isinstance(value, torch.nn.Parameter)]
     leading = [f for dim in found.attentions[0].leading for f in found.space.resolve(dim)]
-    return tuple(f for f in leading if f in data and f not in token)
+    return tuple(f for f in leading if f in set().union(*data) and f not in token)

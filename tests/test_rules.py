@@ -11,15 +11,17 @@ from itertools import product
 
 import pytest
 import torch
-from torch._ops import HigherOrderOperator
-from one_op import Case, OneOp, build, ditch, draw, law, selection
+import torch.nn.functional as F
+from one_op import Case, OneOp, build, ditch, draw, law, rows_index, selection
 from operations import RANDOM, TABLE
+from torch._ops import HigherOrderOperator
 
 from tokenseek_fx.passes.errors import GraphNotSupported
 from tokenseek_fx.passes.factors import Dim
 from tokenseek_fx.passes.rules.op import AXES_RULES
 from tokenseek_fx.passes.rules.rows import LABEL_LOSSES
 
+aten = torch.ops.aten
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 
@@ -118,3 +120,43 @@ def test_random_draws_are_restricted_to_the_rows(case):
         expected = law(placed, operands, indices)
         assert {node: x.shape for node, x in actual.items()} == {node: x.shape for node, x in expected.items()}
         assert bool(barriers) == bool(is_barrier(case, placed, token, batch))
+
+
+LABELS = ["(b t) v, <v (b t)", "b v t, <v b t", "(t b) v, <v (t b)"]
+
+
+@pytest.mark.parametrize("ignored", [0, 5, 8])
+@pytest.mark.parametrize("reduction", [1, 2])
+@pytest.mark.parametrize("operands", LABELS)
+def test_a_loss_is_that_of_the_kept_labels_at_the_scale_of_the_full_loss(operands, reduction, ignored):
+    """A mean over the kept labels; a sum over them times labelled / kept labelled; 0 where none is kept."""
+    case = Case(aten.cross_entropy_loss.default, operands, "", lambda n, x, y: (x, y, None, reduction, -100), {})
+    torch.manual_seed(ignored)
+    x, y = draw(case, case.sizes())
+    y.view(-1)[torch.randperm(y.numel())[:ignored]] = -100
+    x.requires_grad_()
+    op = build(case, case.sizes(), [x, y])
+    op = op.named(op.names["t"][0], op.names["b"][0])
+    indices = selection(op)
+    kept = torch.full_like(y, -100)
+    rows = rows_index(op.axes, op.axes.of(op.operands[1]), op.axes.row_dim(op.operands[1]), indices)
+    kept[rows] = y[rows]
+    number = max(1, (kept != -100).sum().item())
+    scale = 1 / number if reduction == 1 else (y != -100).sum() / number
+    expected = F.cross_entropy(x, kept, reduction="sum") * scale
+    (actual,) = ditch(op, [x, y], indices)[0].values()
+    torch.testing.assert_close(actual, expected, **EXACT)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, x)[0] for loss in (actual, expected)), **EXACT)
+
+
+def test_a_loss_over_the_positions_of_an_answer_is_an_ordinary_loss():
+    """Extractive question answering: the tokens are the classes, so the loss needs them all."""
+    case = Case(aten.cross_entropy_loss.default, "b t, <t b", "", lambda n, x, y: (x, y), {})
+    torch.manual_seed(0)
+    x, y = draw(case, case.sizes())
+    op = build(case, case.sizes(), [x.requires_grad_(), y])
+    op = op.named(op.names["t"][0], op.names["b"][0])
+    indices = selection(op)
+    (actual,), (expected,) = (list(f.values()) for f in (ditch(op, [x, y], indices)[0], law(op, [x, y], indices)))
+    torch.testing.assert_close(actual, expected, **EXACT)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, x)[0] for loss in (actual, expected)), **EXACT)

@@ -1,5 +1,6 @@
 """tokenseek-fx: fine-tune any transformer on the tokens that matter, by rewriting its graph."""
 
+from . import passes, reference
 from .backend import backend
 from .config import Config, ConfigError
 from .explain import Explanation, explain
@@ -18,6 +19,8 @@ __all__ = [
     "TokenSeekWarning",
     "backend",
     "explain",
+    "passes",
     "record",
+    "reference",
 ]
 __version__ = "0.1.0"

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..errors import GraphNotSupported
+
 if TYPE_CHECKING:
     from ..call import Call
 
@@ -65,7 +67,7 @@ def _instances_stay_apart(call: Call) -> bool:
     """True when a row needs operands of its own instance alone, so that instances may have different rows."""
     axes = call.streams.axes
     at = axes.batch_dim_of(axes.of(call.node)) if axes.batch else None
-    carrying = [i for i in range(len(call.operands)) if call._carried(i) is not None]
+    carrying = [i for i in range(len(call.operands)) if call.carried(i) is not None]
     return at is None or all(_has_instances(call, i, at) for i in carrying)
 
 
@@ -117,12 +119,15 @@ def attention(call: Call) -> Any:
 
 def _attention_beside(call: Call) -> Any:
     """The tokens are a leading dim: one attention each, where keys and values have that dim too."""
-    return rerun(call) if all(call._carried(i) is not None for i in range(3)) else NotImplemented
+    return rerun(call) if all(call.carried(i) is not None for i in range(3)) else NotImplemented
 
 
 @rows_rule(*LABEL_LOSSES)
 def label_loss(call: Call) -> Any:
     """The loss of the kept labelled positions at the scale of the full loss; 0 where no kept position has a label."""
+    classes = min(1, call["self"].ndim - 1)
+    if call.streams.axes.row_dim(call.operands[0]) == classes:  # the tokens are the classes: each needs all of them
+        return NotImplemented
     if call["reduction"] not in (_MEAN, _SUM) or call["target"].is_floating_point():
         return elementwise_loss(call)
     logits, target = call.own_rows(0), call.own_rows(1)
@@ -151,7 +156,8 @@ def elementwise_loss(call: Call) -> Any:
     """A loss without labels: every kept position counts."""
     if call["reduction"] not in (_MEAN, _SUM):
         return rerun(call)
-    prediction, target = call.own_rows(0), call.own_rows(1)
-    arguments = {**call.arguments, "self": prediction, "target": target}
+    if any(call.streams.axes.token_dims(weight) for weight in call.operands[2:]):
+        raise GraphNotSupported("A loss is weighted by token inside its own call.", "Multiply it outside.", call.node)
+    arguments = {**call.arguments, "self": call.own_rows(0), "target": call.own_rows(1)}
     scale = 1 if call["reduction"] == _MEAN else call.geometry.tokens / call.geometry.kept
     return call.target(**arguments) * scale

@@ -1,0 +1,120 @@
+"""The documentation is true: its Python runs, its output blocks and graphs are what comes out, its links lead somewhere.
+
+- ```` ```python ````: executed, one namespace per file, in order. ```` ```sh ```` and the like are not run.
+- ```` ```text title="output" ````: what the Python block before it printed.
+- ```` ```text title="after NAME" ````: the golden graph after the pass NAME.
+
+In both, ``...`` stands for anything that was left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pytest
+import torch
+from golden_model import graphs
+
+from tokenseek_fx import Config
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+SUBJECTS = [page for page in PAGES if "```python" in page.read_text()]
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: ``info`` is what stands after the opening fence."""
+
+    info: str
+    text: str
+    line: int
+
+    @property
+    def title(self) -> str:
+        found = re.search(r'title="([^"]*)"', self.info)
+        return found[1] if found else ""
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    text = page.read_text()
+    for found in re.finditer(r"^```(.+)\n((?:.*\n)*?)^```$", text, re.MULTILINE):
+        yield Block(found[1], found[2], text[: found.start()].count("\n") + 2)
+
+
+def assert_shows(want: str, got: str) -> None:
+    if not doctest.OutputChecker().check_output(want, got, doctest.ELLIPSIS):
+        pytest.fail(f"the page shows\n{want}\nbut this comes out\n{got}")
+
+
+def run(page: Path, block: Block, namespace: dict) -> str:
+    """Execute a block; its errors point into the page."""
+    code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(code, namespace)
+    return out.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("page", SUBJECTS, ids=name)
+def test_code_runs_and_prints_what_the_page_shows(page):
+    namespace, printed = {"__name__": "__main__"}, ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for block in blocks(page):
+            if block.info.startswith("python"):
+                printed = run(page, block, namespace)
+            elif block.title == "output":
+                assert_shows(block.text, printed)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if 'title="after ' in page.read_text()], ids=name)
+def test_graphs_are_the_golden_ones(page):
+    shown = [block for block in blocks(page) if block.title.startswith("after ")]
+    assert [block.title for block in shown] == [f"after {name}" for name in graphs()]
+    for block in shown:
+        assert_shows(block.text, graphs()[block.title.removeprefix("after ")] + "\n")
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=name)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not target.startswith(("http://", "https://")):
+            path, _, anchor = target.partition("#")
+            file = (page.parent / path).resolve() if path else page
+            assert file.exists(), target
+            assert not anchor or anchor in anchors(file), target
+
+
+def anchors(page: Path) -> set[str]:
+    """Headings as GitHub links them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_option_is_in_the_tables():
+    for page in (ROOT / "README.md", ROOT / "docs" / "backend.md"):
+        assert all(f"| `{field.name}`" in page.read_text() for field in fields(Config)), page
+
+
+def test_every_page_is_listed():
+    index = (ROOT / "docs" / "index.md").read_text()
+    listed = {(ROOT / "docs" / target).resolve() for target in re.findall(r"\]\(([^)#\s]+)\)", index)}
+    assert {page for page in PAGES if page.is_relative_to(ROOT / "docs")} - {ROOT / "docs" / "index.md"} <= listed

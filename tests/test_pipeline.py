@@ -1,0 +1,149 @@
+"""Passes as values: alone, in order, stopped, checked; what they must not lose."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_backend import B, Model, T, data
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from tokenseek_fx import TokenSeekWarning
+from tokenseek_fx.passes import (
+    AuditSaved,
+    Canonicalize,
+    Ditch,
+    FindActivity,
+    FindBlocks,
+    FindTokenAxes,
+    Pipeline,
+    Program,
+    TopK,
+    analysis,
+    rewriting,
+)
+from tokenseek_fx.passes.errors import GraphNotSupported, InvariantBroken
+from tokenseek_fx.passes.program import module_path, source_line
+from tokenseek_fx.scorers import strided
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+
+
+def captured(model: torch.nn.Module, batch: dict) -> Program:
+    """Dynamo's graph of a model, outside of any compilation: fake inputs of its own."""
+    found = []
+
+    def look(gm, inputs):
+        found.append(analysis().run(Program(gm, tuple(inputs))))
+        return gm
+
+    torch.compile(model, backend=look, fullgraph=True)(**batch)
+    return found[0]
+
+
+def eager_graph() -> Program:
+    """A graph traced by make_fx, without Dynamo, modules or names: the passes work on any traced graph."""
+
+    def forward(x, w, out):
+        q, k, v = (x @ w).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        return ((x + y @ out) ** 2).sum()
+
+    torch.manual_seed(0)
+    x, w, out = torch.randn(3, 5, 8), torch.randn(8, 24, requires_grad=True), torch.randn(8, 8, requires_grad=True)
+    return Program(make_fx(forward, pre_dispatch=True)(x, w, out), (x, w, out))
+
+
+def test_prints_itself():
+    lines = str(rewriting(Ditch(TopK(strided())))).splitlines()
+    names = ["canonicalize", "unshift labels", "activity", "token axes", "blocks", "ditch"]
+    assert [line.split(". ")[1].split(":")[0] for line in lines] == names
+
+
+def test_stops_after_any_pass_and_shows_each():
+    seen = []
+    program = analysis().run(eager_graph(), until="activity", after=lambda step, _: seen.append(step.name))
+    assert seen == ["canonicalize", "unshift labels", "activity"]
+    assert program.activity is not None and program.axes is None
+    with pytest.raises(ValueError, match="No pass is called 'axis'; the passes are: canonicalize"):
+        analysis().run(eager_graph(), until="axis")
+
+
+def test_one_by_one_on_a_graph_without_modules():
+    program = eager_graph()
+    plain = program.module(*program.inputs)
+    for step in (
+        Canonicalize(),
+        FindActivity(),
+        FindTokenAxes(),
+        FindBlocks(),
+        Ditch(TopK(strided(), 1.0)),
+        AuditSaved(),
+    ):
+        program = step.run(program)
+        step.check(program)
+    loss, scores, indices = program.rewrite.module(*eager_graph().inputs)
+    torch.testing.assert_close(loss, plain)
+    assert scores.shape == (3, 5) and indices.tolist() == [list(range(5))] * 3
+    assert {edge.kind for edge in program.audit.edges} >= {"keys/values"}
+
+
+def test_a_broken_invariant_is_caught_between_passes():
+    class Liar(FindTokenAxes):
+        def run(self, program):
+            program = super().run(program)
+            node = program.graph.find_nodes(op="placeholder")[0]
+            program.axes.axes[node] = (program.axes.axes[node][0][:1],)
+            return program
+
+    with pytest.raises(InvariantBroken, match="but axes"):
+        Pipeline((Canonicalize(), FindActivity(), Liar())).run(eager_graph())
+
+
+def test_places_survive_every_pass():
+    """Module path and source line are on every call of the analysed graph, and on all but the selection after it."""
+    program = captured(Model(), data())
+    calls = [node for node in program.graph.nodes if node.op == "call_function"]
+    assert all(source_line(node) for node in calls)
+    assert {module_path(node) for node in calls} >= {"blocks.0.qkv", "blocks.1.norm2", "lm_head"}
+    rewritten = Ditch(TopK(strided())).run(program).rewrite.module.graph
+    calls = [node for node in rewritten.nodes if node.op == "call_function"]
+    ditched = [node for node in calls if node.meta.get("custom", {}).get("tokenseek") not in (None, "select")]
+    assert len(ditched) > 30 and all(source_line(node) for node in ditched)
+    assert {module_path(node) for node in ditched} >= {"blocks.0.qkv", "blocks.1.norm2", "lm_head"}
+
+
+def test_blocks_by_dominators():
+    program = captured(Model(layers=3), data())
+    entries = program.blocks.entries
+    assert len(entries) == 3 and len(set(entries)) == 3
+    assert program.blocks.last_entry is entries[-1]
+    assert all(program.axes.has_rows(entry) and entry.meta["val"].shape == (B, T, 12) for entry in entries)
+    assert [module_path(entry) for entry in entries[1:]] == ["blocks.0", "blocks.1"]
+
+
+def test_a_lost_edge_is_refused():
+    """A big tensor frozen into the graph is not a literal: what it was computed from is lost."""
+    program = Canonicalize().run(eager_graph())
+    Canonicalize().check(program)
+    program.module.register_buffer("frozen", torch.randn(5, 5, 8))
+    with program.graph.inserting_before(program.graph.output_node()):
+        program.graph.get_attr("frozen")
+    with pytest.raises(GraphNotSupported, match=r"shape \(5, 5, 8\) into a constant"):
+        Canonicalize().check(program)
+
+
+class Vmapped(Model):
+    """torch.vmap in the forward, over values that carry gradient."""
+
+    def loss(self, x, labels):
+        return super().loss(torch.vmap(lambda row: row * 2 + 1)(x), labels)
+
+
+def test_vmap_is_refused_loudly():
+    """Retraced, it would become a constant: the plain graph, with a warning."""
+    with pytest.warns(TokenSeekWarning, match=r"torch.func transform .* at .*test_pipeline.py"):
+        torch.compile(Vmapped(), backend="tokenseek", options={"inner": "eager"})(**data()).backward()
