@@ -89,7 +89,10 @@ def saved_edges(module: fx.GraphModule, inputs: Sequence[Any]) -> Audit:
     from torch._inductor.compile_fx import compile_fx
 
     mode = fake_mode_of(inputs)
-    with tracing(TracingContext.try_get() or TracingContext(mode)), partitioning():
+    uncached = torch._functorch.config.patch(
+        enable_autograd_cache=False
+    )  # a cached graph would not be shown to ``look``
+    with tracing(TracingContext.try_get() or TracingContext(mode)), partitioning(), uncached:
         compile_fx(copy.deepcopy(module), list(inputs), inner_compile=look)
     return Audit(tuple(found))
 

@@ -180,7 +180,7 @@ def _refuse_function_transforms(module: fx.GraphModule) -> None:
             "torch._functorch"
         ):
             raise GraphNotSupported(
-                f"The model uses a torch.func transform ({node.target.__name__}) in its forward.",
+                "The model uses a torch.func transform (vmap or grad) in its forward.",
                 "Write it with batched operations.",
                 node,
             )

@@ -74,12 +74,12 @@ def module_path(node: fx.Node) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    lines = [
-        line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File")
-    ]
-    if not lines:
+    """``(file:line)`` of the innermost frame outside of torch (inside, where there is no other)."""
+    trace = (node.meta.get("stack_trace") or "").splitlines()
+    frames = [line.strip().split('"', 2) for line in trace if line.strip().startswith("File")]
+    if not frames:
         return ""
-    _, file, rest = lines[-1].split('"', 2)
+    _, file, rest = next((frame for frame in reversed(frames) if "/torch/" not in frame[1]), frames[-1])
     return f"({file.rsplit('/', 1)[-1]}:{rest.split('line ')[1].split(',')[0]})"
 
 

@@ -179,10 +179,10 @@ def _token(found: TokenAxes) -> Dim:
 def _batch(program: Program, found: TokenAxes, token: Dim) -> Dim:
     """The batch: the leading factors of attention that also belong to the data the model is called with (the inputs that
     hold the token axis; where none does, as with images, those that are no parameters)."""
-    inputs = [
-        (set(sum(found.of(node), ())), value) for node, value in zip(program.placeholders, program.inputs, strict=True)
-    ]
-    data = [factors for factors, value in inputs if set(token) <= factors]
-    data = data or [factors for factors, value in inputs if not isinstance(value, torch.nn.Parameter)]
     leading = [f for dim in found.attentions[0].leading for f in found.space.resolve(dim)]
-    return tuple(f for f in leading if f in set().union(*data) and f not in token)
+    inputs = [(found.of(node), value) for node, value in zip(program.placeholders, program.inputs, strict=True)]
+    data = [axes for axes, _ in inputs if any(find(token, dim) is not None for dim in axes)]
+    data = data or [axes for axes, value in inputs if not isinstance(value, torch.nn.Parameter)]
+    # a dim that also holds something else is a feature dim (heads x head dim), not a batch
+    pure = {f for axes in data for dim in axes if set(dim) <= {*leading, *token} for f in dim}
+    return tuple(f for f in leading if f in pure and f not in token)

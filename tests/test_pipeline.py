@@ -125,6 +125,19 @@ def test_blocks_by_dominators():
     assert [module_path(entry) for entry in entries[1:]] == ["blocks.0", "blocks.1"]
 
 
+def test_heads_in_the_features_of_an_input_are_no_batch():
+    """Without an output projection the residual add equates the input's features with heads x head dim."""
+
+    def forward(x, w):
+        q, k, v = (x @ w).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return ((x + y) ** 2).sum()
+
+    x, w = torch.randn(3, 5, 8), torch.randn(8, 24, requires_grad=True)
+    program = rewriting(Ditch(TopK(strided()))).run(Program(make_fx(forward, pre_dispatch=True)(x, w), (x, w)))
+    assert program.rewrite.module(x, w)[-1].shape == (3, 1)
+
+
 def test_a_lost_edge_is_refused():
     """A big tensor frozen into the graph is not a literal: what it was computed from is lost."""
     program = Canonicalize().run(eager_graph())
@@ -145,5 +158,5 @@ class Vmapped(Model):
 
 def test_vmap_is_refused_loudly():
     """Retraced, it would become a constant: the plain graph, with a warning."""
-    with pytest.warns(TokenSeekWarning, match=r"torch.func transform .* at .*test_pipeline.py"):
+    with pytest.warns(TokenSeekWarning, match=r"torch.func transform .* at .*test_pipeline.py:\d+"):
         torch.compile(Vmapped(), backend="tokenseek", options={"inner": "eager"})(**data()).backward()

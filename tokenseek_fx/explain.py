@@ -58,7 +58,7 @@ class Explanation:
         loss = ", ".join(self.losses) or "outside the graph: outputs in full, gradient through the kept rows"
         return [
             f"tokenseek: keeps {self.kept} of {self.tokens} tokens in each of {self.batch} sequences",
-            f"  token axis    T = {self.tokens}, found from {len(self.attentions)} attentions:",
+            f"  token axis    T = {self.tokens}, found from {_some(len(self.attentions), 'attention')}:",
             *(f"                {line}" for line in _counted(self.attentions)),
             f"  loss          {loss}",
             f"  ditched       {self.ditched} of {self.live} operations that carry gradient run on the kept rows only",
@@ -69,7 +69,7 @@ class Explanation:
         if not self.barriers:
             return ["  barriers      none"]
         return [
-            f"  barriers      {len(self.barriers)} operations run over all tokens:",
+            f"  barriers      {_some(len(self.barriers), 'operation')} over all tokens:",
             *(f"    {b}" for b in self.barriers),
         ]
 
@@ -152,6 +152,10 @@ def _described(plain: Program, rewritten: Program, config: Config) -> Explanatio
         rewritten=rewritten.audit,
         forwards=_forwards(plain, rewritten),
     )
+
+
+def _some(n: int, thing: str) -> str:
+    return f"{n} {thing}" + ("" if n == 1 else "s")
 
 
 def _counted(lines: Sequence[str]) -> list[str]:
