@@ -39,13 +39,16 @@ class Call:
     def operands(self) -> list[fx.Node]:
         return operands_of(self.node)
 
-    @cached_property
-    def arguments(self) -> dict[str, Any]:
-        """Arguments by schema name; tensors in full."""
-        return {name: self._mapped(value, self.streams.full) for name, value in bind(self.node).items()}
-
     def __getitem__(self, name: str) -> Any:
-        return self.arguments[name]
+        """An argument by its schema name; a tensor in full."""
+        return self._mapped(bind(self.node)[name], self.streams.full)
+
+    def arguments_but(self, *names: str) -> dict[str, Any]:
+        """The arguments by schema name, but those that the rule gives itself; tensors in full."""
+        return {name: self[name] for name in bind(self.node) if name not in names}
+
+    def rank(self, operand: int) -> int:
+        return self.operands[operand].meta["val"].ndim
 
     @property
     def shape(self) -> list:

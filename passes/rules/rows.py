@@ -107,7 +107,7 @@ def attention(call: Call) -> Any:
     """Query rows attend to all keys; a causal flag becomes a comparison of positions."""
     if not (call.carries_rows and _instances_stay_apart(call)):
         return NotImplemented
-    if call.dim != len(call["query"].shape) - 2:
+    if call.dim != call.rank(0) - 2:
         return _attention_beside(call)
     query, key, value = call.rows(0), call.full(1), call.full(2)
     mask = None if call["attn_mask"] is None else call.rows(3)
@@ -125,14 +125,15 @@ def _attention_beside(call: Call) -> Any:
 @rows_rule(*LABEL_LOSSES)
 def label_loss(call: Call) -> Any:
     """The loss of the kept labelled positions at the scale of the full loss; 0 where no kept position has a label."""
-    classes = min(1, call["self"].ndim - 1)
+    classes = min(1, call.rank(0) - 1)
     if call.streams.axes.row_dim(call.operands[0]) == classes:  # the tokens are the classes: each needs all of them
         return NotImplemented
     if call["reduction"] not in (_MEAN, _SUM) or call["target"].is_floating_point():
         return elementwise_loss(call)
     logits, target = call.own_rows(0), call.own_rows(1)
-    arguments = {**call.arguments, "self": _no_narrower_than_float(logits), "target": target, "reduction": _SUM}
-    total = call.target(**arguments).to(logits.dtype)
+    options = call.arguments_but("self", "target", "reduction")
+    total = call.target(self=_no_narrower_than_float(logits), target=target, reduction=_SUM, **options)
+    total = total.to(logits.dtype)
     if call["reduction"] == _MEAN:
         kept = _labelled(target, call["ignore_index"], call["weight"])
         return total / torch.where(kept > 0, kept, 1)
@@ -158,6 +159,6 @@ def elementwise_loss(call: Call) -> Any:
         return rerun(call)
     if any(call.streams.axes.token_dims(weight) for weight in call.operands[2:]):
         raise GraphNotSupported("A loss is weighted by token inside its own call.", "Multiply it outside.", call.node)
-    arguments = {**call.arguments, "self": call.own_rows(0), "target": call.own_rows(1)}
+    options = call.arguments_but("self", "target")
     scale = 1 if call["reduction"] == _MEAN else call.geometry.tokens / call.geometry.kept
-    return call.target(**arguments) * scale
+    return call.target(self=call.own_rows(0), target=call.own_rows(1), **options) * scale
