@@ -24,6 +24,9 @@ from .scorers import needs_noise
 from .warnings import TokenSeekWarning
 
 Compiled = Callable[..., Any]
+#: Without a backward to save it for, Inductor inlines the residual stream into its readers layer after layer: other
+#: kernels for every layer to compile, and the outputs of several layers alive at once (docs/design/0001).
+_REWRITTEN = {"realize_reads_threshold": 1}
 
 compat.ignore_logging_in_forward()
 
@@ -69,7 +72,7 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> 
     rewrite = program.rewrite
     assert rewrite is not None
     with partitioning():
-        compiled = compile_inner(rewrite.module, rewrite.inputs)
+        compiled = inner_compiler(config, _REWRITTEN)(rewrite.module, rewrite.inputs)
     return Rewritten(compiled, program, config.seed)
 
 
@@ -79,10 +82,12 @@ def ditch(config: Config) -> Ditch:
     return Ditch(select, config.logits, needs_noise(config.scoring))
 
 
-def inner_compiler(config: Config) -> Callable[[fx.GraphModule, Sequence[Any]], Compiled]:
-    """What compiles a graph to code."""
+def inner_compiler(
+    config: Config, defaults: Mapping[str, Any] | None = None
+) -> Callable[[fx.GraphModule, Sequence[Any]], Compiled]:
+    """What compiles a graph to code; ``defaults`` are Inductor options that the user's go before."""
     if config.inner == "inductor":
-        return compat.inductor(config.mode, dict(config.inductor_options or {}))
+        return compat.inductor(config.mode, {**(defaults or {}), **(config.inductor_options or {})})
     return lookup_backend(config.inner)  # type: ignore[return-value]
 
 
