@@ -237,6 +237,8 @@ def cat(op: Op) -> Flow:
     rank = op.results[0].ndim
     (dim,) = op.dims("dim", rank)
     parts = [node for node in op.operands if node.meta["val"].ndim == rank]
+    if len(parts) == 1:  # an empty key/value cache before the keys: nothing is joined
+        return Flow((op.axes(parts[0]),), tuple({i: i for i in range(rank)} if n in parts else {} for n in op.operands))
     others = [i for i in range(rank) if i != dim]
     for part in parts[1:]:
         for i in others:
