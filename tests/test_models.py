@@ -64,7 +64,8 @@ def test_dtypes(name, dtype):
 def test_inductor(name):
     # rotary tables are float32 even in a float64 model: Inductor's sin and cos differ from eager's in the last bit
     model, batch, _ = model_and_batch(name, attentions(name)[0], "right")
-    assert_matches(model, batch, 1e-6, inner="inductor")
+    # gemma2's norms and softmax are float32 too: there plain torch.compile differs from eager by 1.7e-6
+    assert_matches(model, batch, 5e-6 if name == "gemma2" else 1e-6, inner="inductor")
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
