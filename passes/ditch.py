@@ -31,6 +31,7 @@ from .factors import Axes
 from .fake import fake_mode_of
 from .geometry import Geometry, device_of, example_sizes, sizes_of
 from .program import Program, attribute, where
+from .rules.axes import rule_for
 from .rules.op import is_tensor, operands_of, tensors_in
 from .rules.rows import LABEL_LOSSES, LOSSES, ROWS_RULES, rerun
 from .token_axes import ATTENDING
@@ -128,7 +129,7 @@ class Ditch:
     def _outputs(self, program: Program, streams: Streams) -> Iterator[Any]:
         """Losses live, the rest as the full forward has it; without a loss, values in full that live in the kept rows."""
         assert program.activity is not None
-        classes = _class_labels(program)
+        classes = class_factors(program)
         for out in program.outputs:
             if not isinstance(out, fx.Node):
                 yield out
@@ -177,11 +178,12 @@ class Streams:
         self._switches = Retrace(program.module)
 
     def run(self) -> None:
+        classes = class_factors(self.program)
         for node in self.program.graph.nodes:
             if is_autocast(node):
                 self._switches.env[node] = self._switches.run_node(node)
             elif node in self.live:
-                kind = kind_of(self.program, node)
+                kind = kind_of(self.program, node, classes)
                 with tagged("rows" if kind in ("activations", "keys/values") else kind, node):
                     self._compute(node)
 
@@ -288,7 +290,7 @@ class Streams:
             )
 
     def _report(self, node: fx.Node) -> None:
-        reason = "it mixes tokens" if self.axes.has_rule(node) else "the operation has no rule"
+        reason = "it mixes tokens" if rule_for(node.target) else "the operation has no rule"
         merged = [arg for arg in dict.fromkeys(operands_of(node)) if arg in self.live and self.axes.has_rows(arg)]
         self.barriers.append(Barrier(node, reason, sum(_bytes(arg) for arg in merged)))
 
@@ -329,11 +331,12 @@ def tagged(kind: str, node: fx.Node | None = None) -> Iterator[None]:
         fx_traceback.current_meta = before
 
 
-def kind_of(program: Program, node: fx.Node) -> str:
-    """What a value is, for reports: logits, scores (two token axes), keys/values, or activations."""
+def kind_of(program: Program, node: fx.Node, classes: set[int]) -> str:
+    """What a value is, for reports: logits (it has one of the ``classes`` factors), scores (two token axes), keys/values,
+    or activations."""
     if not is_tensor(node):
         return "activations"
-    if _class_labels(program) & set(sum(program.axes.of(node), ())):
+    if classes & set(sum(program.axes.of(node), ())):
         return "logits"
     if len(program.axes.token_dims(node)) > 1:
         return "scores"
@@ -348,7 +351,7 @@ def _feeds_attention(node: fx.Node) -> bool:
     )
 
 
-def _class_labels(program: Program) -> set[int]:
+def class_factors(program: Program) -> set[int]:
     """The factors of the class dim of the losses: outputs that have them are logits."""
     losses = [n for n in program.graph.nodes if n.target in LABEL_LOSSES and n in program.activity.live]
     logits = [program.axes.of(n.args[0]) for n in losses]

@@ -8,7 +8,7 @@ is found from any entry point, and never from a dim that happens to have the sam
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -16,7 +16,7 @@ from torch import fx
 from .errors import GraphNotSupported, InvariantBroken, NothingToSelect
 from .factors import Axes, Dim, Space, same_size
 from .program import Program
-from .rules.axes import flow_of, rule_for
+from .rules.axes import flow_of
 from .rules.op import Flow, is_tensor, operands_of
 
 aten = torch.ops.aten
@@ -47,7 +47,6 @@ class TokenAxes:
     attentions: tuple[Attention, ...]
     token: Dim = ()
     batch: Dim = ()
-    _known: frozenset[fx.Node] = field(default=frozenset())
 
     def of(self, node: fx.Node) -> Axes:
         """The axes of a value in root factors (of its first tensor, where it has several)."""
@@ -69,9 +68,6 @@ class TokenAxes:
     def has_rows(self, node: fx.Node) -> bool:
         """True when every instance has rows of its own in this value: it can be restricted to the selected ones."""
         return self.row_dim(node) is not None and (not self.batch or self.batch_dim_of(self.of(node)) is not None)
-
-    def has_rule(self, node: fx.Node) -> bool:
-        return node in self._known
 
     def carried(self, node: fx.Node, operand: int, dim: int) -> int | None:
         """The dim of an operand that goes, row by row, to dim ``dim`` of the result; None: broadcast or mixed there."""
@@ -97,13 +93,11 @@ class FindTokenAxes:
     name: str = "token axes"
 
     def run(self, program: Program) -> Program:
-        space, axes, flows, known = Space(), {}, {}, set()
+        space, axes, flows = Space(), {}, {}
         for node in program.graph.nodes:
             flow = flow_of(node, space, axes)
             axes[node], flows[node] = flow.outputs, flow
-            if rule_for(node.target) is not None:
-                known.add(node)
-        found = TokenAxes(space, axes, flows, (), _known=frozenset(known))
+        found = TokenAxes(space, axes, flows, ())
         found = replace(found, attentions=tuple(_attentions(program.graph, found)))
         token = _token(found)
         return replace(program, axes=replace(found, token=token, batch=_batch(program, found, token)))

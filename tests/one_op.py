@@ -135,7 +135,7 @@ def build(case: Case, n: SimpleNamespace, operands: Sequence[Tensor]) -> OneOp:
         flows[x] = flow_of(x, space, axes)
         axes[x] = flows[x].outputs
     program = Program(fx.GraphModule(torch.nn.Module(), graph), tuple(operands))
-    found = TokenAxes(space, axes, flows, (), _known=frozenset({node}))
+    found = TokenAxes(space, axes, flows, ())
     program = replace(FindActivity().run(program), axes=found)
     return OneOp(program, found, node, results, names)
 

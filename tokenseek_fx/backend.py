@@ -17,7 +17,7 @@ from .passes.ditch import Ditch
 from .passes.errors import GraphNotSupported, NothingToSelect, TokenSeekError
 from .passes.factors import same_size
 from .passes.geometry import device_of, example_sizes, runtime_sizes
-from .passes.pipeline import analysis
+from .passes.pipeline import Pipeline, analysis
 from .passes.program import Program, source_line
 from .passes.select import TopK, kept_tokens
 from .scorers import needs_noise
@@ -51,17 +51,13 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> 
         GraphNotSupported: the graph can't be rewritten exactly and ``config.strict``.
     """
     compile_inner = inner_compiler(config)
-    if not trains(inputs):
-        return compile_inner(gm, inputs)
-    if _is_continued(inputs):
+    if not trains(inputs) or _is_continued(inputs):
         return compile_inner(gm, inputs)
     try:
         refuse_split(gm)
         program = analysis().run(Program(gm, tuple(inputs)))
-        if _keeps_all(program, config):
-            return KeepAll(compile_inner(gm, inputs), program)
-        program = ditch(config).run(program)
-        ditch(config).check(program)
+        if not _keeps_all(program, config):
+            program = Pipeline((ditch(config),)).run(program)
     except NothingToSelect:
         return compile_inner(gm, inputs)
     except Exception as error:
@@ -70,7 +66,8 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> 
         _warn(gm, error)
         return compile_inner(gm, inputs)
     rewrite = program.rewrite
-    assert rewrite is not None
+    if rewrite is None:
+        return KeepAll(compile_inner(gm, inputs), program)
     with partitioning():
         compiled = inner_compiler(config, _REWRITTEN)(rewrite.module, rewrite.inputs)
     return Rewritten(compiled, program, config.seed)

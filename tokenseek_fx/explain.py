@@ -16,7 +16,7 @@ from . import compat
 from .backend import ditch, refuse_split, trains
 from .config import Config
 from .passes.audit import Audit, AuditSaved, saved_edges
-from .passes.ditch import Barrier, kind_of
+from .passes.ditch import Barrier, class_factors, kind_of
 from .passes.errors import TokenSeekError
 from .passes.fake import fake_mode_of
 from .passes.geometry import example_sizes
@@ -136,8 +136,9 @@ def _described(plain: Program, rewritten: Program, config: Config) -> Explanatio
     assert plain.axes and plain.activity and rewritten.rewrite and rewritten.audit
     batch, tokens = example_sizes(plain)
     live = [node for node in plain.graph.nodes if node in plain.activity.live and node.op == "call_function"]
+    classes = class_factors(plain)
     for node in plain.graph.nodes:
-        node.meta["custom"] = {**node.meta.get("custom", {}), "tokenseek": kind_of(plain, node)}
+        node.meta["custom"] = {**node.meta.get("custom", {}), "tokenseek": kind_of(plain, node, classes)}
     barriers = rewritten.rewrite.barriers
     return Explanation(
         batch=int(batch),
