@@ -10,7 +10,8 @@ from .program import Program
 from .rules.axes import along, elementwise, formula
 from .rules.op import axes_rule
 from .rules.rows import rows_rule
-from .select import ScoreInputs, TopK
+from .seek import Signals
+from .select import ScoreInputs, Select, needs
 from .shift import UnshiftLabels
 from .token_axes import FindTokenAxes
 
@@ -25,13 +26,15 @@ __all__ = [
     "Pipeline",
     "Program",
     "ScoreInputs",
-    "TopK",
+    "Select",
+    "Signals",
     "UnshiftLabels",
     "along",
     "analysis",
     "axes_rule",
     "elementwise",
     "formula",
+    "needs",
     "rewriting",
     "rows_rule",
 ]

@@ -20,7 +20,7 @@ from .fake import fake_mode_of
 from .program import Program, where
 
 #: Kinds of edges that hold all tokens on purpose.
-EXPLAINED = ("keys/values", "logits", "barrier", "scores", "rows", "select")
+EXPLAINED = ("keys/values", "block inputs", "logits", "barrier", "scores", "rows", "select", "scoring")
 
 
 @dataclass(frozen=True)

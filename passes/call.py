@@ -65,9 +65,13 @@ class Call:
         return self.streams.full(self.operands[operand])
 
     def rows(self, operand: int) -> torch.Tensor:
-        """The operand restricted where it carries the row of the result, else in full."""
+        """The operand restricted where it carries the row of the result, else all that the row looks at."""
         dim = self.carried(operand)
-        return self.full(operand) if dim is None else self._restricted(operand, dim)
+        return self.context(operand) if dim is None else self._restricted(operand, dim)
+
+    def context(self, operand: int) -> torch.Tensor:
+        """An operand that a row looks at as a whole: keys, values."""
+        return self.streams.context(self.operands[operand])
 
     def own_rows(self, operand: int) -> torch.Tensor:
         """The operand restricted along its own row dim: for results without rows (losses)."""
@@ -96,6 +100,11 @@ class Call:
     def in_full(self) -> tuple[tuple, dict]:
         """The arguments of the call with every operand in full."""
         return self._mapped((self.node.args, self.node.kwargs), self.streams.full)
+
+    @property
+    def in_context(self) -> tuple[tuple, dict]:
+        """The arguments of the call with every operand as the rows look at it."""
+        return self._mapped((self.node.args, self.node.kwargs), self.streams.context)
 
     # -- how operands are restricted ----------------------------------------------------------------------------------
 

@@ -18,12 +18,14 @@ from .token_axes import TokenAxes, find
 
 @dataclass(frozen=True)
 class Geometry:
-    """The selection ``indices`` ([B, k] int64; [1, k] for one instance) with the sizes of batch and token axis."""
+    """The selection ``indices`` ([B, k] int64; [1, k] for one instance) with the sizes of batch and token axis, and the
+    ``weights`` of the rows in the loss ([B, k]; ``None``: all alike)."""
 
     axes: TokenAxes
     indices: torch.Tensor
     batch: Any
     tokens: Any
+    weights: torch.Tensor | None = None
 
     @property
     def kept(self) -> Any:
@@ -45,9 +47,47 @@ class Geometry:
         """``shape`` with the token axis of ``dim`` cut to the kept rows."""
         return [size // self.tokens * self.kept if i == dim else size for i, size in enumerate(shape)]
 
+    def weights_of(self, shape: Sequence[Any], labels: Axes, dim: int) -> torch.Tensor:
+        """The weight of every entry of the rows along ``dim`` of a value whose full shape is ``shape``."""
+        assert self.weights is not None
+        return self.like(self.weights, self.row_shape(shape, dim), labels)
+
+    def like(self, by_token: torch.Tensor, shape: Sequence[Any], labels: Axes) -> torch.Tensor:
+        """``by_token`` ([B, n]: of all tokens or of the rows) spread to a value of ``shape``, its first token dim."""
+        dim = next(i for i, label in enumerate(labels) if find(self.axes.token, label) is not None)
+        pieces, tokens = self._cut(shape, labels, dim), by_token.shape[1]
+        kinds = [kind for kind, _ in pieces]
+        by_token = by_token.t() if "batch" in kinds[kinds.index("token") :] else by_token
+        sizes = {"batch": self.batch, "token": tokens}
+        spread = by_token.reshape([sizes.get(kind, 1) for kind in kinds])
+        return spread.expand([sizes.get(kind, size) for kind, size in pieces]).reshape(shape)
+
+    def by_token(self, value: torch.Tensor, labels: Axes, dim: int, tokens: Any = None) -> torch.Tensor:
+        """``value`` as [B, T]: its other entries summed (of bools: any). ``tokens``: the rows it has, if not all."""
+        pieces = self._cut(value.shape, labels, dim)
+        kinds = [kind for kind, _ in pieces]
+        value = value.reshape([(tokens or size) if kind == "token" else size for kind, size in pieces])
+        others = [i for i, kind in enumerate(kinds) if not kind]
+        if others:
+            value = value.any(others) if value.dtype is torch.bool else value.sum(others)
+        if "batch" not in kinds:
+            return value.expand(self.batch, -1)
+        return value if kinds.index("batch") < kinds.index("token") else value.t()
+
+    def join(self, chunks: Sequence[torch.Tensor], labels: Axes, dim: int, shape: Sequence[Any]) -> torch.Tensor:
+        """The value of a given shape whose rows along ``dim`` are those of ``chunks``, one after the other."""
+        pieces = self._cut(shape, labels, dim)
+        at = [kind for kind, _ in pieces].index("token")
+        parts = [chunk.reshape([-1 if i == at else size for i, (_, size) in enumerate(pieces)]) for chunk in chunks]
+        return torch.cat(parts, at).reshape(shape)
+
+    def _cut(self, shape: Sequence[Any], labels: Axes, dim: int) -> list[tuple[str, Any]]:
+        """Every dim cut at its batch factor, and ``dim`` at its token factor: ("batch" | "token" | "", size)."""
+        return [piece for i, label in enumerate(labels) for piece in self._pieces(label, shape[i], i == dim)]
+
     def _factored(self, value: torch.Tensor, labels: Axes, dim: int) -> tuple[list, torch.Tensor, int]:
         """Sizes of ``value`` with batch and token axis as dims of their own, the gather index, and the token's place."""
-        pieces = [piece for i, label in enumerate(labels) for piece in self._pieces(label, value.shape[i], i == dim)]
+        pieces = self._cut(value.shape, labels, dim)
         kinds, sizes = [kind for kind, _ in pieces], [size for _, size in pieces]
         if kinds.count("batch") > 1:
             raise GraphNotSupported("A value has the batch axis twice (it compares instances), its rows have no owner.")

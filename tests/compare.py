@@ -17,11 +17,12 @@ Grads = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Run:
-    """One forward and backward: the model's output, its gradients by parameter, the kept rows."""
+    """One forward and backward: the model's output, its gradients by parameter, the kept rows and what chose them."""
 
     output: Any
     grads: Grads
     indices: torch.Tensor
+    selection: tokenseek_fx.Selection | None = None
 
     @property
     def loss(self) -> torch.Tensor:
@@ -46,13 +47,21 @@ def compiled(model: nn.Module, batch: dict[str, Any], **options: Any) -> Run:
         output = run(**batch)
     loss_of(output).backward()
     (selection,) = rec
-    return Run(output, grads_of(model), selection.indices)
+    return Run(output, grads_of(model), selection.indices, selection)
 
 
-def by_reference(model: nn.Module, batch: dict[str, Any], indices: torch.Tensor, length: int | None = None) -> Run:
-    """The same step by the eager definition."""
+def by_reference(
+    model: nn.Module,
+    batch: dict[str, Any],
+    indices: torch.Tensor,
+    length: int | None = None,
+    weights: torch.Tensor | None = None,
+    open_blocks: str | None = None,
+) -> Run:
+    """The same step by the eager definition; ``open_blocks`` is the path of the blocks for ``kv_grad="all"``."""
     model = copy.deepcopy(model)
-    with reference.ditching(model, indices, length=length):
+    blocks = () if open_blocks is None else model.get_submodule(open_blocks)
+    with reference.ditching(model, indices, length=length, weights=weights, open_blocks=blocks):
         output = model(**batch)
         loss_of(output).backward()
     return Run(output, grads_of(model), indices)
@@ -67,11 +76,21 @@ def error(a: Grads, b: Grads) -> float:
 
 
 def assert_matches(
-    model: nn.Module, batch: dict[str, Any], tol: float, length: int | None = None, **options: Any
+    model: nn.Module,
+    batch: dict[str, Any],
+    tol: float,
+    length: int | None = None,
+    open_blocks: str | None = None,
+    **options: Any,
 ) -> Run:
-    """Loss and every gradient equal the reference for the rows that were kept."""
+    """Loss and every gradient equal the reference for the rows (and weights) that were kept.
+
+    The loss is that of the kept tokens; with ``report_loss="full"`` it is that of all tokens.
+    """
+    options = {"report_loss": "kept", **options}
     run = compiled(model, batch, **options)
-    expected = by_reference(model, batch, run.indices, length)
-    torch.testing.assert_close(run.loss.detach(), expected.loss.detach(), rtol=max(tol, 1e-6), atol=0)
+    expected = by_reference(model, batch, run.indices, length, run.selection.weights, open_blocks)
+    loss = expected.loss if options["report_loss"] == "kept" else loss_of(copy.deepcopy(model)(**batch))
+    torch.testing.assert_close(run.loss.detach(), loss.detach(), rtol=max(tol, 1e-6), atol=0)
     assert error(run.grads, expected.grads) <= tol
     return run

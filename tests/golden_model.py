@@ -15,7 +15,7 @@ from tokenseek_fx.passes.audit import AuditSaved
 from tokenseek_fx.passes.ditch import Ditch
 from tokenseek_fx.passes.pipeline import Pass, Pipeline, rewriting
 from tokenseek_fx.passes.program import Program
-from tokenseek_fx.passes.select import TopK
+from tokenseek_fx.passes.select import Select
 from tokenseek_fx.passes.show import show
 from tokenseek_fx.scorers import last
 
@@ -56,7 +56,7 @@ class Model(nn.Module):
 
 
 def pipeline() -> Pipeline:
-    return rewriting(Ditch(TopK(last(), keep_ratio=KEPT / TOKENS))) + AuditSaved()
+    return rewriting(Ditch(Select(last(), keep_ratio=KEPT / TOKENS))) + AuditSaved()
 
 
 @functools.cache

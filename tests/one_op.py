@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, fx
 
 from tokenseek_fx.passes.activity import FindActivity
-from tokenseek_fx.passes.ditch import Barrier, Streams
 from tokenseek_fx.passes.factors import Axes, Dim, Space
 from tokenseek_fx.passes.geometry import Geometry
 from tokenseek_fx.passes.program import Program
 from tokenseek_fx.passes.rules.axes import flow_of
+from tokenseek_fx.passes.streams import Barrier, Streams
 from tokenseek_fx.passes.token_axes import TokenAxes, find
 
 SIZES = (2, 4, 3, 5, 6, 7)

@@ -18,7 +18,7 @@ from tokenseek_fx.passes import (
     FindTokenAxes,
     Pipeline,
     Program,
-    TopK,
+    Select,
     analysis,
     rewriting,
 )
@@ -58,7 +58,7 @@ def eager_graph() -> Program:
 
 
 def test_prints_itself():
-    lines = str(rewriting(Ditch(TopK(strided())))).splitlines()
+    lines = str(rewriting(Ditch(Select(strided())))).splitlines()
     names = ["canonicalize", "unshift labels", "activity", "token axes", "blocks", "ditch"]
     assert [line.split(". ")[1].split(":")[0] for line in lines] == names
 
@@ -80,7 +80,7 @@ def test_one_by_one_on_a_graph_without_modules():
         FindActivity(),
         FindTokenAxes(),
         FindBlocks(),
-        Ditch(TopK(strided(), 1.0)),
+        Ditch(Select(strided(), 1.0)),
         AuditSaved(),
     ):
         program = step.run(program)
@@ -109,7 +109,7 @@ def test_places_survive_every_pass():
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
     assert all(source_line(node) for node in calls)
     assert {module_path(node) for node in calls} >= {"blocks.0.qkv", "blocks.1.norm2", "lm_head"}
-    rewritten = Ditch(TopK(strided())).run(program).rewrite.module.graph
+    rewritten = Ditch(Select(strided())).run(program).rewrite.module.graph
     calls = [node for node in rewritten.nodes if node.op == "call_function"]
     ditched = [node for node in calls if node.meta.get("custom", {}).get("tokenseek") not in (None, "select")]
     assert len(ditched) > 30 and all(source_line(node) for node in ditched)
@@ -134,7 +134,7 @@ def test_heads_in_the_features_of_an_input_are_no_batch():
         return ((x + y) ** 2).sum()
 
     x, w = torch.randn(3, 5, 8), torch.randn(8, 24, requires_grad=True)
-    program = rewriting(Ditch(TopK(strided()))).run(Program(make_fx(forward, pre_dispatch=True)(x, w), (x, w)))
+    program = rewriting(Ditch(Select(strided()))).run(Program(make_fx(forward, pre_dispatch=True)(x, w), (x, w)))
     assert program.rewrite.module(x, w)[-1].shape == (3, 1)
 
 

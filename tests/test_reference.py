@@ -245,6 +245,209 @@ def test_an_empty_selection_is_zero_too():
     assert not any(p.grad.any() for p in model.parameters())
 
 
+WEIGHTS = torch.tensor([[1.0, 2.5, 0.5, 3.0], [4.0, 1.0, 1.5, 2.0], [0.25, 1.0, 7.0, 2.0]], dtype=torch.float64)
+
+
+def by_weighted_reference(
+    loss: Callable[[Tensor], Tensor], weights: Tensor = WEIGHTS
+) -> tuple[Tensor, dict[str, Tensor]]:
+    model = Tiny()
+    with reference.ditching(model, INDICES, weights=weights):
+        value = loss(model(inputs()[0]))
+        return value, gradients(model, value)
+
+
+def weighted_sum(terms: Tensor) -> Tensor:
+    """The sum of w_i times the terms [B, T, ..] of token i over the kept tokens, token by token."""
+    return sum(WEIGHTS[b, n] * terms[b, i].sum() for b, row in enumerate(INDICES.tolist()) for n, i in enumerate(row))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"weight": CLASS_WEIGHT}, {"label_smoothing": 0.1}, {"weight": CLASS_WEIGHT, "label_smoothing": 0.1}],
+)
+def test_weights_estimate_the_loss_of_all_labelled_tokens(reduction, options):
+    labels = inputs()[1]
+    labelled = labels[labels != -100]
+    class_weight = options.get("weight", torch.ones(VOCAB, dtype=torch.float64))
+    divisor = class_weight[labelled].sum() if reduction == "mean" else 1
+
+    def estimate(logits: Tensor) -> Tensor:
+        return weighted_sum(full_cross_entropy(logits, reduction="none", **options).view(B, T)) / divisor
+
+    expected, expected_gradients = by_hand(Tiny(), estimate)
+    value, found = by_weighted_reference(lambda logits: full_cross_entropy(logits, reduction=reduction, **options))
+    torch.testing.assert_close(value, expected, atol=1e-12, rtol=0)
+    assert_same(found, expected_gradients)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loss", [F.mse_loss, F.smooth_l1_loss, F.binary_cross_entropy_with_logits])
+def test_weights_of_regression_count_every_element(loss, reduction):
+    target = torch.rand(B, T, VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    divisor = B * T * VOCAB if reduction == "mean" else 1
+    expected, expected_gradients = by_hand(
+        Tiny(), lambda logits: weighted_sum(loss(logits, target, reduction="none")) / divisor
+    )
+    value, found = by_weighted_reference(lambda logits: loss(logits, target, reduction=reduction))
+    torch.testing.assert_close(value, expected)
+    assert_same(found, expected_gradients)
+
+
+def test_weights_of_class_probabilities_count_every_token():
+    target = torch.rand(B, T, VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).softmax(-1)
+    terms = lambda logits: -(target * logits.log_softmax(-1)).sum(-1)  # noqa: E731
+    expected, expected_gradients = by_hand(Tiny(), lambda logits: weighted_sum(terms(logits)) / (B * T))
+    value, found = by_weighted_reference(lambda logits: F.cross_entropy(logits.flatten(0, 1), target.flatten(0, 1)))
+    torch.testing.assert_close(value, expected)
+    assert_same(found, expected_gradients)
+
+
+def test_all_tokens_kept_with_weights_of_one_is_the_ordinary_gradient():
+    model, (ids, _) = Tiny(), inputs()
+    expected = gradients(model, full_cross_entropy(model(ids)))
+    with reference.ditching(model, ALL, weights=torch.ones(B, T)):
+        assert_same(gradients(model, full_cross_entropy(model(ids))), expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("options", [{}, {"weight": CLASS_WEIGHT}, {"label_smoothing": 0.1}])
+def test_weights_without_any_label_are_zero_with_zero_gradients(reduction, options):
+    nothing = torch.full((B * T,), -100)
+    loss = lambda logits: F.cross_entropy(logits.view(-1, VOCAB), nothing, reduction=reduction, **options)  # noqa: E731
+    value, found = by_weighted_reference(loss)
+    assert value == 0
+    assert not any(g.any() for g in found.values())
+
+
+def test_weights_do_not_touch_a_loss_per_instance():
+    loss = lambda logits: F.cross_entropy(logits.mean(1), torch.tensor([3, 1, 4]))  # noqa: E731
+    expected, expected_gradients = by_hand(Tiny(), loss)
+    value, found = by_weighted_reference(loss)
+    torch.testing.assert_close(value, expected)
+    assert_same(found, expected_gradients)
+
+
+@pytest.mark.parametrize("loss", [full_cross_entropy, lambda x, **how: F.mse_loss(x, torch.zeros_like(x), **how)])
+def test_weights_have_no_place_in_a_loss_without_reduction(loss):
+    with pytest.raises(ValueError, match="no place for weights"):
+        by_weighted_reference(lambda logits: loss(logits, reduction="none").sum())
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS[:, :3], WEIGHTS.long()])
+def test_malformed_weights_raise(weights):
+    with pytest.raises(ValueError, match="weights must be float"):
+        by_weighted_reference(full_cross_entropy, weights)
+
+
+class Block(nn.Module):
+    """A pre-norm block; `inner` marks where the definition of a closed block detaches, `outer` where any does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.q, self.k, self.v, self.o, self.mlp = (nn.Linear(D, D) for _ in range(5))
+
+    def forward(self, x: Tensor, inner: Callable = lambda x: x, outer: Callable = lambda x: x) -> Tensor:
+        x = outer(x)
+        q, k, v = (f(self.norm1(x)).view(*x.shape[:2], HEADS, -1).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, inner(k), inner(v), is_causal=True)
+        x = x + self.o(outer(y.transpose(1, 2)).flatten(2))
+        return outer(x + self.mlp(self.norm2(outer(x))).relu())
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(VOCAB, D), nn.Linear(D, VOCAB)
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+        self.double()
+
+    def forward(self, ids: Tensor, **marks: Callable) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x, **marks)
+        return self.head(x)
+
+
+def stack_by_reference(weights: Tensor | None = None, **options) -> tuple[Stack, dict[str, Tensor]]:
+    model = Stack()
+    blocks = options.pop("blocks", lambda model: model.layers)(model)
+    with reference.ditching(model, INDICES, open_blocks=blocks, weights=weights):
+        return model, gradients(model, full_cross_entropy(model(inputs()[0])))
+
+
+def test_open_blocks_keep_keys_and_values_of_every_token_live():
+    model, found = stack_by_reference()
+    logits = model(inputs()[0], outer=lambda x: only(selected_rows(), x))
+    assert_same(found, gradients(model, kept_mean(logits)))
+
+
+def test_in_open_blocks_only_keys_values_and_their_norms_see_more_than_the_kept_rows():
+    _, opened = stack_by_reference(blocks=lambda model: model.layers[-1:])
+    model, closed = stack_by_reference(blocks=lambda model: [])
+    s = selected_rows()
+    in_keys_and_out = {"inner": lambda x: x.where(s[:, None, :, None], x.detach()), "outer": lambda x: only(s, x)}
+    assert_same(closed, gradients(model, kept_mean(model(inputs()[0], **in_keys_and_out))))
+    differ = {name for name in opened if (opened[name] - closed[name]).abs().max() > 1e-9}
+    more = {f"layers.2.{part}.{kind}" for part in ("norm1", "k", "v") for kind in ("weight", "bias")}
+    assert differ == more
+
+
+def test_open_blocks_give_the_inputs_rows_outside_the_selection_nothing():
+    model, (ids, _) = Stack(), inputs()
+    embeds = model.embed(ids).detach().requires_grad_()
+    model.embed = nn.Identity()
+    with reference.ditching(model, INDICES, open_blocks=model.layers):
+        full_cross_entropy(model(embeds)).backward()
+    rows = embeds.grad.abs().amax(-1)
+    assert not rows[~selected_rows()].any()
+    assert (rows[selected_rows()] > 0).all()
+
+
+def test_open_blocks_with_all_tokens_kept_are_the_ordinary_gradient():
+    model, (ids, _) = Stack(), inputs()
+    expected = gradients(model, full_cross_entropy(model(ids)))
+    with reference.ditching(model, ALL, open_blocks=model.layers):
+        assert_same(gradients(model, full_cross_entropy(model(ids))), expected)
+
+
+def test_open_blocks_and_weights_go_together():
+    model, found = stack_by_reference(weights=WEIGHTS)
+    logits = model(inputs()[0], outer=lambda x: only(selected_rows(), x))
+    loss = weighted_sum(full_cross_entropy(logits, reduction="none").view(B, T)) / (inputs()[1] != -100).sum()
+    assert_same(found, gradients(model, loss))
+
+
+@pytest.mark.parametrize("padding", [None, "right"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_neox"])
+def test_open_blocks_of_transformers(name, padding):
+    """Keys and values, and norms before them, get more than of the kept rows; nothing after the last block does."""
+    model = zoo.build(name)
+    batch = zoo.batch(model, B, T, padding)
+    blocks = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}.get(name, "model.layers")
+    found = []
+    for opened in ((), model.get_submodule(blocks)[-1:]):
+        with reference.ditching(model, INDICES, open_blocks=opened):
+            found.append(gradients(model, model(**batch).loss))
+    largest = max(g.abs().max() for g in found[0].values())
+    differ = {n for n in found[0] if (found[0][n] - found[1][n]).abs().max() > 1e-6 * largest}
+    parts = ("k_proj", "v_proj", "input_layernorm", "c_attn", "ln_1", "query_key_value")
+    assert differ and all(f"{blocks}.1." in n and any(part in n for part in parts) for n in differ)
+
+
+def test_blocks_are_closed_again_after_the_context():
+    model, (ids, _) = Stack(), inputs()
+    with reference.ditching(model, INDICES, open_blocks=model.layers):
+        pass
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    with reference.ditching(model, INDICES):
+        found = gradients(model, full_cross_entropy(model(ids)))
+    assert_same(found, stack_by_reference(blocks=lambda model: [])[1])
+
+
 @pytest.mark.parametrize(("first", "last"), [(0, T - 1), (2, T), (3, 9)])
 def test_a_slice_of_logits_keeps_its_token_numbers(first, last):
     labels = inputs()[1].roll(-1, 1)[:, first:last]

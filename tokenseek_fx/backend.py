@@ -19,8 +19,10 @@ from .passes.factors import same_size
 from .passes.geometry import device_of, example_sizes, runtime_sizes
 from .passes.pipeline import Pipeline, analysis
 from .passes.program import Program, source_line
-from .passes.select import TopK, kept_tokens
-from .scorers import needs_noise
+from .passes.rules.op import is_tensor
+from .passes.seek import Signals
+from .passes.select import Scorer, Select, kept_tokens, needs_of
+from .scorers import scorer_named
 from .warnings import TokenSeekWarning
 
 Compiled = Callable[..., Any]
@@ -57,7 +59,7 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> 
         refuse_split(gm)
         program = analysis().run(Program(gm, tuple(inputs)))
         if not _keeps_all(program, config):
-            program = Pipeline((ditch(config),)).run(program)
+            program = Pipeline((ditch(config, program),)).run(program)
     except NothingToSelect:
         return compile_inner(gm, inputs)
     except Exception as error:
@@ -73,10 +75,45 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> 
     return Rewritten(compiled, program, config.seed)
 
 
-def ditch(config: Config) -> Ditch:
-    """The rewrite that a config asks for."""
-    select = TopK(config.scoring, config.keep_ratio, config.keep_tokens)
-    return Ditch(select, config.logits, needs_noise(config.scoring))
+def ditch(config: Config, program: Program) -> Ditch:
+    """The rewrite of a program that a config asks for.
+
+    Raises:
+        GraphNotSupported: the scorer needs a loss, the graph has none, and ``config.strict``.
+    """
+    return Ditch(
+        select=Select(
+            scorer=_scorer(config, program),
+            keep_ratio=config.keep_ratio,
+            keep_tokens=config.keep_tokens,
+            method=config.select,
+            mix=config.mix,
+            weight_clip=config.weight_clip,
+            labelled_first=config.labelled_first,
+            keep_label=config.keep_label,
+        ),
+        signals=Signals(_layers(config), config.gradient_of, tuple(config.pinned)),
+        logits=config.logits,
+        report_loss=config.report_loss,
+        kv_grad=config.kv_grad,
+    )
+
+
+def _scorer(config: Config, program: Program) -> Scorer:
+    """The scorer, or attention alone where there is no loss to take a gradient of."""
+    scorer = config.scoring
+    missing = sorted(needs_of(scorer) & {"gradient", "loss"})
+    if not missing or program.activity.losses:
+        return scorer
+    fact = f"The graph has no loss, so the scorer has no {' and no '.join(missing)} of tokens."
+    if config.strict:
+        raise GraphNotSupported(fact, 'Compute the loss inside the model, or choose scorer="attention".')
+    warnings.warn(f"tokenseek: {fact} Tokens are scored by attention alone.", TokenSeekWarning, stacklevel=2)
+    return scorer_named("attention", {})
+
+
+def _layers(config: Config) -> str | tuple[int, ...]:
+    return config.attention_layers if isinstance(config.attention_layers, str) else tuple(config.attention_layers)
 
 
 def inner_compiler(
@@ -92,12 +129,15 @@ class Rewritten:
     """The compiled rewritten graph, called with the inputs of Dynamo's graph."""
 
     def __init__(self, compiled: Compiled, program: Program, seed: int | None) -> None:
-        self.compiled, self.noise = compiled, _noise(program, seed)
+        self.compiled, self.noise, self.names = compiled, _noise(program, seed), program.rewrite.names
+        self.instances = fingerprints(program)
 
-    def __call__(self, *args: Any) -> list[Any]:
-        *outputs, scores, indices = self.compiled(*args, *self.noise(args))
-        recording.note(indices, scores)
-        return outputs
+    def __call__(self, *args: Any) -> Sequence[Any]:
+        outputs = self.compiled(*args, *self.noise(args))
+        count = len(outputs) - len(self.names)
+        if recording.is_open():
+            recording.note(**dict(zip(self.names, outputs[count:], strict=True)), **self.instances(args))
+        return outputs[:count]
 
 
 class KeepAll:
@@ -105,13 +145,33 @@ class KeepAll:
 
     def __init__(self, compiled: Compiled, program: Program) -> None:
         self.compiled, self.shape, self.device = compiled, runtime_sizes(program), device_of(program)
+        self.instances = fingerprints(program)
 
     def __call__(self, *args: Any) -> Any:
         if recording.is_open():
             batch, tokens = self.shape(args)
             everything = torch.arange(tokens, device=self.device).repeat(batch, 1)
-            recording.note(everything, torch.ones_like(everything, dtype=torch.float32))
+            scores = torch.ones_like(everything, dtype=torch.float32)
+            recording.note(indices=everything, scores=scores, **self.instances(args))
         return self.compiled(*args)
+
+
+def fingerprints(program: Program) -> Callable[[Sequence[Any]], dict[str, torch.Tensor]]:
+    """What names the sequences of a call by their token ids: ``{"instances": [B] int64}``, or nothing without ids."""
+    axes = program.axes
+    layout = (axes.batch, axes.token)
+    places = [i for i, node in enumerate(program.placeholders) if is_tensor(node) and axes.of(node) == layout]
+    ids = [i for i in places if not program.inputs[i].is_floating_point()]
+    if not ids:
+        return lambda args: {}
+    return lambda args: {"instances": torch.stack([_hashed(args[i].long(), i) for i in ids]).sum(0)}
+
+
+def _hashed(ids: torch.Tensor, salt: int) -> torch.Tensor:
+    """One number per row of [B, T]; integer arithmetic wraps around."""
+    place = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+    mixed = (ids + 1 + salt) * 0x9E3779B97F4A7C1 + place * 0x1F83D9ABFB41BD6
+    return ((mixed ^ (mixed >> 29)) * 0x3C6EF372FE94F82).sum(-1)
 
 
 def _noise(program: Program, seed: int | None) -> Callable[[Sequence[Any]], tuple[torch.Tensor, ...]]:

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeGuard
 
 from .passes.errors import TokenSeekError
 from .passes.select import Scorer
-from .scorers import SCORERS, scorer_named
+from .scorers import scorer_named, scorer_names
 
 _INNER = ("inductor", "aot_eager", "eager")
 _LOGITS = ("keep", "drop")
+_CHOICES = {
+    "inner": _INNER,
+    "logits": _LOGITS,
+    "gradient_of": ("last_block", "head"),
+    "select": ("topk", "sample"),
+    "kv_grad": ("selected", "all"),
+}
+_LAYERS = ("last", "first", "all")
+_REPORTS = ("full", "kept")
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -27,7 +37,22 @@ class Config:
     Args:
         keep_ratio: share of the tokens of every sequence that are trained on, 0 < r <= 1; k = ceil(keep_ratio * T).
         keep_tokens: the number k itself, instead of ``keep_ratio`` (all tokens where a sequence is shorter).
-        scorer: a scorer's name, or a function ``ScoreInputs -> scores [B, T]``; the highest scores are kept.
+        scorer: a scorer's name, or a function ``ScoreInputs -> scores [B, T]``.
+        alpha, beta: factors of TokenSeek's score ``alpha log(attention received) + beta minmax(gradient)``.
+        attention_layers: the attentions that count: "last", "first", "all", or a list of numbers (negative: from the end).
+        gradient_of: where the gradient is taken: "last_block" (its input) or "head" (the input of the head; cheaper).
+        select: "topk" keeps the highest scores; "sample" draws with probability by score and weights the loss by inverse
+            inclusion probability, so that its expectation is the full loss.
+        mix: share of the draw that is uniform over labelled tokens ("sample"), 0 <= mix <= 1.
+        weight_clip: the largest weight of a drawn token ("sample"), at least 1.
+        labelled_first: share of the kept tokens that labelled tokens get first, 0 to 1.
+        keep_label: where no kept token of a sequence has a label, the best labelled one replaces the worst.
+        pinned: positions that are always kept (negative: from the end). Those that a classification head reads are
+            found by themselves.
+        kv_grad: "selected" cuts keys and values of the other tokens; "all" keeps their own projections live (costs the
+            input of every block).
+        report_loss: "full" returns the loss of all tokens, "kept" that of the kept ones; ``None``: the full one where the
+            scores need it anyway. The gradient is that of the kept tokens.
         inner: what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
         logits: "keep" returns the logits of all tokens (detached) beside the loss; "drop" returns them with length 0 and
             never builds them.
@@ -42,7 +67,19 @@ class Config:
 
     keep_ratio: float | None = 0.1
     keep_tokens: int | None = None
-    scorer: str | Scorer = "random"
+    scorer: str | Scorer = "tokenseek"
+    alpha: float = 1.0
+    beta: float = 1.0
+    attention_layers: str | Sequence[int] = "last"
+    gradient_of: str = "last_block"
+    select: str = "topk"
+    mix: float = 0.1
+    weight_clip: float = 100.0
+    labelled_first: float = 0.0
+    keep_label: bool = True
+    pinned: Sequence[int] = ()
+    kv_grad: str = "selected"
+    report_loss: str | None = None
     inner: str = "inductor"
     logits: str = "keep"
     strict: bool = False
@@ -52,17 +89,44 @@ class Config:
 
     def __post_init__(self) -> None:
         self._check_kept()
-        _check_choice("inner", self.inner, _INNER)
-        _check_choice("logits", self.logits, _LOGITS)
+        for name, allowed in _CHOICES.items():
+            _check_choice(name, getattr(self, name), allowed)
         if self.mode is not None:
             _check_choice("mode", self.mode, _MODES)
+        if self.report_loss is not None:
+            _check_choice("report_loss", self.report_loss, _REPORTS)
         if not callable(self.scorer):
-            _check_choice("scorer", self.scorer, tuple(SCORERS))
-        if not isinstance(self.strict, bool):
-            raise ConfigError(f"strict={self.strict!r}: expected True or False.")
+            _check_choice("scorer", self.scorer, tuple(scorer_names()))
+        self._check_numbers()
+        self._check_positions()
+        for name in ("strict", "keep_label"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected True or False.")
         if self.seed is not None and not _is_int(self.seed):
             raise ConfigError(f"seed={self.seed!r}: expected an integer or None.")
         self._check_inductor_options()
+
+    @classmethod
+    def paper(cls, **options: Any) -> Config:
+        """The recipe of the TokenSeek paper: the 10 % of the tokens with the highest ``log I1 + minmax I2``, loss over them.
+
+        >>> Config.paper(logits="drop").select
+        'topk'
+        """
+        recipe: dict[str, Any] = {
+            "keep_ratio": 0.1,
+            "scorer": "tokenseek",
+            "alpha": 1.0,
+            "beta": 1.0,
+            "attention_layers": "last",
+            "gradient_of": "last_block",
+            "select": "topk",
+            "labelled_first": 0.0,
+            "keep_label": False,
+            "kv_grad": "selected",
+            "report_loss": "kept",
+        }
+        return cls(**{**recipe, **options})
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Config:
@@ -78,17 +142,43 @@ class Config:
     @property
     def scoring(self) -> Scorer:
         """The scorer itself."""
-        return scorer_named(self.scorer) if isinstance(self.scorer, str) else self.scorer
+        if not isinstance(self.scorer, str):
+            return self.scorer
+        return scorer_named(self.scorer, {"alpha": self.alpha, "beta": self.beta})
 
     def _check_kept(self) -> None:
         ratio, count = self.keep_ratio, self.keep_tokens
         if count is None:
-            if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
+            if not _is_number(ratio) or not 0 < ratio <= 1:
                 raise ConfigError(f"keep_ratio={ratio!r}: expected a number with 0 < keep_ratio <= 1.")
         elif not _is_int(count) or count < 1:
             raise ConfigError(f"keep_tokens={count!r}: expected an integer of at least 1.")
         elif ratio not in (None, type(self).keep_ratio):
             raise ConfigError(f"keep_ratio={ratio!r} and keep_tokens={count!r}: give one of them.")
+
+    def _check_numbers(self) -> None:
+        limits = {
+            "alpha": (0, math.inf),
+            "beta": (0, math.inf),
+            "mix": (0, 1),
+            "weight_clip": (1, math.inf),
+            "labelled_first": (0, 1),
+        }
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if not _is_number(value) or not low <= value <= high:
+                limit = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+                raise ConfigError(f"{name}={value!r}: expected a number {limit}.")
+
+    def _check_positions(self) -> None:
+        if isinstance(self.attention_layers, str):
+            _check_choice("attention_layers", self.attention_layers, _LAYERS)
+        elif not _are_ints(self.attention_layers) or not self.attention_layers:
+            raise ConfigError(
+                f"attention_layers={self.attention_layers!r}: expected 'last', 'first', 'all' or a list of numbers."
+            )
+        if isinstance(self.pinned, str) or not _are_ints(self.pinned):
+            raise ConfigError(f"pinned={self.pinned!r}: expected a list of positions.")
 
     def _check_inductor_options(self) -> None:
         if self.inductor_options is None:
@@ -103,6 +193,14 @@ class Config:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+
+
+def _are_ints(values: Any) -> bool:
+    return isinstance(values, Sequence) and all(map(_is_int, values))
 
 
 def _check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

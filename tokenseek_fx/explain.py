@@ -16,13 +16,13 @@ from . import compat
 from .backend import ditch, refuse_split, trains
 from .config import Config
 from .passes.audit import Audit, AuditSaved, saved_edges
-from .passes.ditch import Barrier, class_factors, kind_of
 from .passes.errors import TokenSeekError
 from .passes.fake import fake_mode_of
 from .passes.geometry import example_sizes
 from .passes.pipeline import analysis
 from .passes.program import Program, module_path, source_line
 from .passes.select import kept_tokens
+from .passes.streams import Barrier, class_factors, kind_of
 
 _MIB = 2**20
 
@@ -126,7 +126,7 @@ def _explain_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) ->
     try:
         refuse_split(gm)
         plain = analysis().run(Program(gm, tuple(inputs)))
-        rewritten = AuditSaved().run(ditch(config).run(plain))
+        rewritten = AuditSaved().run(ditch(config, plain).run(plain))
     except TokenSeekError as error:
         return Explanation(str(error))
     return _described(plain, rewritten, config)
@@ -168,7 +168,7 @@ def _forwards(plain: Program, rewritten: Program) -> float:
     assert rewritten.rewrite is not None
     forward = sum(_flops(plain.module, plain.inputs).values())
     flops = _flops(rewritten.rewrite.module, rewritten.rewrite.inputs)
-    seek = flops.pop(None, 0)
+    seek = sum(flops.pop(kind, 0) for kind in (None, "scoring", "select"))
     return (seek + 3 * sum(flops.values())) / forward if forward else 3.0
 
 

@@ -14,10 +14,21 @@ _recordings: ContextVar[tuple[Recording, ...]] = ContextVar("tokenseek_recording
 
 @dataclass(frozen=True)
 class Selection:
-    """The tokens one forward kept. ``indices``: [B, k] int64, sorted. ``scores``: [B, T] float, the highest were kept."""
+    """The tokens one forward kept, and what was computed to choose them (``None``: it was not).
+
+    ``indices``: [B, k] int64, sorted. ``scores``: [B, T] float, -inf for padding. ``weights``: [B, k] float, of the kept
+    tokens in the loss. Of every token, [B, T]: ``attention`` received (I1), ``gradient`` (I2), ``loss``, ``labelled`` (bool).
+    ``instances``: [B] int64, a fingerprint of each sequence's token ids, by which its visits are known again.
+    """
 
     indices: torch.Tensor
     scores: torch.Tensor
+    weights: torch.Tensor | None = None
+    attention: torch.Tensor | None = None
+    gradient: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
+    labelled: torch.Tensor | None = None
+    instances: torch.Tensor | None = None
 
 
 class Recording(list[Selection]):
@@ -43,10 +54,10 @@ def record() -> Iterator[Recording]:
         _recordings.reset(token)
 
 
-def note(indices: torch.Tensor, scores: torch.Tensor) -> None:
-    """Add a selection to the open recordings of this thread."""
+def note(**selected: torch.Tensor) -> None:
+    """Add a selection, by the fields of ``Selection``, to the open recordings of this thread."""
     for recording in _recordings.get():
-        recording.append(Selection(indices.detach().clone(), scores.detach().clone()))
+        recording.append(Selection(**{name: value.detach().clone() for name, value in selected.items()}))
 
 
 def is_open() -> bool:

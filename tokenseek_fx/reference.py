@@ -7,7 +7,8 @@
 ``indices[b]`` lists the kept tokens of instance b. The forward is the ordinary forward; the gradient of every
 activation row outside the selection is zero, which is ``torch.where(selected, x, x.detach())`` written at every
 operation, here as a gradient hook so that views and in-place writes keep their meaning. A torch loss over tokens
-becomes the loss of the kept labelled tokens at the scale of the full loss.
+becomes the loss of the kept labelled tokens at the scale of the full loss, or with ``weights`` its estimate from
+them. Blocks in ``open_blocks`` keep the keys and values of every token live.
 
 Which entry of a value belongs to which token is told in two ways, and a disagreement is an error, not a choice:
 
@@ -22,7 +23,7 @@ encoder-decoder (a different length is left alone; give the two lengths differen
 
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import product
 from typing import Any
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn._reduction import legacy_get_string
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 Function = Callable[..., Any]
@@ -73,47 +75,79 @@ _UNDEFINED_LOSSES = {getattr(F, name) for name in _UNDEFINED_LOSS_NAMES}
 
 
 @contextmanager
-def ditching(model: Callable[..., Any], indices: Tensor, length: int | None = None) -> Iterator[None]:
+def ditching(
+    model: Callable[..., Any],
+    indices: Tensor,
+    length: int | None = None,
+    weights: Tensor | None = None,
+    open_blocks: Iterable[nn.Module] = (),
+) -> Iterator[None]:
     """Give every forward of `model` inside the block the gradient of token ditching.
+
+    With l_i the loss term of token i, as reduction="none" gives it, S the kept tokens and L the labelled ones (every
+    entry, where a loss has no labels), a loss over tokens is
+
+    ====  =================================================  ===============================================
+    ..    plain                                              with `weights` w
+    ====  =================================================  ===============================================
+    mean  sum of l_i over S and L, divided by |S and L|      sum of w_i l_i over S and L, divided by |L|
+    sum   sum of l_i over S and L, times |L| / |S and L|     sum of w_i l_i over S and L
+    ====  =================================================  ===============================================
+
+    where a class-weighted mean counts every token by its class weight, and a sum over nothing is 0 with gradients 0.
+    With w_i = 1 / (the probability that i is in S) the right column has the full loss as its expectation. Reductions
+    that are no torch loss are neither rescaled nor weighted, nor is a loss per instance.
+
+    An open block b computes ``only(b(only(x)))`` with ``only(x) = torch.where(selected, x, x.detach())``, and cuts
+    nothing between. It is meant to be a residual block with one attention: no gradient enters its queries, its MLP and
+    its output in rows outside S, but it does enter the projections of all keys and values and the norms before them,
+    and ends at the block's input. (Between two attentions of one open block the gradient would pass through such rows.)
 
     Args:
         model: an eager module (or any callable, if `length` is given).
         indices: int64 [B, k], the kept positions of every instance, strictly increasing.
         length: T, the size of the token axis. Default: taken from the first [B, T] or [B, T, D] (or [T, B, D]) tensor
             the model is called with. To be given where the model builds the axis itself (patches, a class token).
+        weights: float [B, k], one factor for the loss term of every kept token.
+        open_blocks: modules whose insides are not cut, for instance ``model.model.layers``: ``kv_grad="all"``.
 
     Raises:
-        ValueError: `indices` is malformed; T or B cannot be told from another dim; a value mixes tokens in a way
-            that leaves no answer to "which token is this row"; gradient checkpointing is on.
+        ValueError: `indices` or `weights` is malformed; T or B cannot be told from another dim; a value mixes tokens
+            in a way that leaves no answer to "which token is this row"; gradient checkpointing is on; a loss has
+            `weights` and reduction="none", which leaves no place for them.
 
     >>> with ditching(model, torch.tensor([[0, 3, 4]])):
     ...     model(input_ids=ids, labels=ids).loss.backward()
     """
     if length is None and not isinstance(model, nn.Module):
         raise ValueError("the token axis of a plain callable cannot be seen from its inputs: give length=T.")
-    mode = _Ditching(model, _checked(indices), length)
-    handle = None
+    mode = _Ditching(model, _checked(indices), length, _checked_weights(weights, indices))
+    handles = [hook for block in open_blocks for hook in mode.open(block)]
     if isinstance(model, nn.Module):
-        handle = model.register_forward_pre_hook(mode.start_forward, prepend=True, with_kwargs=True)
+        handles.append(model.register_forward_pre_hook(mode.start_forward, prepend=True, with_kwargs=True))
     else:
         mode.start(length)
     try:
         with mode:
             yield
     finally:
-        if handle is not None:
+        for handle in handles:
             handle.remove()
 
 
 class _Ditching(TorchFunctionMode):
     """Runs every torch function as it is, and hooks the gradient of whatever it takes and returns."""
 
-    def __init__(self, model: Callable[..., Any], indices: Tensor, length: int | None) -> None:
+    def __init__(
+        self, model: Callable[..., Any], indices: Tensor, length: int | None, weights: Tensor | None = None
+    ) -> None:
         super().__init__()
-        self.model, self.indices, self.given_length = model, indices, length
+        self.model, self.indices, self.given_length, self.weights = model, indices, length, weights
         self.batch, self.length = indices.shape[0], 0
         self.keep = torch.empty(0, dtype=torch.bool)
+        self.factors: Tensor | None = None
         self.rows = WeakTensorKeyDictionary()
+        self.inside = 0
 
     # ---- the start of a forward: what T is
 
@@ -133,9 +167,11 @@ class _Ditching(TorchFunctionMode):
         named = self.model.named_parameters() if isinstance(self.model, nn.Module) else ()
         for name, parameter in named:
             self._check_parameter(name, tuple(parameter.shape), length)
-        self.length, self.rows = length, WeakTensorKeyDictionary()
+        self.length, self.rows, self.inside = length, WeakTensorKeyDictionary(), 0
         self.keep = torch.zeros(self.batch, length, dtype=torch.bool, device=self.indices.device)
         self.keep = self.keep.scatter_(1, self.indices, True).flatten()
+        if self.weights is not None:
+            self.factors = self.weights.new_zeros(self.batch, length).scatter(1, self.indices, self.weights).flatten()
 
     def _check_parameter(self, name: str, shape: tuple[int, ...], length: int) -> None:
         position_table = len(shape) == 3 and shape[0] == 1 and shape.count(length) == 1
@@ -146,6 +182,23 @@ class _Ditching(TorchFunctionMode):
                 f"a batch of {self.batch}, and parameter {name} {list(shape)} has a dim of that size: "
                 "pick another batch size for the check."
             )
+
+    # ---- open blocks: nothing is cut inside
+
+    def open(self, block: nn.Module) -> list[RemovableHandle]:
+        """Hooks that cut what goes into `block` and what comes out of it, and nothing between."""
+        enter = block.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
+        return [enter, block.register_forward_hook(self._leave)]
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        with torch._C.DisableTorchFunction():
+            self._meet_all((args, kwargs))
+        self.inside += 1
+
+    def _leave(self, module: nn.Module, args: tuple, output: Any) -> None:
+        self.inside -= 1
+        with torch._C.DisableTorchFunction():
+            self._meet_all(output)
 
     # ---- every torch function
 
@@ -160,9 +213,7 @@ class _Ditching(TorchFunctionMode):
             return self._loss(func, args, kwargs)
         if _is_composite(func):
             return self._see_inside(func, args, kwargs)
-        operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        for x in operands:
-            self._meet(x)
+        operands = self._meet_all((args, kwargs))
         self._check_softmax(func, args, kwargs)
         if func in _RESHAPES_IN_PLACE:
             self.rows.pop(args[0], None)
@@ -177,6 +228,12 @@ class _Ditching(TorchFunctionMode):
         body.__kwdefaults__ = func.__kwdefaults__
         with self:
             return body(*args, **kwargs)
+
+    def _meet_all(self, values: Any) -> list[Tensor]:
+        tensors = [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+        for x in tensors:
+            self._meet(x)
+        return tensors
 
     def _meet(self, x: Tensor) -> None:
         """An operand seen for the first time (an input, a custom function's output), or rewritten in place."""
@@ -206,8 +263,8 @@ class _Ditching(TorchFunctionMode):
             self._hook(y)
 
     def _hook(self, y: Tensor) -> None:
-        """Zero the gradient of `y` outside the selection, once per autograd node and output."""
-        if not y.requires_grad or y.grad_fn is None:
+        """Zero the gradient of `y` outside the selection, once per autograd node and output (not in an open block)."""
+        if self.inside or not y.requires_grad or y.grad_fn is None:
             return
         key = ("ditched", id(self), y.output_nr)
         if key not in y.grad_fn.metadata:  # type: ignore[operator]
@@ -217,6 +274,9 @@ class _Ditching(TorchFunctionMode):
 
     def _kept(self, rows: Tensor) -> Tensor:
         return self.keep.to(rows.device)[rows]
+
+    def _factors(self, rows: Tensor) -> Tensor | None:
+        return None if self.factors is None else self.factors.to(rows.device)[rows]
 
     # ---- which token a row is: row number b * T + t for every entry of a value
 
@@ -358,11 +418,11 @@ class _Ditching(TorchFunctionMode):
         if given.get("size_average") is not None or given.get("reduce") is not None:
             given["reduction"] = legacy_get_string(given["size_average"], given["reduce"], emit_warning=False)
             given["size_average"] = given["reduce"] = None
+        tensors = self._meet_all(given)
         if given.get("reduction", "mean") == "none":
+            if self.weights is not None and any(x.requires_grad and x in self.rows for x in tensors):
+                raise ValueError(f"{func.__name__} with reduction='none' has no place for weights: use mean or sum.")
             return self._see_inside(func, (), given)
-        tensors = [x for x in given.values() if isinstance(x, Tensor)]
-        for x in tensors:
-            self._meet(x)
         if not any(x.requires_grad for x in tensors):
             return func(**given)
         if func in _UNDEFINED_LOSSES:
@@ -392,17 +452,20 @@ class _Ditching(TorchFunctionMode):
             raise ValueError(f"the class dim of {func.__name__}'s input {list(logits.shape)} holds tokens.")
         if self._is_per_instance(func, logits, rows if rows is None else rows.select(class_dim, 0)):
             return func(**given)
-        kept = self._kept(rows.select(class_dim, 0))
+        rows = rows.select(class_dim, 0)
+        kept, factors = self._kept(rows), self._factors(rows)
         if target.is_floating_point():
-            return _scaled(func(**{**given, "reduction": "none"}), kept, given["reduction"])
+            return _scaled(func(**{**given, "reduction": "none"}), kept, given["reduction"], factors=factors)
         labelled = target != given["ignore_index"]
         live = labelled & kept
+        class_weights = labelled if given["weight"] is None else given["weight"][target.clamp(min=0)] * labelled
         given = {**given, "target": torch.where(live, target, given["ignore_index"])}
-        weights = live if given["weight"] is None else given["weight"][target.clamp(min=0)] * live
+        if factors is not None:
+            return _estimated(func(**{**given, "reduction": "none"}), live, factors, given["reduction"], class_weights)
         total = func(**{**given, "reduction": "sum"})
         if given["reduction"] == "sum":
             return total * (labelled.sum() / live.sum().clamp(min=1)).to(total.dtype)
-        return func(**given) if weights.sum() != 0 else total * 0
+        return func(**given) if (class_weights * live).sum() != 0 else total * 0
 
     def _element_loss(self, func: Function, given: dict) -> Tensor:
         """Regression and binary losses: one term per entry of the (broadcast) operands."""
@@ -411,7 +474,7 @@ class _Ditching(TorchFunctionMode):
         if self._is_per_instance(func, terms, rows):
             return func(**given)
         weight = given.get("weight") if func in _MEAN_DIVIDES_BY_WEIGHT else None
-        return _scaled(terms, self._kept(rows), given["reduction"], weight)
+        return _scaled(terms, self._kept(rows), given["reduction"], weight, self._factors(rows))
 
     def _is_per_instance(self, func: Function, value: Tensor, rows: Tensor | None) -> bool:
         """One row per instance (pooled, or one chosen token): an ordinary loss. ValueError if it cannot be known."""
@@ -433,6 +496,13 @@ def _checked(indices: Tensor) -> Tensor:
     if (indices < 0).any() or (indices.diff(dim=1) <= 0).any():
         raise ValueError("indices must be non-negative and strictly increasing in every row: sort them.")
     return indices
+
+
+def _checked_weights(weights: Tensor | None, indices: Tensor) -> Tensor | None:
+    """`weights` if it is None or float, one for every kept token; else ValueError."""
+    if weights is not None and not (weights.is_floating_point() and weights.shape == indices.shape):
+        raise ValueError(f"weights must be float {list(indices.shape)}, got {weights.dtype} {list(weights.shape)}.")
+    return None if weights is None else weights.detach()
 
 
 def _length_of(inputs: list[Any], batch: int) -> int:
@@ -488,10 +558,25 @@ def _broadcast(rows: Tensor, y: Tensor) -> Tensor | None:
     return rows.expand(y.shape) if fits else None
 
 
-def _scaled(terms: Tensor, kept: Tensor, reduction: str, weight: Tensor | None = None) -> Tensor:
-    """Mean over the kept terms, or their sum times (all terms / kept terms); 0 if none is kept."""
+def _scaled(
+    terms: Tensor, kept: Tensor, reduction: str, weight: Tensor | None = None, factors: Tensor | None = None
+) -> Tensor:
+    """Mean over the kept terms, or their sum times (all terms / kept terms); 0 if none is kept.
+
+    `weight`: what the loss multiplied each term by, if its mean divides by the sum of that. `factors`: `_estimated`.
+    """
+    if factors is not None:
+        return _estimated(terms, kept, factors, reduction, torch.ones_like(terms) if weight is None else weight)
     total = torch.where(kept, terms, torch.zeros_like(terms)).sum()
     if reduction == "sum":
         return total * (terms.numel() / kept.sum().clamp(min=1)).to(total.dtype)
     divisor = kept.sum() if weight is None else torch.where(kept, weight, torch.zeros_like(weight)).sum()
     return total / divisor if divisor != 0 else total * 0
+
+
+def _estimated(terms: Tensor, live: Tensor, factors: Tensor, reduction: str, weight: Tensor) -> Tensor:
+    """The sum of factor * term over the live terms; as a mean divided by the weight of all terms, live or not."""
+    total = torch.where(live, factors.to(terms.dtype) * terms, torch.zeros_like(terms)).sum()
+    if reduction == "sum":
+        return total
+    return total / weight.sum() if weight.sum() != 0 else total * 0

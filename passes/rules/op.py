@@ -6,6 +6,7 @@ An axes rule says how the axes of the operands become the axes of the result: la
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -189,3 +190,12 @@ class Op:
 def operands_of(node: fx.Node) -> list[fx.Node]:
     """The tensor operands of a node in argument order, repeated ones repeated."""
     return [leaf for leaf in pytree.arg_tree_leaves(*node.args, **node.kwargs) if is_tensor(leaf)]
+
+
+def bytes_hint(node: fx.Node) -> int:
+    """Bytes of a node's example values; symbolic sizes count as those of the example inputs."""
+    return sum(math.prod(map(_hint, x.shape)) * x.element_size() for x in tensors_in(node.meta["val"]))
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else size.node.hint

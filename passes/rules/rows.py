@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 RowsRule = Callable[["Call"], Any]
 ROWS_RULES: dict[Any, RowsRule] = {}
-_MEAN, _SUM = 1, 2
+_NONE, _MEAN, _SUM = 0, 1, 2
 
 #: Operations whose operands don't broadcast to one result: one that all instances share can't be given a batch dim.
 _FIXED_RANK = (
@@ -109,7 +109,7 @@ def attention(call: Call) -> Any:
         return NotImplemented
     if call.dim != call.rank(0) - 2:
         return _attention_beside(call)
-    query, key, value = call.rows(0), call.full(1), call.full(2)
+    query, key, value = call.rows(0), call.context(1), call.context(2)
     mask = None if call["attn_mask"] is None else call.rows(3)
     if call["is_causal"]:
         mask = call.positions() >= torch.arange(key.shape[-2], device=key.device)
@@ -130,15 +130,49 @@ def label_loss(call: Call) -> Any:
         return NotImplemented
     if call["reduction"] not in (_MEAN, _SUM) or call["target"].is_floating_point():
         return elementwise_loss(call)
+    if call.geometry.weights is not None:
+        return _weighted_label_loss(call)
     logits, target = call.own_rows(0), call.own_rows(1)
     options = call.arguments_but("self", "target", "reduction")
     total = call.target(self=_no_narrower_than_float(logits), target=target, reduction=_SUM, **options)
     total = total.to(logits.dtype)
     if call["reduction"] == _MEAN:
-        kept = _labelled(target, call["ignore_index"], call["weight"])
-        return total / torch.where(kept > 0, kept, 1)
+        return total / divisor(target, call["ignore_index"], call["weight"])
     kept, labelled = (_labelled(t, call["ignore_index"], None) for t in (target, call.full(1)))
     return total * (labelled / torch.where(kept > 0, kept, 1)).to(total.dtype)
+
+
+def _weighted_label_loss(call: Call) -> Any:
+    """Sum of w_i l_i over the kept labelled positions; a mean divides it by all labelled positions, kept or not."""
+    if call.streams.axes.row_dim(call.operands[1]) is None:
+        return NotImplemented
+    losses = token_losses(call)
+    total = (losses * _weights(call, 1)).sum().to(call.node.meta["val"].dtype)
+    if call["reduction"] == _SUM:
+        return total
+    return total / divisor(call["target"], call["ignore_index"], call["weight"])
+
+
+def token_losses(call: Call) -> Any:
+    """The loss of every row of a label loss, in the layout of its target, 0 where there is no label."""
+    options = call.arguments_but("self", "target", "reduction")
+    return call.target(
+        self=_no_narrower_than_float(call.own_rows(0)), target=call.own_rows(1), reduction=_NONE, **options
+    )
+
+
+def divisor(target: torch.Tensor, ignore_index: int, weight: torch.Tensor | None) -> torch.Tensor:
+    """What a mean label loss divides by; 1 where no position has a label, so that the loss is 0."""
+    labelled = _labelled(target, ignore_index, weight)
+    return torch.where(labelled > 0, labelled, 1)
+
+
+def _weights(call: Call, operand: int) -> torch.Tensor:
+    """The weights of the rows, laid out as the rows of an operand."""
+    axes, node = call.streams.axes, call.operands[operand]
+    dim = axes.row_dim(node)
+    assert dim is not None
+    return call.geometry.weights_of(call.streams.seek[node].shape, axes.of(node), dim)
 
 
 def _no_narrower_than_float(x: torch.Tensor) -> torch.Tensor:
@@ -156,9 +190,28 @@ def _labelled(target: torch.Tensor, ignore_index: int, weight: torch.Tensor | No
 def elementwise_loss(call: Call) -> Any:
     """A loss without labels: every kept position counts."""
     if call["reduction"] not in (_MEAN, _SUM):
-        return rerun(call)
+        return _refuse_weights(call) or rerun(call)
     if any(call.streams.axes.token_dims(weight) for weight in call.operands[2:]):
         raise GraphNotSupported("A loss is weighted by token inside its own call.", "Multiply it outside.", call.node)
+    if call.geometry.weights is not None and call.streams.axes.row_dim(call.operands[0]) is not None:
+        return _weighted_elementwise_loss(call)
     options = call.arguments_but("self", "target")
     scale = 1 if call["reduction"] == _MEAN else call.geometry.tokens / call.geometry.kept
     return call.target(self=call.own_rows(0), target=call.own_rows(1), **options) * scale
+
+
+def _weighted_elementwise_loss(call: Call) -> Any:
+    """Sum of w_i l_i over the kept rows; a mean divides it by the number of all elements."""
+    options = call.arguments_but("self", "target", "reduction")
+    losses = call.target(self=call.own_rows(0), target=call.own_rows(1), reduction=_NONE, **options)
+    total = (losses * _weights(call, 0)).sum().to(losses.dtype)
+    return total / call.streams.seek[call.operands[0]].numel() if call["reduction"] == _MEAN else total
+
+
+def _refuse_weights(call: Call) -> None:
+    if call.geometry.weights is not None and call.carries_rows:
+        raise GraphNotSupported(
+            "The loss of every token is reduced outside of its own call, so sampled tokens have no place for a weight.",
+            'Let the loss reduce (mean or sum), or choose with select="topk".',
+            call.node,
+        )

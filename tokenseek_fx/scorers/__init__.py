@@ -5,21 +5,54 @@ One idea per file, each runnable by itself: ``python -m tokenseek_fx.scorers.str
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+from typing import Any
 
 from ..passes.select import Scorer
+from .attention import attention
 from .ends import first, last
+from .gradient import gradient
+from .loss import loss
 from .random import random
 from .strided import strided
+from .tokenseek import tokenseek
+
+#: Distributions add scorers by naming a factory in this group of entry points.
+ENTRY_POINTS = "tokenseek_fx.scorers"
 
 #: Factories by the name that ``Config(scorer=...)`` takes.
-SCORERS: dict[str, Callable[[], Scorer]] = {"random": random, "strided": strided, "first": first, "last": last}
+SCORERS: dict[str, Callable[..., Scorer]] = {
+    "tokenseek": tokenseek,
+    "attention": attention,
+    "gradient": gradient,
+    "loss": loss,
+    "random": random,
+    "strided": strided,
+    "first": first,
+    "last": last,
+}
 
 
-def scorer_named(name: str) -> Scorer:
-    return SCORERS[name]()
+def register_scorer(name: str, factory: Callable[..., Scorer]) -> None:
+    """Let ``Config(scorer=name)`` mean ``factory()``. A factory with parameters named ``alpha``, ``beta`` gets the options.
+
+    Raises ``ValueError`` where another factory has the name.
+
+    >>> register_scorer("nothing", lambda: lambda inputs: inputs.mask("labelled").float())
+    """
+    if SCORERS.setdefault(name, factory) is not factory:
+        raise ValueError(f"A scorer called {name!r} is registered already.")
 
 
-def needs_noise(scorer: Scorer) -> bool:
-    """True when the scorer asks for ``ScoreInputs.noise``."""
-    return bool(getattr(scorer, "needs_noise", False))
+def scorer_names() -> list[str]:
+    """All names that ``Config(scorer=...)`` takes."""
+    return [*SCORERS, *(point.name for point in entry_points(group=ENTRY_POINTS) if point.name not in SCORERS)]
+
+
+def scorer_named(name: str, options: Mapping[str, Any]) -> Scorer:
+    """The scorer of a name, given those of ``options`` that its factory has parameters for."""
+    factory = SCORERS[name] if name in SCORERS else entry_points(group=ENTRY_POINTS)[name].load()
+    known = inspect.signature(factory).parameters
+    return factory(**{option: value for option, value in options.items() if option in known})

@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import torch
 
-from ..passes.select import Scorer, TopK
+from ..passes.select import ScoreInputs, Scorer, Select
 
 
-def draw(scorer: Scorer, batch: int = 3, tokens: int = 60, keep_ratio: float = 0.25) -> None:
-    noise = torch.rand(batch, tokens)
-    _, indices = TopK(scorer, keep_ratio)(batch, tokens, torch.device("cpu"), noise)
-    for row in indices.tolist():
-        print("".join("█" if i in row else "·" for i in range(tokens)))
+def toy(batch: int = 3, tokens: int = 60) -> ScoreInputs:
+    """Sequences like those of fine-tuning: a prompt and a labelled answer, an attention sink at the first token, a
+    gradient and a loss that are largest on a few tokens of the answer."""
+    torch.manual_seed(0)
+    position = torch.arange(tokens).expand(batch, tokens)
+    answer = position >= tokens // 2
+    surprise = torch.rand(batch, tokens) ** 3
+    return ScoreInputs(
+        batch,
+        tokens,
+        torch.device("cpu"),
+        noise=torch.rand(batch, tokens),
+        attention=torch.rand(batch, tokens) + 8.0 / (1 + position),
+        gradient=surprise * answer + 0.1 * torch.rand(batch, tokens),
+        loss=surprise * answer,
+        labelled=answer,
+    )
+
+
+def draw(scorer: Scorer, keep_ratio: float = 0.25) -> None:
+    """One line per sequence of the toy."""
+    inputs = toy()
+    for row in Select(scorer, keep_ratio)(inputs).indices.tolist():
+        print("".join("█" if i in row else "·" for i in range(inputs.tokens)))

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import torch
 
-from ..passes.select import ScoreInputs, Scorer
+from ..passes.select import ScoreInputs, Scorer, needs
 from ._draw import draw
 
 
 def random() -> Scorer:
-    """Uniform noise as scores: k tokens drawn without replacement."""
+    """Uniform noise as scores: k tokens drawn without replacement. With ``select="sample"``, which is random by itself, all
+    tokens are equally likely."""
 
+    @needs("noise")
     def score(inputs: ScoreInputs) -> torch.Tensor:
-        assert inputs.noise is not None
+        if inputs.noise is None:
+            return torch.zeros(inputs.batch, inputs.tokens, device=inputs.device)
         return inputs.noise.clone()
 
-    score.needs_noise = True  # type: ignore[attr-defined]
     return score
 
 

@@ -1,0 +1,177 @@
+"""Seek: the whole forward without gradient, and what it tells about the tokens for the selection.
+
+Only what is asked for is computed (``Signals``): values of this stream that nothing reads are dropped from the graph, so a
+scorer that needs attention alone runs neither the last MLP nor the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from .canonicalize import Retrace
+from .errors import GraphNotSupported
+from .factors import same_size
+from .geometry import Geometry, device_of, sizes_of
+from .program import Program
+from .received import attended_in, received_in
+from .rules.op import bind
+from .rules.rows import LABEL_LOSSES
+from .select import ScoreInputs
+from .streams import tagged
+from .tail import Traced, find_tail, head_input, run_tail, trace_tail
+from .token_axes import Attention
+
+aten = torch.ops.aten
+#: Operations that pick rows out of a value.
+_PICKS = (
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.index.Tensor,
+    aten.index_select.default,
+    aten.gather.default,
+    aten.take_along_dim.default,
+)
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What scores are made of.
+
+    ``attention_layers``: the attentions that count, "last", "first", "all" or their numbers (negative: from the end); of
+    several the sum. ``gradient_of``: "last_block", the input of the last block, or "head", that of the head.
+    ``pinned``: positions that are always kept (negative: from the end). ``chunk_bytes``: the largest value that the chunked
+    head makes at a time.
+    """
+
+    attention_layers: str | tuple[int, ...] = "last"
+    gradient_of: str = "last_block"
+    pinned: tuple[int, ...] = ()
+    chunk_bytes: int = 16 * 2**20
+
+    def attentions(self, program: Program) -> tuple[Attention, ...]:
+        every = program.axes.attentions
+        if isinstance(self.attention_layers, str):
+            return {"last": every[-1:], "first": every[:1], "all": every}[self.attention_layers]
+        if bad := [i for i in self.attention_layers if not -len(every) <= i < len(every)]:
+            raise GraphNotSupported(f"attention_layers={bad}: the model has {len(every)} attentions.")
+        return tuple(every[i] for i in self.attention_layers)
+
+    def tail(self, program: Program, needs: Iterable[str]) -> Traced | None:
+        """The traced way from the last block (or the head) to the loss, where ``needs`` ask for it."""
+        gradient = "gradient" in needs
+        if not gradient and not {"loss", "full loss"} & {*needs}:
+            return None
+        if not program.activity.losses:
+            raise GraphNotSupported("The graph has no loss, so tokens have neither a loss nor a gradient.")
+        block = gradient and self.gradient_of == "last_block"
+        start = program.blocks.last_entry if block else head_input(program)
+        if start is None:
+            raise GraphNotSupported("No value with tokens is on every path to the loss, so there is no block to score.")
+        tail = find_tail(program, start)
+        if tail.loss is None and "loss" in needs:
+            raise GraphNotSupported("The loss is not one cross entropy over tokens, so a token has no loss of its own.")
+        return trace_tail(tail, gradient, self.chunk_bytes) if gradient or tail.loss is not None else None
+
+
+class Seek(Retrace):
+    """The seek stream. ``values`` holds every node's value."""
+
+    def __init__(self, program: Program, inputs: tuple[Any, ...]) -> None:
+        super().__init__(program.module)
+        self.program, self.garbage_collect_values = program, False
+        self.run(*pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, inputs))
+        self.values: dict[fx.Node, Any] = self.env
+
+    def get_attr(self, target: Any, args: tuple, kwargs: dict) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return value.detach() if isinstance(value, torch.Tensor) and value.requires_grad else value
+
+    def look(self, signals: Signals, needs: Iterable[str], tail: Traced | None, noise: Tensor | None) -> ScoreInputs:
+        """What is known of the tokens."""
+        batch, tokens = sizes_of(self.program, self.values)
+        device = device_of(self.program)
+        everything = torch.arange(tokens, device=device).expand(batch, tokens)
+        geometry = Geometry(self.program.axes, everything, batch, tokens)
+        loss = gradient = attention = None
+        with tagged("scoring"):
+            if "attention" in needs:
+                attention = sum(received_in(a, self.values, geometry) for a in signals.attentions(self.program))
+            if tail is not None:
+                loss, total, gradient = run_tail(tail, self.values, geometry)
+                self._replace_loss(tail, total)
+            return ScoreInputs(
+                batch,
+                tokens,
+                device,
+                noise=noise,
+                attention=attention,
+                gradient=gradient,
+                loss=loss,
+                labelled=self._labelled(geometry),
+                attended=attended_in(self.program.axes.attentions[0], self.values, geometry),
+                pinned=self._pinned(signals.pinned, geometry),
+            )
+
+    def _replace_loss(self, tail: Traced, total: Tensor | None) -> None:
+        """The loss of the chunks instead of the one that needs all logits, and what is computed from it."""
+        if total is not None:
+            self.env[tail.tail.loss] = total
+            for node in tail.tail.after_loss:
+                self.env[node] = self.run_node(node)
+
+    def _labelled(self, geometry: Geometry) -> Tensor | None:
+        """The tokens that have a label in any loss over tokens; ``None``: there is no such loss."""
+        found = None
+        for node in self.program.graph.nodes:
+            if node.target in LABEL_LOSSES and node in self.program.activity.live:
+                found = self._add_labels(bind(node), found, geometry)
+        return found
+
+    def _add_labels(self, given: dict[str, Any], found: Tensor | None, geometry: Geometry) -> Tensor | None:
+        target, axes = given["target"], geometry.axes
+        if target.meta["val"].is_floating_point() or not axes.has_rows(target):
+            return found
+        labelled = self.values[target] != given["ignore_index"]
+        mine = geometry.by_token(labelled, axes.of(target), axes.row_dim(target))
+        return mine if found is None else found | mine
+
+    def _pinned(self, positions: tuple[int, ...], geometry: Geometry) -> Tensor | None:
+        """``positions`` and those that the model itself picks out of the sequence, for a classification head."""
+        picks = [node for node in self.program.graph.nodes if _picks_one_token(self.program, node)]
+        if not positions and not picks:
+            return None
+        number = torch.arange(geometry.tokens, device=geometry.indices.device)
+        pinned = torch.zeros_like(number, dtype=torch.bool)
+        for position in positions:
+            pinned = pinned | (number == (position if position >= 0 else geometry.tokens + position))
+        pinned = pinned.expand(geometry.batch, -1)
+        for node in picks:
+            pinned = pinned | self._read_by(node, geometry)
+        return pinned
+
+    def _read_by(self, node: fx.Node, geometry: Geometry) -> Tensor:
+        """The tokens that an operation picks, [B, T] bool: it picks out of their numbers instead."""
+        source, *rest = node.args
+        number = torch.arange(geometry.batch * geometry.tokens, device=geometry.indices.device)
+        number = geometry.like(number.reshape(geometry.batch, -1), self.values[source].shape, geometry.axes.of(source))
+        args, kwargs = pytree.tree_map_only(fx.Node, self.values.__getitem__, (rest, node.kwargs))
+        picked = node.target(number, *args, **kwargs).flatten()
+        none = torch.zeros(geometry.batch * geometry.tokens, dtype=torch.bool, device=number.device)
+        return none.scatter(0, picked, True).reshape(geometry.batch, -1)
+
+
+def _picks_one_token(program: Program, node: fx.Node) -> bool:
+    """True for a live operation that reads one row of every sequence (the position a classification head reads)."""
+    if node.target not in _PICKS or node not in program.activity.live:
+        return False
+    source, axes = node.args[0], program.axes
+    if source not in program.activity.live or not axes.has_rows(source) or axes.row_dim(node) is not None:
+        return False
+    whole, part, tokens = source.meta["val"], node.meta["val"], axes.space.size(axes.token)
+    return same_size(part.numel() * tokens, whole.numel())

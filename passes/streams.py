@@ -1,0 +1,284 @@
+"""Streams: live operations re-executed on selected rows, beside their values for all tokens.
+
+Every value is known in one of three ways: its selected *rows*; *whole*, where it has no rows; or *in full*, the rows put
+into the seek stream's value. What a row looks at as a whole (keys and values: its *context*) is the full value, or, with
+``kv_grad="all"``, computed anew for all tokens from the full input of its block, so that its own projections stay live.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx import traceback as fx_traceback
+
+from .call import Call, pad_left
+from .canonicalize import Retrace, is_autocast, record_opaque
+from .errors import GraphNotSupported, InvariantBroken
+from .factors import Axes
+from .geometry import Geometry
+from .program import Program, attribute, where
+from .rules.axes import rule_for
+from .rules.op import bytes_hint, is_tensor, operands_of
+from .rules.rows import LABEL_LOSSES, LOSSES, ROWS_RULES, rerun
+from .token_axes import ATTENDING
+
+aten = torch.ops.aten
+#: Operations that only lay out what they get. A full value is put together before them, so that keys and values are
+#: whole before heads are repeated.
+_LAYOUT_NAMES = (
+    "view reshape _unsafe_view flatten unflatten squeeze unsqueeze transpose permute expand t numpy_T contiguous clone"
+)
+_LAYOUT = {
+    getattr(packet, overload)
+    for packet in (getattr(aten, name) for name in _LAYOUT_NAMES.split())
+    for overload in packet.overloads()
+}
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """An operation that the ditch stream runs over all tokens: why, where, and the bytes of its full operands."""
+
+    node: fx.Node
+    reason: str
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.node.target} at {where(self.node)}: {self.reason} ({self.bytes / 2**20:.1f} MiB in full)"
+
+
+class Streams:
+    """The ditch stream beside the seek stream: for every live node its selected rows, or (without rows) its whole value."""
+
+    def __init__(
+        self,
+        program: Program,
+        seek: Mapping[fx.Node, Any],
+        geometry: Geometry,
+        inputs: tuple,
+        barriers: list[Barrier],
+        kv_grad: str = "selected",
+    ) -> None:
+        self.program, self.axes, self.live = program, program.axes, program.activity.live
+        self.seek, self.geometry, self.barriers = seek, geometry, barriers
+        self._inputs = dict(zip(program.placeholders, inputs, strict=True))
+        self._rows: dict[fx.Node, Any] = {}
+        self._whole: dict[fx.Node, Any] = {}
+        self._merged: dict[fx.Node, torch.Tensor] = {}
+        self._context: dict[fx.Node, Any] = {}
+        self._in_context = keys_and_values(program) if kv_grad == "all" else frozenset()
+        self._switches = Retrace(program.module)
+
+    def run(self) -> None:
+        classes = class_factors(self.program)
+        for node in self.program.graph.nodes:
+            if is_autocast(node):
+                self._switches.env[node] = self._switches.run_node(node)
+            elif node in self.live:
+                kind = kind_of(self.program, node, classes)
+                with tagged("rows" if kind in ("activations", "keys/values") else kind, node):
+                    self._compute(node)
+                    if node in self._in_context:
+                        self._context[node] = self._for_all_tokens(node)
+
+    def context(self, node: fx.Node) -> Any:
+        """What rows look at: the full value, or the one computed anew for all tokens."""
+        return self._context[node] if node in self._context else self.full(node)
+
+    def full(self, node: fx.Node) -> Any:
+        """The value for all tokens: live in the selected rows, the seek stream's elsewhere."""
+        if node not in self.live:
+            return self.seek[node]
+        if node in self._whole:
+            return self._whole[node]
+        if node not in self._merged:
+            with tagged(self._kind_in_full(node), node):
+                self._merged[node] = self._merge(node)
+        return self._merged[node]
+
+    def rows(self, node: fx.Node, dim: int) -> torch.Tensor:
+        """The selected rows of a value along one of its token dims."""
+        if node in self._rows and dim == self.axes.row_dim(node):
+            return self._rows[node]
+        return self.geometry.take(self.full(node), self.axes.of(node), dim)
+
+    def aligned_rows(
+        self, value: Any, labels: Axes, dim: int, like: Axes, result: torch.Tensor, rank: int
+    ) -> torch.Tensor:
+        """Rows of a value that all instances share, where it meets a result with axes ``like``: it gets a batch dim."""
+        if not self.axes.batch or self.axes.batch_dim_of(labels) is not None:
+            return self.geometry.take(value, labels, dim)
+        padded = pad_left(labels, rank)
+        value = value.reshape((1,) * (rank - len(labels)) + tuple(value.shape))
+        at = self.axes.batch_dim_of(like)
+        if at is None or padded[at]:
+            raise GraphNotSupported("A value that all instances share meets per-instance rows at a dim that is taken.")
+        value = value.expand([result.shape[at] if i == at else size for i, size in enumerate(value.shape)])
+        padded = tuple(like[at] if i == at else label for i, label in enumerate(padded))
+        return self.geometry.take(value, padded, dim + rank - len(labels))
+
+    def _kind_in_full(self, node: fx.Node) -> str:
+        if self._in_context and node in self.program.blocks.stream:
+            return "block inputs"
+        return "keys/values" if feeds_attention(node) else "barrier"
+
+    def _for_all_tokens(self, node: fx.Node) -> Any:
+        if node.target is operator.getitem:
+            return self._context[node.args[0]][node.args[1]]
+        args, kwargs = Call(node, self, None).in_context
+        return node.target(*args, **kwargs)
+
+    # -- one node -----------------------------------------------------------------------------------------------------
+
+    def _compute(self, node: fx.Node) -> None:
+        if node.op != "call_function":
+            self._source(node)
+        elif node.target is operator.getitem:
+            self._getitem(node)
+        else:
+            self._operation(node)
+
+    def _source(self, node: fx.Node) -> None:
+        value = self._inputs[node] if node.op == "placeholder" else attribute(self.program.module, str(node.target))
+        if self.axes.has_rows(node):
+            self._rows[node] = self.geometry.take(value, self.axes.of(node), self.axes.row_dim(node))
+        else:
+            self._whole[node] = value
+
+    def _getitem(self, node: fx.Node) -> None:
+        source, index = node.args
+        if source in self._rows:
+            self._rows[node] = self._rows[source][index]
+        else:
+            self._whole[node] = self._whole[source][index]
+
+    def _operation(self, node: fx.Node) -> None:
+        has_rows = self.axes.has_rows(node)
+        call = Call(node, self, self.axes.row_dim(node) if has_rows else None)
+        result = self._restricted(call) if self._meets_rows(node) else NotImplemented
+        if result is NotImplemented:
+            result = self._in_full(call)
+            if has_rows:
+                result = self._take_each(node, result)
+        elif has_rows:
+            self._check_shape(call, result)
+        (self._rows if has_rows else self._whole)[node] = result
+
+    def _meets_rows(self, node: fx.Node) -> bool:
+        """False for operations on parameters and values without rows alone (they run as they are, in full)."""
+        return self.axes.has_rows(node) or any(self.axes.has_rows(arg) for arg in operands_of(node) if arg in self.live)
+
+    def _restricted(self, call: Call) -> Any:
+        rule = ROWS_RULES.get(call.target)
+        if rule is None and call.dim is None:
+            return NotImplemented
+        return (rule or rerun)(call)
+
+    def _in_full(self, call: Call) -> Any:
+        node = call.node
+        if node.target in LOSSES:
+            self._refuse_partial_loss(node)
+        if self._meets_rows(node):
+            self._report(node)
+        args, kwargs = call.in_full
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            return record_opaque(node.target, args, kwargs, node.meta["val"])
+        return node.target(*args, **kwargs)
+
+    def _refuse_partial_loss(self, node: fx.Node) -> None:
+        """A loss per instance is an ordinary loss; one over some part of the tokens has no kept share."""
+        operand = self.axes.of(node.args[0])
+        positions = operand[:1] + operand[2:] if node.target in LABEL_LOSSES else ()
+        unknown = set(sum(positions, ())) - set(self.axes.batch)
+        if unknown or set(sum(operand, ())) & self.axes.space.parts_of(self.axes.token):
+            raise GraphNotSupported(
+                "The loss runs over positions that are neither all tokens nor one per sequence (a part of the tokens "
+                "chosen before the loss), so its kept share is not defined.",
+                "Give all tokens to the loss and mark the others with ignore_index in the labels.",
+                node,
+            )
+
+    def _report(self, node: fx.Node) -> None:
+        reason = "it mixes tokens" if rule_for(node.target) else "the operation has no rule"
+        merged = [arg for arg in dict.fromkeys(operands_of(node)) if arg in self.live and self.axes.has_rows(arg)]
+        self.barriers.append(Barrier(node, reason, sum(bytes_hint(arg) for arg in merged)))
+
+    def _take_each(self, node: fx.Node, result: Any) -> Any:
+        if isinstance(result, torch.Tensor):
+            return self.geometry.take(result, self.axes.of(node), self.axes.row_dim(node))
+        return tuple(
+            self.geometry.take(x, self.axes.resolved(axes), self.axes.row_dim(node))
+            if isinstance(x, torch.Tensor)
+            else x
+            for x, axes in zip(result, self.axes.axes[node], strict=True)
+        )
+
+    def _check_shape(self, call: Call, result: Any) -> None:
+        """The rows of a result have the shape of its rows (a rule that lies about an axis would broadcast silently)."""
+        if isinstance(result, torch.Tensor) and list(result.shape) != call.shape:
+            raise InvariantBroken(
+                f"{call.node.target} on the selected rows gave shape {list(result.shape)}, its axes say {call.shape} "
+                f"(at {where(call.node)})."
+            )
+
+    def _merge(self, node: fx.Node) -> torch.Tensor:
+        if node.target in _LAYOUT and len(operands_of(node)) == 1:
+            args, kwargs = Call(node, self, None).in_full
+            return node.target(*args, **kwargs)
+        return self.geometry.put(self.seek[node], self._rows[node], self.axes.of(node), self.axes.row_dim(node))
+
+
+@contextmanager
+def tagged(kind: str, node: fx.Node | None = None) -> Iterator[None]:
+    """Nodes traced inside carry the place of ``node`` and ``meta["custom"]["tokenseek"] = kind``."""
+    before = fx_traceback.current_meta
+    place = node.meta if node is not None else before
+    fx_traceback.current_meta = {**place, "custom": {**place.get("custom", {}), "tokenseek": kind}}
+    try:
+        yield
+    finally:
+        fx_traceback.current_meta = before
+
+
+def kind_of(program: Program, node: fx.Node, classes: set[int]) -> str:
+    """What a value is, for reports: logits (it has one of the ``classes`` factors), scores (two token axes), keys/values,
+    or activations."""
+    if not is_tensor(node):
+        return "activations"
+    if classes & set(sum(program.axes.of(node), ())):
+        return "logits"
+    if len(program.axes.token_dims(node)) > 1:
+        return "scores"
+    return "keys/values" if feeds_attention(node) else "activations"
+
+
+def feeds_attention(node: fx.Node) -> bool:
+    """True when attention reads the value at all positions: its keys or values, or the right side of its products."""
+    return any(
+        (node in user.args[1:3] and user.target in ATTENDING) or (user.target in _LAYOUT and feeds_attention(user))
+        for user in node.users
+    )
+
+
+def keys_and_values(program: Program) -> frozenset[fx.Node]:
+    """Keys and values, and what computes them from the input of their block."""
+    live, axes, stream = program.activity.live, program.axes, set(program.blocks.stream)
+    found: set[fx.Node] = set()
+    for node in reversed(program.graph.nodes):
+        wanted = feeds_attention(node) or any(user in found for user in node.users)
+        if wanted and node.op == "call_function" and node in live and node not in stream and axes.has_rows(node):
+            found.add(node)
+    return frozenset(found)
+
+
+def class_factors(program: Program) -> set[int]:
+    """The factors of the class dim of the losses: outputs that have them are logits."""
+    losses = [n for n in program.graph.nodes if n.target in LABEL_LOSSES and n in program.activity.live]
+    logits = [program.axes.of(n.args[0]) for n in losses]
+    return {factor for labels in logits for factor in labels[min(1, len(labels) - 1)]}

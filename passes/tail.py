@@ -1,0 +1,335 @@
+"""Tail: from the input of the last block (or of the head) to the loss, and back: loss and gradient of every token.
+
+The gradient is that of the full loss with all parameters frozen (TokenSeek's I2 is its absolute sum). What follows the last
+place where tokens mix, the head above all, is run and differentiated for a chunk of tokens at a time, with the rows rules of
+the ditch stream: no ``[B, T, V]`` tensor exists. What comes before (the attention) is differentiated as a whole.
+
+Both parts are traced without pre-dispatch, where autograd's operations are recorded, and placed in the seek stream.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .call import Call
+from .canonicalize import is_autocast
+from .errors import GraphNotSupported
+from .fake import fake_mode_of
+from .geometry import Geometry, example_sizes
+from .program import Program
+from .rules.op import bind, bytes_hint, is_tensor, operands_of
+from .rules.rows import LABEL_LOSSES, divisor, token_losses
+from .streams import Streams, class_factors
+
+_MEAN, _SUM = 1, 2
+_MOST_CHUNKS = 64
+
+
+class TokenSignals(NamedTuple):
+    """``loss``: of every token, [B, T], 0 without a label. ``total``: the model's loss operation of all tokens (0-dim).
+    ``gradient``: |dL/dz| summed over the hidden dim, [B, T], or ``None``."""
+
+    loss: Tensor | None
+    total: Tensor | None
+    gradient: Tensor | None
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The operations between ``start`` and the loss of the graph.
+
+    ``loss``: the label loss that is computed in chunks (``None``: there is no single one, all is done as a whole).
+    ``rows``: operations before it that work on every token alone. ``frontier``: what they start from. ``rest``: all others.
+    """
+
+    program: Program
+    start: fx.Node
+    loss: fx.Node | None
+    rows: tuple[fx.Node, ...]
+    frontier: tuple[fx.Node, ...]
+    rest: tuple[fx.Node, ...]
+
+    @property
+    def after_loss(self) -> list[fx.Node]:
+        """What is computed from the label loss, in order."""
+        found = {self.loss}
+        for node in self.rest:
+            if any(arg in found for arg in node.all_input_nodes):
+                found.add(node)
+        return [node for node in self.rest if node in found]
+
+    def chunks(self, chunk_bytes: int) -> int:
+        """Into how many chunks the tokens are cut, so that the largest value of one takes ``chunk_bytes`` at most."""
+        largest = max(bytes_hint(node) for node in (*self.rows, *self.frontier) if is_tensor(node))
+        return min(_MOST_CHUNKS, -(-largest // chunk_bytes))
+
+
+def find_tail(program: Program, start: fx.Node) -> Tail:
+    """What lies between ``start`` and the first scalar output."""
+    end = program.activity.losses[0]
+    nodes = _between(program, start, end)
+    losses = [node for node in nodes if _has_token_losses(program, node)]
+    loss = losses[0] if len(losses) == 1 else None
+    rows = _token_parallel(program, nodes, loss) if loss is not None else []
+    if loss is not None and operands_of(loss)[0] not in rows and operands_of(loss)[0] is not start:
+        loss, rows = None, []
+    ends = [*rows, loss] if loss is not None else []
+    frontier = dict.fromkeys(arg for node in ends for arg in node.all_input_nodes if arg in {start, *nodes} - {*ends})
+    return Tail(program, start, loss, tuple(rows), tuple(frontier), tuple(n for n in nodes if n not in {*ends}))
+
+
+def head_input(program: Program) -> fx.Node | None:
+    """The input of the head: the last value with rows, on every path to the loss, that has no class dim yet."""
+    classes = class_factors(program)
+    stream = [node for node in program.blocks.stream if not classes & set(sum(program.axes.of(node), ()))]
+    return stream[-1] if stream else None
+
+
+def _between(program: Program, start: fx.Node, end: fx.Node) -> list[fx.Node]:
+    """Live nodes on the paths from ``start`` (without it) to ``end``, in order."""
+    live = program.activity.live
+    below, above = {start}, {end}
+    for node in program.graph.nodes:
+        if node in live and any(arg in below for arg in node.all_input_nodes):
+            below.add(node)
+    for node in reversed(program.graph.nodes):
+        if node in below and any(user in above for user in node.users):
+            above.add(node)
+    return [node for node in program.graph.nodes if node in below and node in above and node is not start]
+
+
+def _has_token_losses(program: Program, node: fx.Node) -> bool:
+    """A reduced label loss whose operands have one row for every token."""
+    if node.target not in LABEL_LOSSES:
+        return False
+    given, axes = bind(node), program.axes
+    logits, target = given["self"], given["target"]
+    classes = min(1, logits.meta["val"].ndim - 1)
+    return (
+        given["reduction"] in (_MEAN, _SUM)
+        and not target.meta["val"].is_floating_point()
+        and axes.has_rows(logits)
+        and axes.has_rows(target)
+        and axes.row_dim(logits) != classes
+    )
+
+
+def _token_parallel(program: Program, nodes: list[fx.Node], loss: fx.Node) -> list[fx.Node]:
+    """The operations that lead to the loss alone and work on every token alone, in order."""
+    found, inside = {loss}, set(nodes)
+    for node in reversed(nodes):
+        users = [user for user in node.users if user in inside]
+        if node is not loss and all(user in found for user in users) and _is_token_parallel(program, node, inside):
+            found.add(node)
+    for node in nodes:  # a part of a tuple stays with the tuple
+        if node.target is operator.getitem and node.args[0] not in found:
+            found.discard(node)
+    return [node for node in nodes if node in found and node is not loss]
+
+
+def _is_token_parallel(program: Program, node: fx.Node, inside: set[fx.Node]) -> bool:
+    axes = program.axes
+    if not axes.has_rows(node) or isinstance(node.target, torch._ops.HigherOrderOperator):
+        return False
+    dim = axes.row_dim(node)
+    carried = [axes.carried(node, i, dim) for i, arg in enumerate(operands_of(node)) if arg in inside]
+    return all(place is not None for place in carried)
+
+
+class Traced(NamedTuple):
+    """The two traced parts of a tail. ``chunk(size)``: (indices, *frontier rows, *captured) -> (loss rows, *gradients).
+    ``back``: (start, *gradients of the frontier, scale of them, total, *captured) -> (gradient of start,)."""
+
+    tail: Tail
+    count: int
+    chunk: Callable[[Any], fx.GraphModule] | None
+    captured: tuple[fx.Node, ...]
+    back: fx.GraphModule | None
+    captured_back: tuple[fx.Node, ...]
+
+
+def trace_tail(tail: Tail, gradient: bool, chunk_bytes: int) -> Traced:
+    """Trace the parts of ``tail``: the chunked one without gradients unless ``gradient``, and then the way back."""
+    captured = _captured((*tail.rows, tail.loss), tail.frontier) if tail.loss is not None else ()
+    chunk = functools.cache(lambda size: _trace_chunk(tail, size, gradient, captured)) if captured else None
+    captured_back = _captured(tail.rest, (tail.start, tail.loss, *tail.frontier))
+    back = _trace_back(tail, captured_back) if gradient else None
+    return Traced(tail, tail.chunks(chunk_bytes) if captured else 0, chunk, captured, back, captured_back)
+
+
+def run_tail(traced: Traced, values: Mapping[fx.Node, Any], geometry: Geometry) -> TokenSignals:
+    """Loss and gradient of every token from the seek stream's ``values``; ``geometry`` has its sizes."""
+    tail = traced.tail
+    loss = total = None
+    unit: list[Tensor] = []
+    scale = torch.ones((), device=geometry.indices.device)
+    if tail.loss is not None:
+        loss, unit = _run_chunks(traced, values, geometry)
+        wide = torch.promote_types(loss.dtype, torch.float32)
+        given = {name: values[arg] if isinstance(arg, fx.Node) else arg for name, arg in bind(tail.loss).items()}
+        count = divisor(given["target"], given["ignore_index"], given["weight"]) if given["reduction"] == _MEAN else 1
+        total = (loss.sum(dtype=wide) / count).to(tail.loss.meta["val"].dtype)
+        scale = scale.to(wide) / count
+    if traced.back is None:
+        return TokenSignals(loss, total, None)
+    extra = () if total is None else (scale, total)
+    captured = [values[node] for node in traced.captured_back]
+    (gradient,) = fx.Interpreter(traced.back).run(values[tail.start], *unit, *extra, *captured)
+    axes = tail.program.axes
+    size = gradient.abs().to(torch.promote_types(gradient.dtype, torch.float32))
+    return TokenSignals(loss, total, geometry.by_token(size, axes.of(tail.start), axes.row_dim(tail.start)))
+
+
+def _run_chunks(traced: Traced, values: Mapping[fx.Node, Any], geometry: Geometry) -> tuple[Tensor, list[Tensor]]:
+    """Per-token losses [B, T], and for every value of the frontier the gradient of their sum."""
+    assert traced.chunk is not None
+    axes, frontier = geometry.axes, traced.tail.frontier
+    captured = [values[node] for node in traced.captured]
+    losses, gradients = [], []
+    for start, size in _cuts(geometry.tokens, traced.count):
+        positions = torch.arange(start, start + size, device=geometry.indices.device)
+        part = replace(geometry, indices=positions.expand(geometry.batch, size))
+        rows = [part.take(values[node], axes.of(node), axes.row_dim(node)) for node in frontier]
+        loss, *of_rows = fx.Interpreter(traced.chunk(size)).run(part.indices, *rows, *captured)
+        losses.append(loss)
+        gradients.append(of_rows)
+    joined = [
+        geometry.join(parts, axes.of(node), axes.row_dim(node), values[node].shape)
+        for node, parts in zip(frontier, zip(*gradients, strict=True), strict=False)
+    ]
+    return torch.cat(losses, -1), joined
+
+
+def _cuts(tokens: Any, count: int) -> list[tuple[Any, Any]]:
+    """(start, size) of ``count`` chunks, the last one smaller where it does not divide."""
+    size = (tokens + count - 1) // count
+    cuts = [(i * size, size) for i in range(count - 1)]
+    return [*cuts, ((count - 1) * size, tokens - (count - 1) * size)]
+
+
+def _captured(nodes: Sequence[fx.Node], known: Sequence[fx.Node | None]) -> tuple[fx.Node, ...]:
+    """What ``nodes`` read that is neither one of them nor ``known``."""
+    inside = {*nodes, *known}
+    return tuple(dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if arg not in inside))
+
+
+def _trace_chunk(tail: Tail, size: Any, gradient: bool, captured: Sequence[fx.Node]) -> fx.GraphModule:
+    program = tail.program
+    axes, (batch, tokens) = program.axes, example_sizes(program)
+
+    def chunk(indices: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        rows, known = args[: len(tail.frontier)], _frozen(captured, args[len(tail.frontier) :])
+        leaves = [row.detach().requires_grad_(gradient) for row in rows]
+        geometry = Geometry(axes, indices, batch, tokens)
+        streams = _Chunk(tail, known, geometry, dict(zip(tail.frontier, leaves, strict=True)))
+        with torch.set_grad_enabled(gradient):
+            streams.run()
+            losses = token_losses(Call(tail.loss, streams, None))
+        target = operands_of(tail.loss)[1]
+        by_token = geometry.by_token(losses.detach(), axes.of(target), axes.row_dim(target), indices.shape[1])
+        return (by_token, *(_gradients([losses.sum()], leaves) if gradient else ()))
+
+    with fake_mode_of(program.inputs):
+        indices = torch.zeros(batch, size, dtype=torch.int64, device=tail.start.meta["val"].device)
+        geometry = Geometry(axes, indices, batch, tokens)
+        shapes = [geometry.row_shape(node.meta["val"].shape, axes.row_dim(node)) for node in tail.frontier]
+        rows = [node.meta["val"].new_empty(shape) for node, shape in zip(tail.frontier, shapes, strict=True)]
+    return _traced(chunk, [indices, *rows, *(node.meta["val"] for node in captured)], tail)
+
+
+def _trace_back(tail: Tail, captured: Sequence[fx.Node]) -> fx.GraphModule:
+    """The gradient of ``start``: autograd of the rest of the tail, given the gradients of the chunked part."""
+    program, end = tail.program, tail.program.activity.losses[0]
+    chunked = tail.loss is not None
+
+    def back(start: Tensor, *given: Any) -> tuple[Tensor, ...]:
+        unit, args = given[: len(tail.frontier)], given[len(tail.frontier) :]
+        leaf = start.detach().requires_grad_()
+        known: dict[fx.Node, Any] = {tail.start: leaf}
+        if chunked:
+            scale, total, args = args[0], args[1], args[2:]
+            known[tail.loss] = total.detach().requires_grad_()
+        known.update(_frozen(captured, args))
+        with torch.enable_grad():
+            _run(program, tail.rest, known)
+            outputs, gradients = [known[end]], [torch.ones_like(known[end])]
+            if chunked:
+                (upstream,) = _gradients([known[end]], [known[tail.loss]])
+                outputs += [known[node] for node in tail.frontier]
+                gradients += [(g * (upstream * scale)).to(g.dtype) for g in unit]
+            return tuple(_gradients(outputs, [leaf], gradients))
+
+    unit = [node.meta["val"] for node in tail.frontier]
+    with fake_mode_of(program.inputs):
+        scalars = [torch.ones((), device=tail.start.meta["val"].device), tail.loss.meta["val"]] if chunked else []
+    inputs = [tail.start.meta["val"], *unit, *scalars, *(node.meta["val"] for node in captured)]
+    return _traced(back, inputs, tail)
+
+
+def _gradients(outputs: list[Tensor], inputs: list[Tensor], given: list[Tensor] | None = None) -> list[Tensor]:
+    """``torch.autograd.grad`` where some outputs or inputs may have no part in it; the graph is kept."""
+    given = given or [torch.ones_like(out) for out in outputs]
+    live = [(out, g) for out, g in zip(outputs, given, strict=True) if out.requires_grad]
+    outs, gs = [out for out, _ in live], [g for _, g in live]
+    found = (
+        torch.autograd.grad(outs, inputs, gs, retain_graph=True, allow_unused=True) if outs else [None] * len(inputs)
+    )
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
+
+
+def _run(program: Program, nodes: Sequence[fx.Node], known: dict[fx.Node, Any]) -> None:
+    """Run ``nodes`` as they are, adding to ``known``; autocast is switched for real on the way."""
+    interpreter = fx.Interpreter(program.module)
+    interpreter.env, wanted = known, set(nodes)
+    for node in program.graph.nodes:
+        if is_autocast(node) or node in wanted:
+            known[node] = interpreter.run_node(node)
+
+
+def _frozen(nodes: Sequence[fx.Node], values: Sequence[Any]) -> dict[fx.Node, Any]:
+    return {n: x.detach() if isinstance(x, Tensor) else x for n, x in zip(nodes, values, strict=True)}
+
+
+def _traced(function: Callable[..., Any], inputs: Sequence[Any], tail: Tail) -> fx.GraphModule:
+    with warnings.catch_warnings(), fake_mode_of(inputs):
+        inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]  # no tensor may be two inputs of a trace
+        module = make_fx(function, tracing_mode="real")(*inputs)
+    for node in module.graph.nodes:
+        node.meta = {**tail.start.meta, **node.meta, "custom": {"tokenseek": "scoring"}}
+    return module
+
+
+class _Chunk(Streams):
+    """The chunked part of a tail: its rows stream, started from the frontier; nothing of it exists for all tokens."""
+
+    def __init__(self, tail: Tail, known: dict[fx.Node, Any], geometry: Geometry, rows: dict[fx.Node, Tensor]) -> None:
+        activity = replace(tail.program.activity, live=frozenset((*tail.rows, *tail.frontier)))
+        seek = _Shapes(known)
+        super().__init__(replace(tail.program, activity=activity), seek, geometry, tail.program.inputs, [])
+        self._rows.update(rows)
+        self._switches = fx.Interpreter(tail.program.module)  # switched for real, not recorded
+
+    def _compute(self, node: fx.Node) -> None:
+        if node not in self._rows:
+            super()._compute(node)
+
+    def full(self, node: fx.Node) -> Any:
+        if node in self.live:
+            raise GraphNotSupported("An operation after the last attention looks at other tokens.", node=node)
+        return self.seek[node]
+
+
+class _Shapes(dict):
+    """Values of nodes; for one that is not computed, its example (only its shape is asked for)."""
+
+    def __missing__(self, node: fx.Node) -> Any:
+        return node.meta["val"]

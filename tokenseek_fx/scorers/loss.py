@@ -1,0 +1,23 @@
+"""Tokens that the model predicts badly: the logarithm of the token's own loss."""
+
+from __future__ import annotations
+
+import torch
+
+from ..passes.select import ScoreInputs, Scorer, needs
+from ._draw import draw
+
+
+def loss() -> Scorer:
+    """log of the loss of the token; tokens without a label come last."""
+
+    @needs("loss")
+    def score(inputs: ScoreInputs) -> torch.Tensor:
+        assert inputs.loss is not None
+        return inputs.loss.log()
+
+    return score
+
+
+if __name__ == "__main__":
+    draw(loss())
