@@ -85,12 +85,11 @@ class Seek(Retrace):
     def __init__(self, program: Program, inputs: tuple[Any, ...]) -> None:
         super().__init__(program.module)
         self.program, self.garbage_collect_values = program, False
-        self.run(*pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, inputs))
+        self.run(*map(_without_grad, inputs))
         self.values: dict[fx.Node, Any] = self.env
 
     def get_attr(self, target: Any, args: tuple, kwargs: dict) -> Any:
-        value = super().get_attr(target, args, kwargs)
-        return value.detach() if isinstance(value, torch.Tensor) and value.requires_grad else value
+        return _without_grad(super().get_attr(target, args, kwargs))
 
     def look(self, signals: Signals, needs: Iterable[str], tail: Traced | None, noise: Tensor | None) -> ScoreInputs:
         """What is known of the tokens."""
@@ -175,3 +174,8 @@ def _picks_one_token(program: Program, node: fx.Node) -> bool:
         return False
     whole, part, tokens = source.meta["val"], node.meta["val"], axes.space.size(axes.token)
     return same_size(part.numel() * tokens, whole.numel())
+
+
+def _without_grad(value: Any) -> Any:
+    """Other values stay the very same: a scalar that Dynamo passes as a tensor is known by its identity."""
+    return value.detach() if isinstance(value, Tensor) and value.requires_grad else value

@@ -147,7 +147,7 @@ class Select:
         """log p of the draw, up to a constant; -inf for padding."""
         fair = inputs.mask("labelled") & inputs.mask("attended")
         fair = torch.where(fair.any(-1, keepdim=True), fair, inputs.mask("attended"))
-        uniform = fair / fair.sum(-1, keepdim=True).clamp(min=1)
+        uniform = fair.to(scores.dtype) / fair.sum(-1, keepdim=True).clamp(min=1)
         chosen = torch.softmax(scores, -1).nan_to_num(nan=0.0)
         return torch.log((1 - self.mix) * chosen + self.mix * uniform)
 

@@ -9,7 +9,6 @@ Both parts are traced without pre-dispatch, where autograd's operations are reco
 
 from __future__ import annotations
 
-import functools
 import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .call import Call
 from .canonicalize import is_autocast
 from .errors import GraphNotSupported
+from .factors import same_size
 from .fake import fake_mode_of
 from .geometry import Geometry, example_sizes
 from .program import Program
@@ -146,12 +146,12 @@ def _is_token_parallel(program: Program, node: fx.Node, inside: set[fx.Node]) ->
 
 
 class Traced(NamedTuple):
-    """The two traced parts of a tail. ``chunk(size)``: (indices, *frontier rows, *captured) -> (loss rows, *gradients).
+    """The two traced parts of a tail. ``chunks``: the sizes into which tokens are cut, each with its graph
+    (indices, *frontier rows, *captured) -> (loss rows, *gradients).
     ``back``: (start, *gradients of the frontier, scale of them, total, *captured) -> (gradient of start,)."""
 
     tail: Tail
-    count: int
-    chunk: Callable[[Any], fx.GraphModule] | None
+    chunks: list[tuple[Any, fx.GraphModule]]
     captured: tuple[fx.Node, ...]
     back: fx.GraphModule | None
     captured_back: tuple[fx.Node, ...]
@@ -160,10 +160,10 @@ class Traced(NamedTuple):
 def trace_tail(tail: Tail, gradient: bool, chunk_bytes: int) -> Traced:
     """Trace the parts of ``tail``: the chunked one without gradients unless ``gradient``, and then the way back."""
     captured = _captured((*tail.rows, tail.loss), tail.frontier) if tail.loss is not None else ()
-    chunk = functools.cache(lambda size: _trace_chunk(tail, size, gradient, captured)) if captured else None
+    chunks = _trace_chunks(tail, chunk_bytes, gradient, captured) if tail.loss is not None else []
     captured_back = _captured(tail.rest, (tail.start, tail.loss, *tail.frontier))
     back = _trace_back(tail, captured_back) if gradient else None
-    return Traced(tail, tail.chunks(chunk_bytes) if captured else 0, chunk, captured, back, captured_back)
+    return Traced(tail, chunks, captured, back, captured_back)
 
 
 def run_tail(traced: Traced, values: Mapping[fx.Node, Any], geometry: Geometry) -> TokenSignals:
@@ -191,17 +191,17 @@ def run_tail(traced: Traced, values: Mapping[fx.Node, Any], geometry: Geometry) 
 
 def _run_chunks(traced: Traced, values: Mapping[fx.Node, Any], geometry: Geometry) -> tuple[Tensor, list[Tensor]]:
     """Per-token losses [B, T], and for every value of the frontier the gradient of their sum."""
-    assert traced.chunk is not None
     axes, frontier = geometry.axes, traced.tail.frontier
     captured = [values[node] for node in traced.captured]
-    losses, gradients = [], []
-    for start, size in _cuts(geometry.tokens, traced.count):
+    losses, gradients, start = [], [], 0
+    for size, chunk in traced.chunks:
         positions = torch.arange(start, start + size, device=geometry.indices.device)
         part = replace(geometry, indices=positions.expand(geometry.batch, size))
         rows = [part.take(values[node], axes.of(node), axes.row_dim(node)) for node in frontier]
-        loss, *of_rows = fx.Interpreter(traced.chunk(size)).run(part.indices, *rows, *captured)
+        loss, *of_rows = fx.Interpreter(chunk).run(part.indices, *rows, *captured)
         losses.append(loss)
         gradients.append(of_rows)
+        start = start + size
     joined = [
         geometry.join(parts, axes.of(node), axes.row_dim(node), values[node].shape)
         for node, parts in zip(frontier, zip(*gradients, strict=True), strict=False)
@@ -209,11 +209,17 @@ def _run_chunks(traced: Traced, values: Mapping[fx.Node, Any], geometry: Geometr
     return torch.cat(losses, -1), joined
 
 
-def _cuts(tokens: Any, count: int) -> list[tuple[Any, Any]]:
-    """(start, size) of ``count`` chunks, the last one smaller where it does not divide."""
+def _trace_chunks(
+    tail: Tail, chunk_bytes: int, gradient: bool, captured: Sequence[fx.Node]
+) -> list[tuple[Any, fx.GraphModule]]:
+    """Equal chunks, the last one smaller where they don't divide the tokens."""
+    _, tokens = example_sizes(tail.program)
+    count = tail.chunks(chunk_bytes)
     size = (tokens + count - 1) // count
-    cuts = [(i * size, size) for i in range(count - 1)]
-    return [*cuts, ((count - 1) * size, tokens - (count - 1) * size)]
+    last = tokens - (count - 1) * size
+    graph = _trace_chunk(tail, size, gradient, captured)
+    end = graph if same_size(size, last) else _trace_chunk(tail, last, gradient, captured)
+    return [(size, graph)] * (count - 1) + [(last, end)]
 
 
 def _captured(nodes: Sequence[fx.Node], known: Sequence[fx.Node | None]) -> tuple[fx.Node, ...]:

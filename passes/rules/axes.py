@@ -9,7 +9,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from ..factors import Axes, Space, same_size
+from ..factors import Axes, Dim, Space, same_size
 from ..fake import fake_mode_of
 from ..program import attribute
 from .op import AXES_RULES, AxesRule, Flow, Op, axes_rule, is_tensor, tensors_in
@@ -211,6 +211,22 @@ _register("flip.default roll.default", lambda op: op.along(op.dims("dims")))
 _register("index_select.default repeat_interleave.self_int", lambda op: _along_optional(op))
 _register("select.int", lambda op: op.reduce(op.dims("dim")))
 _register("unbind.int", lambda op: op.reduce(op.dims("dim")))
+
+
+@axes_rule(aten.index.Tensor)
+def index(op: Op) -> Flow:
+    """``x[:, i, j]`` with neighbouring integer indices: their broadcast dims stand in place of the dims that they index.
+    Nothing is carried: what is read of ``x`` depends on values."""
+    indexed = [dim for dim, where in enumerate(op["indices"]) if where is not None]
+    first, after, source = indexed[0], indexed[-1] + 1, op.axes(op.operands[0])
+    if len(indexed) != after - first or any(where.meta["val"].dtype == torch.bool for where in op.operands[1:]):
+        return op.unknown()
+    last = op.results[0].ndim - (len(source) - after)
+    found: list[Dim] = [()] * (last - first)
+    for where in op.operands[1:]:
+        for place, label in zip(range(1, last - first + 1), reversed(op.axes(where)), strict=False):
+            found[-place] = op.join(found[-place], label)
+    return Flow(((*source[:first], *found, *source[after:]),), tuple({} for _ in op.operands))
 
 
 def _along_optional(op: Op) -> Flow:

@@ -106,7 +106,7 @@ class Op:
                 out = dim + len(shape) - len(axes)
                 if same_size(node.meta["val"].shape[dim], shape[out]):
                     carry[out] = dim
-                    dims[out] = self._join(dims[out], label)
+                    dims[out] = self.join(dims[out], label)
             carries.append(carry)
         outputs = tuple(tuple(dims) for _ in self.results)
         return Flow(outputs, tuple(carries))
@@ -158,14 +158,15 @@ class Op:
             letters = self._letters(term, len(axes))
             for letter, label, size in zip(letters, axes, sizes, strict=True):
                 if not (letter.startswith("...") and same_size(size, 1)):
-                    bound[letter] = self._join(bound.get(letter, ()), label)
+                    bound[letter] = self.join(bound.get(letter, ()), label)
             carries.append({out_letters.index(c): dim for dim, c in enumerate(letters) if c in out_letters})
         out = tuple(bound[c] if c in bound else self.space.fresh(s) for c, s in zip(out_letters, shape, strict=True))
         return Flow((out,) * len(self.results), tuple(self._without_broadcast(carries, shape)))
 
     # -- helpers ------------------------------------------------------------------------------------------------------
 
-    def _join(self, left: Dim, right: Dim) -> Dim:
+    def join(self, left: Dim, right: Dim) -> Dim:
+        """The label of a dim that is both: they are the same axis."""
         if left and right:
             self.space.equate(left, right)
         return left or right
