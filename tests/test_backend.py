@@ -66,7 +66,8 @@ def data(batch: int = B, seed: int = 1) -> dict[str, Tensor]:
 
 
 def compile_eager(model, **options):
-    return torch.compile(model, backend="tokenseek", options={"inner": "eager", "keep_ratio": 0.4, **options})
+    defaults = {"inner": "eager", "keep_ratio": 0.4, "scorer": "random"}
+    return torch.compile(model, backend="tokenseek", options={**defaults, **options})
 
 
 @pytest.fixture(autouse=True)
@@ -86,8 +87,20 @@ def _fresh_dynamo():
         ({"keep_ratio": "10%"}, "keep_ratio='10%': expected a number"),
         ({"keep_tokens": 0}, "keep_tokens=0: expected an integer of at least 1."),
         ({"keep_tokens": 5, "keep_ratio": 0.5}, "give one of them"),
-        ({"scorer": "randon"}, "scorer='randon': expected one of 'random'"),
+        ({"scorer": "randon"}, "scorer='randon': expected one of 'tokenseek', 'attention'"),
         ({"scorer": "randon"}, "Did you mean 'random'?"),
+        ({"select": "top-k"}, "select='top-k': expected one of 'topk', 'sample'. Did you mean 'topk'?"),
+        ({"gradient_of": "block"}, "gradient_of='block': expected one of 'last_block', 'head'. Did you mean"),
+        ({"kv_grad": "none"}, "kv_grad='none': expected one of 'selected', 'all'."),
+        ({"report_loss": "all"}, "report_loss='all': expected one of 'full', 'kept'."),
+        ({"alpha": -1}, "alpha=-1: expected a number of at least 0."),
+        ({"mix": 1.1}, "mix=1.1: expected a number from 0 to 1."),
+        ({"weight_clip": 0.5}, "weight_clip=0.5: expected a number of at least 1."),
+        ({"labelled_first": "half"}, "labelled_first='half': expected a number from 0 to 1."),
+        ({"keep_label": 1}, "keep_label=1: expected True or False."),
+        ({"pinned": 3}, "pinned=3: expected a list of positions."),
+        ({"attention_layers": "middle"}, "attention_layers='middle': expected one of 'last', 'first', 'all'."),
+        ({"attention_layers": []}, "attention_layers=[]: expected 'last', 'first', 'all' or a list of numbers."),
         ({"inner": "inductr"}, "inner='inductr': expected one of 'inductor', 'aot_eager', 'eager'. Did you mean"),
         ({"logits": "none"}, "logits='none': expected one of 'keep', 'drop'."),
         ({"strict": 1}, "strict=1: expected True or False."),

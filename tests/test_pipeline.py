@@ -104,14 +104,16 @@ def test_a_broken_invariant_is_caught_between_passes():
 
 
 def test_places_survive_every_pass():
-    """Module path and source line are on every call of the analysed graph, and on all but the selection after it."""
+    """Module path and source line are on every call of the analysed graph, and on all but scoring and selection after it."""
     program = captured(Model(), data())
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
     assert all(source_line(node) for node in calls)
     assert {module_path(node) for node in calls} >= {"blocks.0.qkv", "blocks.1.norm2", "lm_head"}
     rewritten = Ditch(Select(strided())).run(program).rewrite.module.graph
     calls = [node for node in rewritten.nodes if node.op == "call_function"]
-    ditched = [node for node in calls if node.meta.get("custom", {}).get("tokenseek") not in (None, "select")]
+    ditched = [
+        node for node in calls if node.meta.get("custom", {}).get("tokenseek") not in (None, "select", "scoring")
+    ]
     assert len(ditched) > 30 and all(source_line(node) for node in ditched)
     assert {module_path(node) for node in ditched} >= {"blocks.0.qkv", "blocks.1.norm2", "lm_head"}
 

@@ -1,11 +1,13 @@
 """tokenseek-fx: fine-tune any transformer on the tokens that matter, by rewriting its graph."""
 
-from . import passes, reference
+from . import passes, reference, stats
 from .backend import backend
 from .config import Config, ConfigError
 from .explain import Explanation, explain
 from .passes.errors import GraphNotSupported, TokenSeekError
+from .passes.select import ScoreInputs, needs
 from .recording import Recording, Selection, record
+from .scorers import register_scorer
 from .warnings import TokenSeekWarning
 
 __all__ = [
@@ -14,13 +16,17 @@ __all__ = [
     "Explanation",
     "GraphNotSupported",
     "Recording",
+    "ScoreInputs",
     "Selection",
     "TokenSeekError",
     "TokenSeekWarning",
     "backend",
     "explain",
+    "needs",
     "passes",
     "record",
     "reference",
+    "register_scorer",
+    "stats",
 ]
 __version__ = "0.1.0"

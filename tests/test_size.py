@@ -1,0 +1,111 @@
+"""What the compiled graphs hold: no logits of all tokens, no attention map, nothing that the scorer has no use for."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+import transformers
+from torch import fx, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import tokenseek_fx.backend  # noqa: F401 (the module, not the function of the same name)
+from tokenseek_fx.passes.received import received
+
+BATCH, HEADS, INNER, LAYERS = 2, 4, 88, 2
+TOKENS, VOCAB = 520, 9001  # two chunks of logits at the default budget
+
+
+def model(layers: int = LAYERS) -> nn.Module:
+    sizes = {"hidden_size": 32, "intermediate_size": INNER, "num_hidden_layers": layers, "vocab_size": VOCAB}
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": 2, "max_position_embeddings": TOKENS}
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, use_cache=False)).train()
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> list[fx.GraphModule]:
+    """The forward and the backward graph, as a compiler gets them."""
+    found: list[fx.GraphModule] = []
+
+    def keep(graph: fx.GraphModule, inputs: list) -> fx.GraphModule:
+        found.append(graph)
+        return graph
+
+    compiler = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    monkeypatch.setattr(sys.modules["tokenseek_fx.backend"], "inner_compiler", lambda config, defaults=None: compiler)
+    return found
+
+
+def train(layers: int = LAYERS, **options) -> None:
+    torch._dynamo.reset()
+    ids = torch.randint(VOCAB, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
+    step = torch.compile(
+        model(layers), backend="tokenseek", options={"logits": "drop", "strict": True, "keep_ratio": 0.1, **options}
+    )
+    step(input_ids=ids, labels=ids).loss.backward()
+
+
+def shapes(graphs: list[fx.GraphModule]) -> Iterator[torch.Size]:
+    """Of every tensor in the graphs."""
+    for graph in graphs:
+        for node in graph.graph.nodes:
+            value = node.meta.get("val")
+            for x in value if isinstance(value, (tuple, list)) else [value]:
+                if isinstance(x, torch.Tensor):
+                    yield x.shape
+
+
+def of_size(graphs: list[fx.GraphModule], size: int, rows: int) -> list[torch.Size]:
+    """The tensors with a dim of this size and at least so many rows."""
+    return [shape for shape in shapes(graphs) if size in shape and shape.numel() >= rows * size]
+
+
+@pytest.mark.parametrize(("kv_grad", "report"), [("selected", "full"), ("all", "kept")])
+@pytest.mark.parametrize("scorer", ["tokenseek", "loss", "attention", "random"])
+def test_no_logits_of_all_tokens_and_no_attention_map(graphs, scorer, kv_grad, report):
+    train(scorer=scorer, kv_grad=kv_grad, report_loss=report, select="sample", attention_layers="all")
+    assert len(graphs) == 2
+    assert not of_size(graphs, VOCAB, BATCH * TOKENS)
+    maps = [shape for shape in shapes(graphs) if shape.count(TOKENS) > 1]  # the model's own mask is [B, 1, T, T]
+    assert all(shape.numel() <= BATCH * TOKENS * TOKENS for shape in maps)
+
+
+def test_the_logits_that_are_kept_are_seen_here(graphs):
+    """The comparison can fail."""
+    train(scorer="random", logits="keep")
+    assert of_size(graphs, VOCAB, BATCH * TOKENS)
+
+
+def test_attention_alone_runs_neither_the_last_mlp_nor_the_head(graphs):
+    train(layers=1, scorer="attention", report_loss="kept")
+    assert not of_size(graphs, INNER, BATCH * TOKENS)
+    assert not of_size(graphs, VOCAB, BATCH * 53)
+    assert of_size(graphs, INNER, BATCH * 52), "the kept rows run through it"
+
+
+def test_random_rows_run_no_head_in_full(graphs):
+    train(scorer="random")
+    assert not of_size(graphs, VOCAB, BATCH * 53)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest result."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+def test_attention_received_works_in_blocks_of_queries():
+    query, key = torch.randn(1, 8, 3000, 4), torch.randn(1, 2, 3000, 4)
+    with Largest() as largest:
+        received._init_fn(query, key, None, True, None)
+    assert largest.elements * 4 <= 4.2 * 2**20 < 8 * 3000 * 3000 * 4 / 50

@@ -1,0 +1,244 @@
+"""Figures over a recording: what was kept, where in the sequence, and how much two selections have in common.
+
+A figure that is not defined (what it needs was not recorded, or it would be 0 / 0) is a ``ValueError`` that says what to
+record instead, and not NaN, which would go unseen into averages. ``summary`` leaves such figures out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .recording import Selection
+
+_BARS = "▁▂▃▄▅▆▇█"
+_SAME_BATCHES = "Record both over the same batches in the same order (a data loader with the same seed)."
+#: What must be recorded for a field of ``Selection`` to be there.
+_REMEDIES = {
+    "labelled": "Compute a loss over tokens inside the compiled model, and keep fewer than all tokens.",
+    "gradient": 'Record with a scorer that computes it: "tokenseek" or "gradient".',
+    "loss": 'Record with a scorer that computes it: "tokenseek", "gradient" or "loss".',
+    "instances": "Give the compiled model token ids [B, T] (sequences are known again by them).",
+}
+
+
+def labelled_kept(recording: Sequence[Selection]) -> float:
+    """Share of the labelled tokens that were kept, over all steps together; 0 to 1.
+
+    Raises ``ValueError`` where labels were not recorded or there was none.
+
+    >>> first_half = Selection(torch.tensor([[0, 1]]), torch.zeros(1, 4), labelled=torch.tensor([[False, True, True, True]]))
+    >>> round(labelled_kept([first_half]), 3)
+    0.333
+    """
+    return _share_kept(recording, "labelled")
+
+
+def gradient_kept(recording: Sequence[Selection]) -> float:
+    """Share of the gradient (I2, summed over all tokens and steps) that lies on kept tokens; 0 to 1.
+
+    Raises ``ValueError`` where the scorer did not compute the gradient or all of it was 0.
+
+    >>> gradient_kept([Selection(torch.tensor([[2]]), torch.zeros(1, 4), gradient=torch.tensor([[1.0, 1.0, 6.0, 0.0]]))])
+    0.75
+    """
+    return _share_kept(recording, "gradient")
+
+
+def loss_kept(recording: Sequence[Selection]) -> float:
+    """Share of the loss (summed over all tokens and steps) that lies on kept tokens; 0 to 1.
+
+    Raises ``ValueError`` where the scorer did not compute the loss of single tokens or all of it was 0.
+
+    >>> loss_kept([Selection(torch.tensor([[0, 3]]), torch.zeros(1, 4), loss=torch.tensor([[0.0, 1.0, 2.0, 1.0]]))])
+    0.25
+    """
+    return _share_kept(recording, "loss")
+
+
+def position_histogram(recording: Sequence[Selection], bins: int = 10) -> Tensor:
+    """Share of the kept rows by relative position i / T: float32 ``[bins]`` on the CPU, sums to 1.
+
+    Row i of T counts in bin floor(i bins / T). T is the length that the model saw, padding included, and rows of padding that
+    were kept count as well. With T < bins some bins stay empty whatever was kept.
+
+    >>> position_histogram([Selection(torch.tensor([[0, 1, 4, 7]]), torch.zeros(1, 8))], bins=4)
+    tensor([0.5000, 0.0000, 0.2500, 0.2500])
+    """
+    if bins < 1:
+        raise ValueError(f"bins={bins}: expected at least 1.")
+    counts = sum(torch.bincount(_bins(step, bins).flatten(), minlength=bins) for step in _some(recording))
+    return counts / counts.sum()
+
+
+def overlap(a: Sequence[Selection], b: Sequence[Selection]) -> float:
+    """Mean Jaccard index |A ∩ B| / |A ∪ B| of what two recordings of the same batches kept of every sequence; 0 to 1.
+
+    Sequences are matched by step and row, and their fingerprints compared where both recordings have them. Two random
+    choices of a share r of the tokens have about r / (2 - r) in common.
+
+    Raises ``ValueError`` where the recordings can't be of the same batches.
+
+    >>> a, b = (Selection(torch.tensor([rows]), torch.zeros(1, 8)) for rows in ([0, 1, 2], [1, 2, 3]))
+    >>> overlap([a], [b])
+    0.5
+    """
+    if len(_some(a)) != len(_some(b)):
+        raise ValueError(f"The recordings have {len(a)} and {len(b)} steps. {_SAME_BATCHES}")
+    return _mean([_jaccard(*_matched(i, x, y)) for i, (x, y) in enumerate(zip(a, b, strict=True))])
+
+
+def visit_overlap(recording: Sequence[Selection]) -> float:
+    """Mean Jaccard index of what consecutive visits of the same sequence kept; 0 to 1.
+
+    A sequence is known again by ``Selection.instances``, the fingerprint of its token ids, padding included. Equal sequences
+    in one batch are visits of one, in the order of their rows.
+
+    Raises ``ValueError`` where fingerprints were not recorded or no sequence was visited twice.
+
+    >>> steps = [Selection(torch.tensor([rows]), torch.zeros(1, 8), instances=torch.tensor([5])) for rows in ([0, 1], [1, 2])]
+    >>> round(visit_overlap(steps), 3)
+    0.333
+    """
+    last: dict[tuple[int, int], Tensor] = {}
+    found = []
+    for step, instances in zip(recording, _field(recording, "instances"), strict=True):
+        for name, kept in zip(instances.tolist(), _kept(step), strict=True):
+            visited = (name, len(kept))
+            if visited in last:
+                found.append(_jaccard(last[visited], kept)[None])
+            last[visited] = kept
+    if not found:
+        raise ValueError(
+            f"No sequence was visited twice in {len(recording)} steps. Record at least two epochs, with every sequence "
+            "padded to the same length each time."
+        )
+    return _mean(found)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All figures of a recording; ``None`` where one is not defined. ``str()`` of it is a short report.
+
+    ``sequences``: visits, over all steps. ``tokens``, ``kept``: tokens of all of them, and those kept. ``positions``: shares of
+    the kept rows by relative position. The rest: the functions of the same names.
+    """
+
+    steps: int
+    sequences: int
+    tokens: int
+    kept: int
+    positions: tuple[float, ...]
+    labelled_kept: float | None
+    gradient_kept: float | None
+    loss_kept: float | None
+    visit_overlap: float | None
+
+    def __str__(self) -> str:
+        bars = "".join(_BARS[round((len(_BARS) - 1) * share / max(self.positions))] for share in self.positions)
+        return "\n".join(
+            [
+                f"kept {self.kept} of {self.tokens} tokens (steps: {self.steps}, sequences: {self.sequences})",
+                f"  of all tokens        {_percent(self.kept / self.tokens)}",
+                f"  of labelled tokens   {_percent(self.labelled_kept)}",
+                f"  of the gradient      {_percent(self.gradient_kept)}",
+                f"  of the loss          {_percent(self.loss_kept)}",
+                f"  overlap of visits    {_percent(self.visit_overlap)}",
+                f"  by position          start {bars} end, the highest bar {_percent(max(self.positions))}",
+            ]
+        )
+
+
+def summary(recording: Sequence[Selection], bins: int = 10) -> Summary:
+    """Everything that the recording tells; raises ``ValueError`` where it is empty.
+
+    >>> print(summary([Selection(torch.tensor([[0, 1]]), torch.zeros(1, 10), labelled=torch.ones(1, 10, dtype=torch.bool))]))
+    kept 2 of 10 tokens (steps: 1, sequences: 1)
+      of all tokens        20.0%
+      of labelled tokens   20.0%
+      of the gradient      unknown
+      of the loss          unknown
+      overlap of visits    unknown
+      by position          start ██▁▁▁▁▁▁▁▁ end, the highest bar 50.0%
+    """
+    return Summary(
+        steps=len(_some(recording)),
+        sequences=sum(len(step.scores) for step in recording),
+        tokens=sum(step.scores.numel() for step in recording),
+        kept=sum(step.indices.numel() for step in recording),
+        positions=tuple(position_histogram(recording, bins).tolist()),
+        labelled_kept=_if_known(labelled_kept, recording),
+        gradient_kept=_if_known(gradient_kept, recording),
+        loss_kept=_if_known(loss_kept, recording),
+        visit_overlap=_if_known(visit_overlap, recording),
+    )
+
+
+def _some(recording: Sequence[Selection]) -> Sequence[Selection]:
+    if not any(step.indices.numel() for step in recording):
+        raise ValueError("The recording is empty. Run a training step of a compiled model under tokenseek_fx.record().")
+    return recording
+
+
+def _field(recording: Sequence[Selection], name: str) -> list[Tensor]:
+    """A field of every step."""
+    values = [getattr(step, name) for step in _some(recording)]
+    for i, value in enumerate(values):
+        if value is None:
+            raise ValueError(f"`{name}` was not recorded in step {i}. {_REMEDIES[name]}")
+    return values
+
+
+def _share_kept(recording: Sequence[Selection], name: str) -> float:
+    """Sum of a field [B, T] at the kept rows over its whole sum, all steps together."""
+    values = [value.cpu().double() for value in _field(recording, name)]
+    kept = sum(value[_kept(step)].sum().item() for value, step in zip(values, recording, strict=True))
+    if not (whole := sum(value.sum().item() for value in values)):
+        raise ValueError(f"`{name}` is 0 for every token, so no share of it was kept. Record steps that have labels.")
+    return kept / whole
+
+
+def _bins(step: Selection, bins: int) -> Tensor:
+    return (step.indices * bins // step.scores.shape[1]).cpu()
+
+
+def _kept(step: Selection) -> Tensor:
+    """bool [B, T] on the CPU."""
+    return torch.zeros(step.scores.shape, dtype=torch.bool).scatter(1, step.indices.cpu(), True)
+
+
+def _jaccard(a: Tensor, b: Tensor) -> Tensor:
+    """|A ∩ B| / |A ∪ B| along the last dim of two masks."""
+    return (a & b).sum(-1).double() / (a | b).sum(-1)
+
+
+def _mean(values: list[Tensor]) -> float:
+    return torch.cat(values).mean().item()
+
+
+def _matched(step: int, a: Selection, b: Selection) -> tuple[Tensor, Tensor]:
+    """What was kept in one step of two recordings, [B, T] each."""
+    if a.scores.shape != b.scores.shape:
+        shapes = " and ".join(f"{len(x.scores)} sequences of {x.scores.shape[1]} tokens" for x in (a, b))
+        raise ValueError(f"The recordings differ in step {step}: {shapes}. {_SAME_BATCHES}")
+    if a.instances is not None and b.instances is not None:
+        differ = (a.instances.cpu() != b.instances.cpu()).nonzero()
+        if len(differ):
+            raise ValueError(
+                f"The recordings saw different sequences in step {step}, row {differ[0].item()}. {_SAME_BATCHES}"
+            )
+    return _kept(a), _kept(b)
+
+
+def _if_known(figure: Callable[[Sequence[Selection]], float], recording: Sequence[Selection]) -> float | None:
+    try:
+        return figure(recording)
+    except ValueError:
+        return None
+
+
+def _percent(share: float | None) -> str:
+    return "unknown" if share is None else f"{share:.1%}"
