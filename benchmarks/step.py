@@ -3,7 +3,7 @@
     python benchmarks/step.py --setting 1 --rounds 3 --steps 5 --out out/bench
 
 Every row runs in its own process, in turns (all rows, then all rows again), from the same weights and ids. A step is
-forward + backward. Peak memory is resident memory above model and gradients, with and without the allocator's slack. The
+forward + backward (one row: the forward alone, without gradient). Peak memory is resident memory above model and gradients, with and without the allocator's slack. The
 first step is reported from round one, with an empty Inductor cache; later rounds find their kernels in it.
 """
 
@@ -30,6 +30,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from tokenseek_fx import Config
 
 Result = dict[str, Any]
 console = Console(width=None if sys.stdout.isatty() else 140)
@@ -76,32 +78,40 @@ def half_budget(model: nn.Module) -> None:
     model.compile()
 
 
-def tokenseek(logits: str) -> Callable[[nn.Module], None]:
-    """Train on a random tenth of the tokens."""
-    options = {"keep_ratio": 0.1, "scorer": "random", "logits": logits}
+def tokenseek(**options: Any) -> Callable[[nn.Module], None]:
+    """Train on a tenth of the tokens, never building their logits unless told to."""
+    options = {"keep_ratio": 0.1, "logits": "drop", "strict": True, **options}
     return lambda model: model.compile(backend="tokenseek", options=options)
 
 
+FORWARD, DEFAULT, RANDOM = "torch.compile, forward alone", "tokenseek", "tokenseek, random rows"
+PAPER = {name: value for name, value in vars(Config.paper()).items() if value != getattr(Config(), name)}
 ROWS: dict[str, Callable[[nn.Module], object]] = {
     "eager": lambda model: None,
     "gradient checkpointing": checkpointing,
     "torch.compile": lambda model: model.compile(),
     "torch.compile, memory budget 0.5": half_budget,
-    "tokenseek r=0.1, logits drop": tokenseek("drop"),
-    "tokenseek r=0.1, logits keep": tokenseek("keep"),
+    FORWARD: lambda model: model.compile(),
+    DEFAULT: tokenseek(),
+    "tokenseek, logits keep": tokenseek(logits="keep"),
+    "tokenseek, the paper's recipe": tokenseek(**PAPER),
+    "tokenseek, attention": tokenseek(scorer="attention", report_loss="kept"),
+    RANDOM: tokenseek(scorer="random", select="topk", report_loss="kept"),
 }
 CAVEAT = (
     "activation_memory_budget: its peak is not monotone in the budget (pytorch #197838), and dropout is recomputed "
-    "with fresh randomness (#190758). The loss of tokenseek is the mean over the kept tokens."
+    "with fresh randomness (#190758). The loss of random rows and of attention is the mean over the kept tokens."
 )
 
 
-def timed_step(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[float, float]:
-    """Seconds of forward + backward, and the loss; gradients stay allocated."""
+def timed_step(model: nn.Module, inputs: dict[str, torch.Tensor], backward: bool) -> tuple[float, float]:
+    """Seconds of forward (+ backward), and the loss; gradients stay allocated."""
     model.zero_grad(set_to_none=False)
     start = time.perf_counter()
-    loss = model(**inputs).loss
-    loss.backward()
+    with torch.set_grad_enabled(backward):
+        loss = model(**inputs).loss
+    if backward:
+        loss.backward()
     return time.perf_counter() - start, loss.item()
 
 
@@ -109,10 +119,12 @@ def work(row: str, setting: Setting, steps: int) -> Result:
     """One row in this process."""
     model, inputs = setting.model(), setting.inputs()
     ROWS[row](model)
-    first, loss = timed_step(model, inputs)
+    trains = row != FORWARD
+    first, loss = timed_step(model, inputs, trains)
     with measure.PeakMemory() as peak:
-        seconds = [timed_step(model, inputs)[0] for _ in range(steps)]
-    saved = measure.saved_bytes(model, inputs, setting.vocab)
+        seconds = [timed_step(model, inputs, trains)[0] for _ in range(steps)]
+    nothing = {"activations": 0, "logits": 0}
+    saved = measure.saved_bytes(model, inputs, setting.vocab) if trains else nothing
     return {"first": first, "loss": loss, "seconds": seconds, "peak": peak.bytes, **saved}
 
 
@@ -212,7 +224,18 @@ def markdown(setting: Setting, every: dict[str, Result]) -> str:
     """The table for a document."""
     head = ["", *headings()]
     lines = [head, ["---"] * len(head), *([row, *cells(result, every)] for row, result in every.items())]
-    return f"### {setting}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"### {setting}\n\n{table}\n\n{scoring(every)}\n"
+
+
+def scoring(every: dict[str, Result]) -> str:
+    """What scores cost: the default beside random rows, in forwards of the model and in bytes of the peak."""
+    needed = [every.get(row, {}) for row in (DEFAULT, RANDOM, FORWARD)]
+    if not all("step" in result for result in needed):
+        return ""
+    default, random, forward = needed
+    share, more = (default["step"] - random["step"]) / forward["step"], (default["peak"] - random["peak"]) / 1e6
+    return f"Scoring adds {share:.2f} of a forward and {more:.0f} MB to the peak ({DEFAULT} beside {RANDOM})."
 
 
 def machine() -> dict[str, Any]:
@@ -262,6 +285,7 @@ def report(chosen: list[Setting], options: argparse.Namespace) -> int:
     every = {name: {row: summary(results) for row, results in rows.items()} for name, rows in runs.items()}
     for setting in chosen:
         show(setting, every[str(setting)])
+        console.print(scoring(every[str(setting)]), highlight=False)
     console.print(CAVEAT, f"{options.rounds} rounds of {options.steps} steps; {where}", sep="\n", highlight=False)
     options.out.mkdir(parents=True, exist_ok=True)
     figures = {"machine": where, "rounds": options.rounds, "steps": options.steps, "summary": every, "runs": runs}

@@ -26,14 +26,18 @@ class Activity:
 
 @dataclass(frozen=True)
 class FindActivity:
-    """Propagate ``requires_grad`` forward. Reads ``module``; writes ``activity``."""
+    """Propagate ``requires_grad`` forward. Reads ``module``; writes ``activity``.
 
+    ``frozen_too``: as if every parameter were trained, which makes an activation live whatever is trained.
+    """
+
+    frozen_too: bool = False
     name: str = "activity"
 
     def run(self, program: Program) -> Program:
         live: dict[fx.Node, None] = {}
         for node, value in zip(program.placeholders, program.inputs, strict=True):
-            if isinstance(value, torch.Tensor) and value.requires_grad:
+            if _is_trained(value) or (self.frozen_too and _is_parameter(value)):
                 live[node] = None
         trainable = tuple(live)
         for node in program.graph.nodes:
@@ -52,10 +56,17 @@ class FindActivity:
                 )
 
 
+def _is_trained(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _is_parameter(value: object) -> bool:
+    return isinstance(value, torch.nn.Parameter) and value.is_floating_point()
+
+
 def _is_live(module: fx.GraphModule, node: fx.Node, live: dict) -> bool:
     if node.op == "get_attr":
-        value = attribute(module, str(node.target))
-        return isinstance(value, torch.Tensor) and value.requires_grad
+        return _is_trained(attribute(module, str(node.target)))
     if node.op != "call_function" or node.target in _CUT:
         return False
     values = tensors_in(node.meta.get("val"))

@@ -29,7 +29,7 @@ from .program import Program
 from .rules.op import is_tensor
 from .seek import Seek, Signals
 from .select import ScoreInputs, Select, Selected
-from .streams import Barrier, Streams, class_factors, tagged
+from .streams import Barrier, Streams, class_factors, refuse_unweighted, tagged, weighted_losses
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class Ditch:
 
     def run(self, program: Program) -> Program:
         assert program.axes is not None and program.activity is not None and program.blocks is not None
+        if self.select.method == "sample":
+            refuse_unweighted(program)
         barriers: list[Barrier] = []
         names: list[str] = []
         tail = self.signals.tail(program, self._needs(program))
@@ -72,6 +74,7 @@ class Ditch:
             known = seek.look(self.signals, self.select.needs, tail, noise)
             with tagged("select"):
                 chosen = self.select(known)
+                chosen = chosen if weighted_losses(program) else chosen._replace(weights=None)
             geometry = Geometry(program.axes, chosen.indices, known.batch, known.tokens, chosen.weights)
             streams = Streams(program, seek.values, geometry, inputs, barriers, self.kv_grad)
             streams.run()

@@ -66,7 +66,8 @@ class Geometry:
         """``value`` as [B, T]: its other entries summed (of bools: any). ``tokens``: the rows it has, if not all."""
         pieces = self._cut(value.shape, labels, dim)
         kinds = [kind for kind, _ in pieces]
-        value = value.reshape([(tokens or size) if kind == "token" else size for kind, size in pieces])
+        known = tokens is not None
+        value = value.reshape([tokens if kind == "token" and known else size for kind, size in pieces])
         others = [i for i, kind in enumerate(kinds) if not kind]
         if others:
             value = value.any(others) if value.dtype is torch.bool else value.sum(others)

@@ -18,8 +18,9 @@ from .geometry import Geometry
 from .rules.op import bind
 from .token_axes import Attention
 
-#: Additive masks are at most this where a key is hidden: finfo.min of any dtype, -inf, -1e9; no position bias is that low.
-HIDDEN = -1e4
+#: Additive masks are at most this where a key is hidden: finfo.min of any dtype, -inf, -1e9, -1e4 with scores added; no
+#: position bias is that low.
+HIDDEN = -9e3
 _BLOCK_BYTES = 4 * 2**20
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from .activity import FindActivity
+from .blocks import FindBlocks
 from .canonicalize import Retrace
 from .errors import GraphNotSupported
 from .factors import same_size
@@ -28,6 +30,7 @@ from .tail import Traced, find_tail, head_input, run_tail, trace_tail
 from .token_axes import Attention
 
 aten = torch.ops.aten
+_MEAN = 1
 #: Operations that pick rows out of a value.
 _PICKS = (
     aten.select.int,
@@ -37,6 +40,9 @@ _PICKS = (
     aten.gather.default,
     aten.take_along_dim.default,
 )
+
+
+_OTHERS = 'Choose scorer="attention" or scorer="random", which need neither.'
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,10 @@ class Signals:
         if isinstance(self.attention_layers, str):
             return {"last": every[-1:], "first": every[:1], "all": every}[self.attention_layers]
         if bad := [i for i in self.attention_layers if not -len(every) <= i < len(every)]:
-            raise GraphNotSupported(f"attention_layers={bad}: the model has {len(every)} attentions.")
+            raise GraphNotSupported(
+                f"attention_layers={bad}: the model has {len(every)} attentions.",
+                "Number them from 0, or from -1 at the end.",
+            )
         return tuple(every[i] for i in self.attention_layers)
 
     def tail(self, program: Program, needs: Iterable[str]) -> Traced | None:
@@ -68,14 +77,17 @@ class Signals:
         if not gradient and not {"loss", "full loss"} & {*needs}:
             return None
         if not program.activity.losses:
-            raise GraphNotSupported("The graph has no loss, so tokens have neither a loss nor a gradient.")
+            raise GraphNotSupported("The graph has no loss, so tokens have neither a loss nor a gradient.", _OTHERS)
+        program = FindBlocks().run(FindActivity(frozen_too=True).run(program))  # scores don't depend on what is trained
         block = gradient and self.gradient_of == "last_block"
         start = program.blocks.last_entry if block else head_input(program)
         if start is None:
-            raise GraphNotSupported("No value with tokens is on every path to the loss, so there is no block to score.")
+            raise GraphNotSupported(
+                "No value with tokens is on every path to the loss, so no block can be scored.", _OTHERS
+            )
         tail = find_tail(program, start)
         if tail.loss is None and "loss" in needs:
-            raise GraphNotSupported("The loss is not one cross entropy over tokens, so a token has no loss of its own.")
+            raise GraphNotSupported("The loss is not one cross entropy over tokens, so a token has no loss.", _OTHERS)
         return trace_tail(tail, gradient, self.chunk_bytes) if gradient or tail.loss is not None else None
 
 
@@ -87,6 +99,17 @@ class Seek(Retrace):
         self.program, self.garbage_collect_values = program, False
         self.run(*map(_without_grad, inputs))
         self.values: dict[fx.Node, Any] = self.env
+
+    def run_node(self, n: fx.Node) -> Any:
+        """A mean over no label is 0, not NaN."""
+        value = super().run_node(n)
+        if n.target not in LABEL_LOSSES or n not in self.program.activity.live:
+            return value
+        given = {name: self.env[arg] if isinstance(arg, fx.Node) else arg for name, arg in bind(n).items()}
+        if given["reduction"] != _MEAN or given["target"].is_floating_point():
+            return value
+        with tagged("scoring"):
+            return torch.where((given["target"] != given["ignore_index"]).any(), value, 0)
 
     def get_attr(self, target: Any, args: tuple, kwargs: dict) -> Any:
         return _without_grad(super().get_attr(target, args, kwargs))

@@ -23,6 +23,8 @@ from torch import Tensor
 Scorer = Callable[["ScoreInputs"], Tensor]
 #: What a scorer can ask for with ``needs``.
 SIGNALS = ("attention", "gradient", "loss", "noise")
+#: The ways of choosing rows.
+METHODS = ("topk", "sample")
 _PINNED, _RESERVED, _TOKEN, _PADDING = 3, 2, 1, 0
 
 
@@ -65,8 +67,9 @@ class Selected(NamedTuple):
     weights: Tensor | None = None
 
 
-def needs(*signals: str) -> Callable[[Scorer], Scorer]:
-    """State what a scorer reads of its inputs, of ``SIGNALS``; nothing else is computed for it.
+def needs(*signals: str, select: str = "topk") -> Callable[[Scorer], Scorer]:
+    """State what a scorer reads of its inputs, of ``SIGNALS``; nothing else is computed for it. ``select``: what its scores are
+    made for, ranks ("topk") or logarithms of chances ("sample").
 
     >>> @needs("attention")
     ... def score(inputs):
@@ -74,17 +77,24 @@ def needs(*signals: str) -> Callable[[Scorer], Scorer]:
     """
     if unknown := set(signals) - set(SIGNALS):
         raise ValueError(f"A scorer can't need {', '.join(sorted(unknown))}; it can need {', '.join(SIGNALS)}.")
+    if select not in METHODS:
+        raise ValueError(f"select={select!r}: expected one of {', '.join(map(repr, METHODS))}.")
 
     def state(scorer: Scorer) -> Scorer:
-        scorer.needs = frozenset(signals)  # type: ignore[attr-defined]
+        scorer.needs, scorer.select = frozenset(signals), select  # type: ignore[attr-defined]
         return scorer
 
     return state
 
 
 def needs_of(scorer: Scorer) -> frozenset[str]:
-    """What a scorer stated with ``needs``."""
+    """The signals that a scorer stated with ``needs``."""
     return getattr(scorer, "needs", frozenset())
+
+
+def method_of(scorer: Scorer) -> str:
+    """The way of choosing that a scorer stated with ``needs``."""
+    return getattr(scorer, "select", "topk")
 
 
 def kept_tokens(tokens: Any, keep_ratio: float | None = None, keep: int | None = None) -> Any:
@@ -95,7 +105,7 @@ def kept_tokens(tokens: Any, keep_ratio: float | None = None, keep: int | None =
     """
     if keep is not None:
         return torch.sym_min(keep, tokens)
-    ratio = Fraction(repr(keep_ratio))
+    ratio = Fraction(repr(float(keep_ratio)))
     return (tokens * ratio.numerator + ratio.denominator - 1) // ratio.denominator
 
 

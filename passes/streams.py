@@ -282,3 +282,23 @@ def class_factors(program: Program) -> set[int]:
     losses = [n for n in program.graph.nodes if n.target in LABEL_LOSSES and n in program.activity.live]
     logits = [program.axes.of(n.args[0]) for n in losses]
     return {factor for labels in logits for factor in labels[min(1, len(labels) - 1)]}
+
+
+def known_losses(program: Program) -> list[fx.Node]:
+    """The live loss operations."""
+    return [node for node in program.graph.nodes if node.target in LOSSES and node in program.activity.live]
+
+
+def weighted_losses(program: Program) -> list[fx.Node]:
+    """Those that drawn tokens have weights in: losses over tokens, not over whole sequences."""
+    axes = program.axes
+    return [node for node in known_losses(program) if axes.row_dim(operands_of(node)[0]) is not None]
+
+
+def refuse_unweighted(program: Program) -> None:
+    """Raise ``GraphNotSupported`` where drawn tokens have no loss to be weighted in."""
+    if not known_losses(program):
+        raise GraphNotSupported(
+            "No loss operation of PyTorch is in the graph, so drawn tokens have no place for a weight.",
+            'Choose with select="topk", or compute the loss in the model by F.cross_entropy or F.mse_loss.',
+        )

@@ -26,7 +26,7 @@ from .factors import same_size
 from .fake import fake_mode_of
 from .geometry import Geometry, example_sizes
 from .program import Program
-from .rules.op import bind, bytes_hint, is_tensor, operands_of
+from .rules.op import bind, bytes_hint, hint, is_tensor, operands_of
 from .rules.rows import LABEL_LOSSES, divisor, token_losses
 from .streams import Streams, class_factors
 
@@ -67,15 +67,30 @@ class Tail:
                 found.add(node)
         return [node for node in self.rest if node in found]
 
-    def chunks(self, chunk_bytes: int) -> int:
-        """Into how many chunks the tokens are cut, so that the largest value of one takes ``chunk_bytes`` at most."""
+    def chunks(self, chunk_bytes: int) -> list[Any]:
+        """The sizes into which the tokens are cut, so that the largest value of a chunk takes ``chunk_bytes`` (more where that
+        were over 64 chunks)."""
+        _, tokens = example_sizes(self.program)
         largest = max(bytes_hint(node) for node in (*self.rows, *self.frontier) if is_tensor(node))
-        return min(_MOST_CHUNKS, -(-largest // chunk_bytes))
+        return cut(tokens, min(_MOST_CHUNKS, -(-largest // chunk_bytes), hint(tokens)))
+
+
+def cut(tokens: Any, count: int) -> list[Any]:
+    """At most ``count`` sizes that add up to ``tokens``, all but the last alike; a symbolic length is cut so that none is
+    negative at any length.
+
+    >>> cut(100, 64)[-2:], len(cut(100, 64)), cut(13, 5)
+    ([2, 2], 50, [3, 3, 3, 3, 1])
+    """
+    if not isinstance(tokens, int):
+        return [tokens // count] * (count - 1) + [tokens - (count - 1) * (tokens // count)]
+    size = -(-tokens // count)
+    return [size] * (tokens // size) + [tokens % size] * (tokens % size > 0)
 
 
 def find_tail(program: Program, start: fx.Node) -> Tail:
-    """What lies between ``start`` and the first scalar output."""
-    end = program.activity.losses[0]
+    """What lies between ``start`` and the loss."""
+    end = scored_loss(program)
     nodes = _between(program, start, end)
     losses = [node for node in nodes if _has_token_losses(program, node)]
     loss = losses[0] if len(losses) == 1 else None
@@ -85,6 +100,22 @@ def find_tail(program: Program, start: fx.Node) -> Tail:
     ends = [*rows, loss] if loss is not None else []
     frontier = dict.fromkeys(arg for node in ends for arg in node.all_input_nodes if arg in {start, *nodes} - {*ends})
     return Tail(program, start, loss, tuple(rows), tuple(frontier), tuple(n for n in nodes if n not in {*ends}))
+
+
+def scored_loss(program: Program) -> fx.Node:
+    """Of several scalar outputs the first that a label loss is part of (the others are parts or statistics of it)."""
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.target in LABEL_LOSSES or any(arg in found for arg in node.all_input_nodes):
+            found.add(node)
+    losses = program.activity.losses
+    return next((loss for loss in losses if loss in found), losses[0])
+
+
+def has_token_loss(program: Program) -> bool:
+    """True where exactly one live loss is a mean or sum over labelled tokens."""
+    live = program.activity.live
+    return sum(node in live and _has_token_losses(program, node) for node in program.graph.nodes) == 1
 
 
 def head_input(program: Program) -> fx.Node | None:
@@ -212,20 +243,19 @@ def _run_chunks(traced: Traced, values: Mapping[fx.Node, Any], geometry: Geometr
 def _trace_chunks(
     tail: Tail, chunk_bytes: int, gradient: bool, captured: Sequence[fx.Node]
 ) -> list[tuple[Any, fx.GraphModule]]:
-    """Equal chunks, the last one smaller where they don't divide the tokens."""
-    _, tokens = example_sizes(tail.program)
-    count = tail.chunks(chunk_bytes)
-    size = (tokens + count - 1) // count
-    last = tokens - (count - 1) * size
-    graph = _trace_chunk(tail, size, gradient, captured)
-    end = graph if same_size(size, last) else _trace_chunk(tail, last, gradient, captured)
-    return [(size, graph)] * (count - 1) + [(last, end)]
+    """Every chunk's size and graph; all but the last are alike."""
+    sizes = tail.chunks(chunk_bytes)
+    last = _trace_chunk(tail, sizes[-1], gradient, captured)
+    same = same_size(sizes[0], sizes[-1])
+    others = last if same else _trace_chunk(tail, sizes[0], gradient, captured)
+    return [(size, others) for size in sizes[:-1]] + [(sizes[-1], last)]
 
 
 def _captured(nodes: Sequence[fx.Node], known: Sequence[fx.Node | None]) -> tuple[fx.Node, ...]:
-    """What ``nodes`` read that is neither one of them nor ``known``."""
+    """What ``nodes`` read that is neither one of them nor ``known``, nor a body of a higher-order operator."""
     inside = {*nodes, *known}
-    return tuple(dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if arg not in inside))
+    read = dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if arg not in inside)
+    return tuple(node for node in read if "val" in node.meta)
 
 
 def _trace_chunk(tail: Tail, size: Any, gradient: bool, captured: Sequence[fx.Node]) -> fx.GraphModule:
@@ -254,7 +284,7 @@ def _trace_chunk(tail: Tail, size: Any, gradient: bool, captured: Sequence[fx.No
 
 def _trace_back(tail: Tail, captured: Sequence[fx.Node]) -> fx.GraphModule:
     """The gradient of ``start``: autograd of the rest of the tail, given the gradients of the chunked part."""
-    program, end = tail.program, tail.program.activity.losses[0]
+    program, end = tail.program, scored_loss(tail.program)
     chunked = tail.loss is not None
 
     def back(start: Tensor, *given: Any) -> tuple[Tensor, ...]:
@@ -297,7 +327,7 @@ def _run(program: Program, nodes: Sequence[fx.Node], known: dict[fx.Node, Any]) 
     interpreter = fx.Interpreter(program.module)
     interpreter.env, wanted = known, set(nodes)
     for node in program.graph.nodes:
-        if is_autocast(node) or node in wanted:
+        if is_autocast(node) or node in wanted or (node.op == "get_attr" and "val" not in node.meta):
             known[node] = interpreter.run_node(node)
 
 

@@ -99,6 +99,7 @@ class FindTokenAxes:
             axes[node], flows[node] = flow.outputs, flow
         found = TokenAxes(space, axes, flows, ())
         found = replace(found, attentions=tuple(_attentions(program.graph, found)))
+        found = replace(found, attentions=_between_tokens(found))
         token = _token(found)
         return replace(program, axes=replace(found, token=token, batch=_batch(program, found, token)))
 
@@ -151,6 +152,13 @@ def _reaches_contraction(node: fx.Node, found: TokenAxes) -> bool:
 
 def _left_operand(node: fx.Node) -> fx.Node:
     return operands_of(node)[0]
+
+
+def _between_tokens(found: TokenAxes) -> tuple[Attention, ...]:
+    """All attentions but those of a single query over several keys (pooling by attention), where there are others."""
+    resolve = found.space.resolve
+    others = tuple(a for a in found.attentions if resolve(a.query) or not resolve(a.key))
+    return others or found.attentions
 
 
 def _token(found: TokenAxes) -> Dim:

@@ -12,6 +12,8 @@ from torch import nn
 import tokenseek_fx
 from tokenseek_fx import reference
 
+#: What the comparisons choose rows by unless a test says otherwise.
+TOPK = {"scorer": "random", "select": "topk"}
 Grads = dict[str, torch.Tensor]
 
 
@@ -41,7 +43,7 @@ def compiled(model: nn.Module, batch: dict[str, Any], **options: Any) -> Run:
     """Train one step with ``backend="tokenseek"`` on a copy of ``model``, strictly."""
     torch._dynamo.reset()
     model = copy.deepcopy(model)
-    options = {"inner": "aot_eager", "keep_ratio": 0.3, "scorer": "random", "strict": True, **options}
+    options = {"inner": "aot_eager", "keep_ratio": 0.3, **TOPK, "strict": True, **options}
     run = torch.compile(model, backend="tokenseek", options=options)
     with tokenseek_fx.record() as rec:
         output = run(**batch)

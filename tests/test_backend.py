@@ -66,7 +66,7 @@ def data(batch: int = B, seed: int = 1) -> dict[str, Tensor]:
 
 
 def compile_eager(model, **options):
-    defaults = {"inner": "eager", "keep_ratio": 0.4, "scorer": "random"}
+    defaults = {"inner": "eager", "keep_ratio": 0.4, "scorer": "random", "select": "topk"}
     return torch.compile(model, backend="tokenseek", options={**defaults, **options})
 
 

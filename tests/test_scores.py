@@ -20,7 +20,10 @@ from torch import Tensor, nn
 
 import tokenseek_fx
 from tokenseek_fx import reference
+from tokenseek_fx.passes import tail
 from tokenseek_fx.passes.errors import TokenSeekError
+from tokenseek_fx.passes.geometry import example_sizes
+from tokenseek_fx.passes.rules.op import hint
 from tokenseek_fx.warnings import TokenSeekWarning
 
 B, T = 3, 13
@@ -240,7 +243,96 @@ def test_a_head_with_bias_and_logits_cut_by_the_model():
     assert_scores(model, tokens())
 
 
+@pytest.mark.parametrize("count", [2, 3, 5, 7, 8, 12, 13])
+def test_any_number_of_chunks(count, monkeypatch):
+    monkeypatch.setattr(tail.Tail, "chunks", lambda self, budget: tail.cut(T, count))
+    assert_scores(Decoder(), tokens())
+
+
+def test_chunks_are_positive_and_add_up():
+    for length in range(1, 80):
+        for count in range(1, min(length, 64) + 1):
+            sizes = tail.cut(length, count)
+            assert sum(sizes) == length and min(sizes) > 0 and len(sizes) <= count
+
+
+def test_lengths_that_change_under_chunks(monkeypatch):
+    def four(self: tail.Tail, budget: int) -> list[Any]:
+        _, length = example_sizes(self.program)
+        return tail.cut(length, min(4, hint(length)))
+
+    monkeypatch.setattr(tail.Tail, "chunks", four)
+    torch._dynamo.reset()
+    model = Decoder()
+    options = {"scorer": "tokenseek", "select": "topk", "inner": "eager", "strict": True}
+    step = torch.compile(model, backend="tokenseek", dynamic=True, options=options)
+    for length in (13, 10, 5, 3):
+        batch = {name: value[:, :length] for name, value in tokens().items()}
+        with tokenseek_fx.record() as rec:
+            loss = step(**batch)
+        expected = scores.signals(model, batch, list(model.layers), model.head)
+        close(rec[0].gradient, expected.gradient, 1e-9)
+        close(loss.detach(), expected.total, 1e-9)
+
+
+def test_scores_do_not_depend_on_what_is_trained():
+    every = compiled(Decoder(), tokens(), scorer="tokenseek").selection
+    for names in (("layers.1.",), ("layers.1.attention.q",), ("head",)):
+        model = Decoder()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name.startswith(names))
+        some = compiled(model, tokens(), scorer="tokenseek").selection
+        close(some.gradient, every.gradient, 1e-12)
+
+
+class Parts(Decoder):
+    """Returns a penalty before its loss."""
+
+    def forward(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.head.weight.square().mean(), super().forward(ids, labels)
+
+
+def test_of_several_scalars_the_loss_is_scored():
+    parts, plain = (compiled(m, tokens(), scorer="tokenseek").selection for m in (Parts(), Decoder()))
+    close(parts.gradient, plain.gradient, 1e-12)
+
+
+class TwoHeads(Decoder):
+    """Two labels for every token, as in multi-token prediction."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Linear(16, V).double()
+
+    def forward(self, ids: Tensor, labels: Tensor, others: Tensor) -> Tensor:
+        x, rotary = self.embed(ids), self.rotary(ids.shape[1])
+        for layer in self.layers:
+            x = layer(x, None, rotary)
+        return self.loss(self.head(x), labels) + 0.3 * self.loss(self.second(x), others)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_two_losses_over_tokens(masked):
+    others = torch.full((B, T), -100) if masked else tokens(1)["labels"]
+    model = TwoHeads()
+    run = compiled(model, {**tokens(), "others": others}, scorer="tokenseek", report_loss="full")
+    assert run.loss.isfinite() and all(g.isfinite().all() for g in run.grads.values())
+    if masked:
+        close(run.loss.detach(), Decoder.forward(model, **tokens()).detach(), 1e-9)
+
+
 # ---- transformers
+
+
+@pytest.mark.parametrize("gradient_of", ["last_block", "head"])
+def test_a_custom_function_in_the_last_block(gradient_of):
+    """BLOOM's GELU has a backward of its own."""
+    sizes = {"vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4}
+    config = transformers.BloomConfig(**sizes, hidden_dropout=0.0, attention_dropout=0.0, use_cache=False)
+    torch.manual_seed(0)
+    model = transformers.BloomForCausalLM(config).double().train()
+    batch = zoo.batch(model, B, T)
+    assert_scores(model, batch, 1e-5, "transformer.h", "lm_head", gradient_of=gradient_of)
 
 
 def granite() -> nn.Module:
@@ -455,6 +547,14 @@ def test_the_same_seed_draws_the_same_rows():
     assert not torch.equal(draws[0], draws[2])
 
 
+@pytest.mark.parametrize("scorer", ["tokenseek", "random"])
+@pytest.mark.parametrize("logits", ["keep", "drop"])
+def test_a_full_loss_of_no_labels_is_0(scorer, logits):
+    batch = {**tokens(), "labels": torch.full((B, T), -100)}
+    run = compiled(Decoder(), batch, scorer=scorer, logits=logits, report_loss="full", inner="eager")
+    assert run.loss == 0 and not any(g.any() for g in run.grads.values())
+
+
 # ---- no loss in the graph
 
 
@@ -495,6 +595,62 @@ def test_scorers_that_need_no_loss_say_nothing_without_one(scorer):
         warnings.simplefilter("error", TokenSeekWarning)
         step(tokens()["ids"]).square().sum().backward()
     assert rec[0].indices.shape == (B, 2)
+
+
+class ByHand(Decoder):
+    """A loss without a loss operation."""
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        chosen = super().forward(ids).log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        return -(chosen * (labels >= 0)).sum() / (labels >= 0).sum()
+
+
+def test_drawn_rows_without_a_loss_to_weigh_are_refused():
+    with pytest.raises(Exception, match="drawn tokens have no place for a weight") as caught:
+        compiled(ByHand(), tokens(), scorer="attention", select="sample", inner="eager")
+    assert isinstance(getattr(caught.value, "inner_exception", caught.value), TokenSeekError)
+
+
+def test_a_loss_by_hand_under_the_default():
+    """Its tokens have a gradient but no loss; rows are not drawn, since nothing would weigh them."""
+    torch._dynamo.reset()
+    with pytest.warns(TokenSeekWarning, match="scored by gradient"), tokenseek_fx.record() as rec:
+        torch.compile(ByHand(), backend="tokenseek", options={"inner": "eager"})(**tokens()).backward()
+    assert rec[0].weights is None and rec[0].gradient is not None
+
+
+def test_a_model_split_on_the_way_to_its_loss_is_refused():
+    """transformers collects hidden states by hooks, at which Dynamo splits the model inside."""
+    model, batch = zoo.build("llama"), {**zoo.batch(zoo.build("llama"), B, T), "output_hidden_states": True}
+    with pytest.raises(Exception, match="runs the forward of LlamaForCausalLM as plain Python"):
+        compiled(model, batch, inner="eager")
+    torch._dynamo.reset()
+    with pytest.warns(TokenSeekWarning, match="as plain Python"):
+        torch.compile(model, backend="tokenseek", options={"inner": "eager"})(**batch).loss.backward()
+    expected = zoo.build("llama")
+    expected(**batch).loss.backward()
+    assert error(grads_of(model), grads_of(expected)) < 1e-9, "plain training"
+
+
+class Pooled(Decoder):
+    """One learned query looks at all tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.probe, self.kv = nn.Parameter(torch.randn(1, 1, 1, 16).double()), nn.Linear(16, 32).double()
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        x, rotary = self.embed(ids), self.rotary(ids.shape[1])
+        for layer in self.layers:
+            x = layer(x, None, rotary)
+        k, v = self.kv(x)[:, None].chunk(2, -1)
+        pooled = F.scaled_dot_product_attention(self.probe.expand(len(x), 1, 1, 16), k, v)
+        return F.cross_entropy(self.head(pooled[:, 0, 0]), labels[:, 0].clamp(min=0))
+
+
+@pytest.mark.parametrize("scorer", ["strided", "attention", "tokenseek"])
+def test_pooling_by_attention(scorer):
+    assert_matches(Pooled(), tokens(), 1e-9, scorer=scorer)
 
 
 # ---- pinned positions
@@ -544,6 +700,14 @@ def classified() -> tuple[dict[str, Tensor], Tensor]:
 def test_the_position_that_a_classifier_reads_first_is_pinned(scorer):
     run = assert_matches(bert(), classified()[0], 1e-6, scorer=scorer)
     assert (run.indices[:, 0] == 0).all()
+
+
+def test_a_classifier_has_no_token_losses():
+    """Its loss is that of whole sequences: tokens are scored by their gradient instead, and one warning says so."""
+    with pytest.warns(TokenSeekWarning, match="no loss of its own. Tokens are scored by gradient instead") as caught:
+        run = assert_matches(bert(), classified()[0], 1e-6, scorer="loss")
+    assert len([w for w in caught if issubclass(w.category, TokenSeekWarning)]) == 1
+    assert run.selection.gradient is not None and run.selection.loss is None
 
 
 @pytest.mark.parametrize("scorer", ["first", "attention", "tokenseek"])

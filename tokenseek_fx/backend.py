@@ -21,7 +21,9 @@ from .passes.pipeline import Pipeline, analysis
 from .passes.program import Program, source_line
 from .passes.rules.op import is_tensor
 from .passes.seek import Signals
-from .passes.select import Scorer, Select, kept_tokens, needs_of
+from .passes.select import Scorer, Select, kept_tokens, method_of, needs_of
+from .passes.streams import known_losses
+from .passes.tail import has_token_loss
 from .scorers import scorer_named
 from .warnings import TokenSeekWarning
 
@@ -81,12 +83,13 @@ def ditch(config: Config, program: Program) -> Ditch:
     Raises:
         GraphNotSupported: the scorer needs a loss, the graph has none, and ``config.strict``.
     """
+    scorer = _scorer(config, program)
     return Ditch(
         select=Select(
-            scorer=_scorer(config, program),
+            scorer=scorer,
             keep_ratio=config.keep_ratio,
             keep_tokens=config.keep_tokens,
-            method=config.select,
+            method=config.select or (method_of(scorer) if known_losses(program) else "topk"),
             mix=config.mix,
             weight_clip=config.weight_clip,
             labelled_first=config.labelled_first,
@@ -100,16 +103,22 @@ def ditch(config: Config, program: Program) -> Ditch:
 
 
 def _scorer(config: Config, program: Program) -> Scorer:
-    """The scorer, or attention alone where there is no loss to take a gradient of."""
+    """The scorer, or what takes its place where tokens have no loss: their gradient, or attention where there is no loss."""
     scorer = config.scoring
-    missing = sorted(needs_of(scorer) & {"gradient", "loss"})
-    if not missing or program.activity.losses:
-        return scorer
-    fact = f"The graph has no loss, so the scorer has no {' and no '.join(missing)} of tokens."
-    if config.strict:
-        raise GraphNotSupported(fact, 'Compute the loss inside the model, or choose scorer="attention".')
-    warnings.warn(f"tokenseek: {fact} Tokens are scored by attention alone.", TokenSeekWarning, stacklevel=2)
-    return scorer_named("attention", {})
+    wanted = sorted(needs_of(scorer) & {"gradient", "loss"})
+    if not program.activity.losses and wanted:
+        fact = f"The graph has no loss, so the scorer has no {' and no '.join(wanted)} of tokens."
+        if config.strict:
+            raise GraphNotSupported(fact, 'Compute the loss inside the model, or choose scorer="attention".')
+        return _instead(fact, "attention")
+    if "loss" in wanted and not has_token_loss(program):
+        return _instead("The loss is not one over tokens, so a token has no loss of its own.", "gradient")
+    return scorer
+
+
+def _instead(fact: str, name: str) -> Scorer:
+    warnings.warn(f"tokenseek: {fact} Tokens are scored by {name} instead.", TokenSeekWarning, stacklevel=2)
+    return scorer_named(name, {})
 
 
 def _layers(config: Config) -> str | tuple[int, ...]:
@@ -196,7 +205,12 @@ def _is_continued(inputs: Sequence[Any]) -> bool:
 
 
 def refuse_split(gm: fx.GraphModule) -> None:
-    """Raise ``GraphNotSupported`` for the first part of a model that Dynamo splits."""
+    """Raise ``GraphNotSupported`` for a part of a model that Dynamo splits."""
+    if outer := compat.module_outside():
+        raise GraphNotSupported(
+            f"Dynamo runs the forward of {type(outer).__name__} as plain Python, and a part of a model can't be rewritten.",
+            'Find the cause with torch.compile(model, backend="tokenseek", fullgraph=True).',
+        )
     if found := compat.graph_break(gm):
         reason, file, line = found
         raise GraphNotSupported(

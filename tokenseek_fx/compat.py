@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
 
+_TORCH = os.path.dirname(torch.__file__)
 _RESUME_PREFIX = "torch_dynamo_resume_in_"
 
 
@@ -51,6 +54,20 @@ def continues_a_split_model() -> bool:
         return InstructionTranslator.current_tx().f_code.co_name.startswith(_RESUME_PREFIX)
     except AttributeError:
         return False
+
+
+def module_outside() -> torch.nn.Module | None:
+    """A module whose own code runs as plain Python around the frame that Dynamo compiles: it split the model there.
+
+    Found on the stack, between the call of what was compiled and here. torch's own modules (DDP) may well stand there.
+    """
+    frame, outside = sys._getframe(1), None
+    while frame is not None and frame.f_code.co_name != "compile_wrapper":
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, torch.nn.Module) and not frame.f_code.co_filename.startswith(_TORCH):
+            outside = owner
+        frame = frame.f_back
+    return outside if frame is not None else None
 
 
 def inductor(mode: str | None, options: dict[str, Any] | None) -> Any:

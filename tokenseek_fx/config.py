@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeGuard
 
 from .passes.errors import TokenSeekError
-from .passes.select import Scorer
+from .passes.select import METHODS, Scorer
 from .scorers import scorer_named, scorer_names
 
 _INNER = ("inductor", "aot_eager", "eager")
@@ -18,7 +18,6 @@ _CHOICES = {
     "inner": _INNER,
     "logits": _LOGITS,
     "gradient_of": ("last_block", "head"),
-    "select": ("topk", "sample"),
     "kv_grad": ("selected", "all"),
 }
 _LAYERS = ("last", "first", "all")
@@ -37,12 +36,13 @@ class Config:
     Args:
         keep_ratio: share of the tokens of every sequence that are trained on, 0 < r <= 1; k = ceil(keep_ratio * T).
         keep_tokens: the number k itself, instead of ``keep_ratio`` (all tokens where a sequence is shorter).
-        scorer: a scorer's name, or a function ``ScoreInputs -> scores [B, T]``.
+        scorer: a scorer's name (default chosen by the study in docs/quality.md), or a function ``ScoreInputs -> scores [B, T]``.
         alpha, beta: factors of TokenSeek's score ``alpha log(attention received) + beta minmax(gradient)``.
         attention_layers: the attentions that count: "last", "first", "all", or a list of numbers (negative: from the end).
         gradient_of: where the gradient is taken: "last_block" (its input) or "head" (the input of the head; cheaper).
         select: "topk" keeps the highest scores; "sample" draws with probability by score and weights the loss by inverse
-            inclusion probability, so that its expectation is the full loss.
+            inclusion probability, so that its expectation is the full loss; ``None``: what the scorer's scores are made for,
+            "sample" for "loss" and "gradient", "topk" for the others.
         mix: share of the draw that is uniform over labelled tokens ("sample"), 0 <= mix <= 1.
         weight_clip: the largest weight of a drawn token ("sample"), at least 1.
         labelled_first: share of the kept tokens that labelled tokens get first, 0 to 1.
@@ -67,12 +67,12 @@ class Config:
 
     keep_ratio: float | None = 0.1
     keep_tokens: int | None = None
-    scorer: str | Scorer = "tokenseek"
+    scorer: str | Scorer = "loss"
     alpha: float = 1.0
     beta: float = 1.0
     attention_layers: str | Sequence[int] = "last"
     gradient_of: str = "last_block"
-    select: str = "topk"
+    select: str | None = None
     mix: float = 0.1
     weight_clip: float = 100.0
     labelled_first: float = 0.0
@@ -91,10 +91,9 @@ class Config:
         self._check_kept()
         for name, allowed in _CHOICES.items():
             _check_choice(name, getattr(self, name), allowed)
-        if self.mode is not None:
-            _check_choice("mode", self.mode, _MODES)
-        if self.report_loss is not None:
-            _check_choice("report_loss", self.report_loss, _REPORTS)
+        for name, allowed in (("select", METHODS), ("report_loss", _REPORTS), ("mode", _MODES)):
+            if getattr(self, name) is not None:
+                _check_choice(name, getattr(self, name), allowed)
         if not callable(self.scorer):
             _check_choice("scorer", self.scorer, tuple(scorer_names()))
         self._check_numbers()
@@ -166,9 +165,11 @@ class Config:
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
-            if not _is_number(value) or not low <= value <= high:
+            if not _is_number(value) or not low <= value <= high or value == math.inf:
                 limit = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
                 raise ConfigError(f"{name}={value!r}: expected a number {limit}.")
+        if self.alpha == self.beta == 0:
+            raise ConfigError("alpha=0 and beta=0: nothing is left of the score; give one of them.")
 
     def _check_positions(self) -> None:
         if isinstance(self.attention_layers, str):

@@ -195,8 +195,9 @@ def operands_of(node: fx.Node) -> list[fx.Node]:
 
 def bytes_hint(node: fx.Node) -> int:
     """Bytes of a node's example values; symbolic sizes count as those of the example inputs."""
-    return sum(math.prod(map(_hint, x.shape)) * x.element_size() for x in tensors_in(node.meta["val"]))
+    return sum(math.prod(map(hint, x.shape)) * x.element_size() for x in tensors_in(node.meta["val"]))
 
 
-def _hint(size: Any) -> int:
+def hint(size: Any) -> int:
+    """A size as a number; a symbolic one as it is in the example inputs."""
     return size if isinstance(size, int) else size.node.hint

@@ -9,9 +9,9 @@ from ._draw import draw
 
 
 def gradient() -> Scorer:
-    """log I2: sampled, a token is as likely as its gradient is large. ``gradient_of`` says where it is taken."""
+    """log I2: drawn, a token is as likely as its gradient is large. ``gradient_of`` says where it is taken."""
 
-    @needs("gradient")
+    @needs("gradient", select="sample")
     def score(inputs: ScoreInputs) -> torch.Tensor:
         assert inputs.gradient is not None
         return inputs.gradient.log()

@@ -9,9 +9,9 @@ from ._draw import draw
 
 
 def loss() -> Scorer:
-    """log of the loss of the token; tokens without a label come last."""
+    """log of the loss of the token: drawn, a token is as likely as its loss is large; tokens without a label come last."""
 
-    @needs("loss")
+    @needs("loss", select="sample")
     def score(inputs: ScoreInputs) -> torch.Tensor:
         assert inputs.loss is not None
         return inputs.loss.log()
