@@ -84,7 +84,8 @@ def tokenseek(**options: Any) -> Callable[[nn.Module], None]:
     return lambda model: model.compile(backend="tokenseek", options=options)
 
 
-FORWARD, DEFAULT, RANDOM = "torch.compile, forward alone", "tokenseek", "tokenseek, random rows"
+FORWARD, DEFAULT = "torch.compile, forward alone", "tokenseek"
+RANDOM, WHOLE = "tokenseek, random rows", "tokenseek, random rows, full loss"
 PAPER = {name: value for name, value in vars(Config.paper()).items() if value != getattr(Config(), name)}
 ROWS: dict[str, Callable[[nn.Module], object]] = {
     "eager": lambda model: None,
@@ -97,6 +98,7 @@ ROWS: dict[str, Callable[[nn.Module], object]] = {
     "tokenseek, the paper's recipe": tokenseek(**PAPER),
     "tokenseek, attention": tokenseek(scorer="attention", report_loss="kept"),
     RANDOM: tokenseek(scorer="random", select="topk", report_loss="kept"),
+    WHOLE: tokenseek(scorer="random", select="topk", report_loss="full"),
 }
 CAVEAT = (
     "activation_memory_budget: its peak is not monotone in the budget (pytorch #197838), and dropout is recomputed "
@@ -229,13 +231,15 @@ def markdown(setting: Setting, every: dict[str, Result]) -> str:
 
 
 def scoring(every: dict[str, Result]) -> str:
-    """What scores cost: the default beside random rows, in forwards of the model and in bytes of the peak."""
-    needed = [every.get(row, {}) for row in (DEFAULT, RANDOM, FORWARD)]
-    if not all("step" in result for result in needed):
-        return ""
-    default, random, forward = needed
-    share, more = (default["step"] - random["step"]) / forward["step"], (default["peak"] - random["peak"]) / 1e6
-    return f"Scoring adds {share:.2f} of a forward and {more:.0f} MB to the peak ({DEFAULT} beside {RANDOM})."
+    """What scores cost, in forwards of the model and in bytes of the peak: beside random rows, which need no head for all
+    tokens, and beside random rows whose full loss is computed too."""
+    lines = []
+    for row in (RANDOM, WHOLE):
+        if all("step" in every.get(name, {}) for name in (DEFAULT, row, FORWARD)):
+            share = (every[DEFAULT]["step"] - every[row]["step"]) / every[FORWARD]["step"]
+            more = (every[DEFAULT]["peak"] - every[row]["peak"]) / 1e6
+            lines.append(f"{DEFAULT} beside {row}: {share:+.2f} of a forward, {more:+.0f} MB of the peak.")
+    return "\n".join(lines)
 
 
 def machine() -> dict[str, Any]:

@@ -58,7 +58,7 @@ class Signals:
     attention_layers: str | tuple[int, ...] = "last"
     gradient_of: str = "last_block"
     pinned: tuple[int, ...] = ()
-    chunk_bytes: int = 16 * 2**20
+    chunk_bytes: int = 12 * 2**20
 
     def attentions(self, program: Program) -> tuple[Attention, ...]:
         every = program.axes.attentions

@@ -348,6 +348,7 @@ def granite() -> nn.Module:
     return model.double().train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient_of", ["last_block", "head"])
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "granite"])
@@ -527,6 +528,7 @@ def test_every_scorer_on_padded_and_packed_batches(scorer, batch, select):
 PACKED = (torch.arange(T)[:, None] < 6) == (torch.arange(T) < 6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", ["left", "right", "packed"])
 @pytest.mark.parametrize("scorer", NAMES)
 def test_every_scorer_on_padded_and_packed_batches_of_a_llama(scorer, batch):

@@ -16,7 +16,7 @@ import tokenseek_fx.backend  # noqa: F401 (the module, not the function of the s
 from tokenseek_fx.passes.received import received
 
 BATCH, HEADS, INNER, LAYERS = 2, 4, 88, 2
-TOKENS, VOCAB = 520, 9001  # two chunks of logits at the default budget
+TOKENS, VOCAB = 520, 9001  # several chunks of logits at the default budget
 
 
 def model(layers: int = LAYERS) -> nn.Module:
