@@ -64,9 +64,7 @@ def prepare(way: str, model: nn.Module, options: argparse.Namespace) -> None:
         enable = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.20 on
         (enable or model.gradient_checkpointing_enable)()
     else:
-        model.compile(
-            backend="tokenseek", options={"keep_ratio": options.keep_ratio, "logits": "drop", "scorer": "random"}
-        )
+        model.compile(backend="tokenseek", options={"keep_ratio": options.keep_ratio, "logits": "drop"})
 
 
 def tell(**event: Any) -> None:

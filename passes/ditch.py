@@ -66,7 +66,7 @@ class Ditch:
             refuse_unweighted(program)
         barriers: list[Barrier] = []
         names: list[str] = []
-        tail = self.signals.tail(program, self._needs(program))
+        tail = self.signals.tail(program, self.select.needs, self._builds_no_logits(program))
 
         def forward(*args: Any) -> tuple:
             inputs, noise = args[: len(program.inputs)], (*args[len(program.inputs) :], None)[0]
@@ -102,10 +102,14 @@ class Ditch:
         if len(graph.output_node().args[0]) != len(program.outputs) + len(program.rewrite.names):
             raise InvariantBroken("The rewritten graph lost an output.")
 
-    def _needs(self, program: Program) -> frozenset[str]:
-        """What the seek stream computes: for the scores, and for a full loss where the logits don't exist."""
-        wants_loss = self.report_loss == "full" and self.logits == "drop" and program.activity.losses
-        return self.select.needs | ({"full loss"} if wants_loss else set())
+    @property
+    def _reports_full(self) -> bool:
+        scored = bool(self.select.needs & {"gradient", "loss"})
+        return (self.report_loss or ("full" if scored else "kept")) == "full"
+
+    def _builds_no_logits(self, program: Program) -> bool:
+        """True where the full loss has to come from the chunks of the tail."""
+        return self._reports_full and self.logits == "drop" and bool(program.activity.losses)
 
     def _noise(self, program: Program) -> tuple[Tensor, ...]:
         if "noise" not in self.select.needs:
@@ -135,8 +139,7 @@ class Ditch:
     def _loss(self, streams: Streams, out: fx.Node) -> Tensor:
         """The loss of the kept tokens, or the value of the full one with the gradient of the kept tokens."""
         kept = streams.full(out)
-        scored = bool(self.select.needs & {"gradient", "loss"})
-        if (self.report_loss or ("full" if scored else "kept")) == "kept":
+        if not self._reports_full:
             return kept
         return streams.seek[out].detach() + (kept - kept.detach())
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from .geometry import Geometry
-from .rules.op import bind
+from .rules.op import bind, bind_values
 from .token_axes import Attention
 
 #: Additive masks are at most this where a key is hidden: finfo.min of any dtype, -inf, -1e9, -1e4 with scores added; no
@@ -75,7 +75,7 @@ def received_in(attention: Attention, values: Mapping[fx.Node, Any], geometry: G
     """I1 of one attention, [B, T], from the seek stream's values."""
     node, axes = attention.node, geometry.axes
     if node.target is _SDPA:
-        given = {name: values[arg] if isinstance(arg, fx.Node) else arg for name, arg in bind(node).items()}
+        given = bind_values(node, values)
         total = received(given["query"], given["key"], given["attn_mask"], given["is_causal"], given["scale"])
         labels = (*axes.of(node.args[0])[:-2], axes.of(node.args[1])[-2])
         return geometry.by_token(total, labels, len(labels) - 1)

@@ -22,7 +22,7 @@ from .factors import same_size
 from .geometry import Geometry, device_of, sizes_of
 from .program import Program
 from .received import attended_in, received_in
-from .rules.op import bind
+from .rules.op import bind, bind_values
 from .rules.rows import LABEL_LOSSES
 from .select import ScoreInputs
 from .streams import tagged
@@ -71,10 +71,10 @@ class Signals:
             )
         return tuple(every[i] for i in self.attention_layers)
 
-    def tail(self, program: Program, needs: Iterable[str]) -> Traced | None:
-        """The traced way from the last block (or the head) to the loss, where ``needs`` ask for it."""
+    def tail(self, program: Program, needs: Iterable[str], full_loss: bool) -> Traced | None:
+        """The traced way from the last block (or the head) to the loss, where ``needs`` or the ``full_loss`` ask for it."""
         gradient = "gradient" in needs
-        if not gradient and not {"loss", "full loss"} & {*needs}:
+        if not (gradient or "loss" in needs or full_loss):
             return None
         if not program.activity.losses:
             raise GraphNotSupported("The graph has no loss, so tokens have neither a loss nor a gradient.", _OTHERS)
@@ -105,7 +105,7 @@ class Seek(Retrace):
         value = super().run_node(n)
         if n.target not in LABEL_LOSSES or n not in self.program.activity.live:
             return value
-        given = {name: self.env[arg] if isinstance(arg, fx.Node) else arg for name, arg in bind(n).items()}
+        given = bind_values(n, self.env)
         if given["reduction"] != _MEAN or given["target"].is_floating_point():
             return value
         with tagged("scoring"):

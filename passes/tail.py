@@ -26,7 +26,7 @@ from .factors import same_size
 from .fake import fake_mode_of
 from .geometry import Geometry, example_sizes
 from .program import Program
-from .rules.op import bind, bytes_hint, hint, is_tensor, operands_of
+from .rules.op import bind, bind_values, bytes_hint, hint, is_tensor, operands_of
 from .rules.rows import LABEL_LOSSES, divisor, token_losses
 from .streams import Streams, class_factors
 
@@ -206,7 +206,7 @@ def run_tail(traced: Traced, values: Mapping[fx.Node, Any], geometry: Geometry) 
     if tail.loss is not None:
         loss, unit = _run_chunks(traced, values, geometry)
         wide = torch.promote_types(loss.dtype, torch.float32)
-        given = {name: values[arg] if isinstance(arg, fx.Node) else arg for name, arg in bind(tail.loss).items()}
+        given = bind_values(tail.loss, values)
         count = divisor(given["target"], given["ignore_index"], given["weight"]) if given["reduction"] == _MEAN else 1
         total = (loss.sum(dtype=wide) / count).to(tail.loss.meta["val"].dtype)
         scale = scale.to(wide) / count

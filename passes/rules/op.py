@@ -7,7 +7,7 @@ An axes rule says how the axes of the operands become the axes of the result: la
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,11 @@ def bind(node: fx.Node) -> dict[str, Any]:
     bound = {arg.name: arg.default_value for arg in schema}
     bound.update(zip((arg.name for arg in schema), node.args, strict=False))
     return {**bound, **node.kwargs}
+
+
+def bind_values(node: fx.Node, values: Mapping[fx.Node, Any]) -> dict[str, Any]:
+    """The same with values in place of nodes."""
+    return {name: values[arg] if isinstance(arg, fx.Node) else arg for name, arg in bind(node).items()}
 
 
 class Op:
