@@ -36,6 +36,7 @@ import measure
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from training import checkpoint
 
 import tokenseek_fx
 
@@ -184,13 +185,12 @@ def pretrained() -> nn.Module:
 def prepared(name: str, model: nn.Module) -> nn.Module:
     """What is called in training; ``model`` itself stays eager, for evaluation."""
     if name == "gradient checkpointing":
-        enable = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.20 on
-        (enable or model.gradient_checkpointing_enable)()
+        checkpoint(model)
         return model
     options = CONFIGURATIONS[name]
     if options is None:
         return torch.compile(model)
-    return torch.compile(model, backend="tokenseek", options={**options, "strict": True})
+    return torch.compile(model, backend="tokenseek", options={"select": "topk", "strict": True, **options})
 
 
 def reload(model: nn.Module, state: dict[str, Tensor], seed: int) -> None:

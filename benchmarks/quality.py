@@ -39,6 +39,7 @@ import measure
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from training import checkpoint, held_out_loss, step
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tokenseek_fx import Config
@@ -101,8 +102,7 @@ class Run:
     def compile(self, model: nn.Module) -> None:
         """Switch the method on; evaluation goes through `model.forward`, which stays eager."""
         if self.method == "checkpointing":
-            enable = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.20 on
-            (enable or model.gradient_checkpointing_enable)()
+            checkpoint(model)
         if self.options is None:
             model.compile(dynamic=False)
         else:
@@ -114,7 +114,8 @@ def variants() -> Iterator[tuple[str, dict[str, Any], tuple[int, ...]]]:
     for scorer in SCORERS:
         yield scorer, {"scorer": scorer}, RATIOS
     for scorer in ("tokenseek", "gradient", "loss", "random"):
-        yield f"{scorer}-sample", {"scorer": scorer, "select": "sample"}, (10,)
+        ratios = RATIOS if scorer in ("gradient", "loss") else (10,)  # the best at 10 %
+        yield f"{scorer}-sample", {"scorer": scorer, "select": "sample"}, ratios
     for scorer in ("tokenseek", "random", "loss"):
         yield f"{scorer}-labelled", {"scorer": scorer, "labelled_first": 1.0}, (10,)
     yield "random-kv", {"scorer": "random", "kv_grad": "all"}, (10,)
@@ -169,28 +170,6 @@ def prepare(study: Study) -> None:
     torch.save(model.state_dict(), WORK / "model.pt")
 
 
-def step(model: nn.Module, batch: data.Batch, optimizer: torch.optim.Optimizer) -> float:
-    """Forward, backward, update."""
-    optimizer.zero_grad(set_to_none=False)
-    loss = model(**batch).loss
-    loss.backward()
-    optimizer.step()
-    return loss.item()
-
-
-@torch.no_grad()
-def held_out_loss(model: nn.Module, pairs: data.Batch, batch: int = 32) -> float:
-    """Mean over all labelled tokens, uncompiled."""
-    model.eval()
-    total = count = 0.0
-    for start in range(0, len(pairs["labels"]), batch):
-        part = {name: value[start : start + batch] for name, value in pairs.items()}
-        labelled = (part["labels"][:, 1:] != data.IGNORED).sum().item()
-        total, count = total + model.forward(**part).loss.item() * labelled, count + labelled
-    model.train()
-    return total / count
-
-
 class Learner:
     """A model that is compiled once and starts again from the pretrained weights for every seed."""
 
@@ -225,11 +204,11 @@ class Learner:
     def curve(self, seed: int, lr: float) -> list[float]:
         """Held-out loss before training, then at the steps of `study.evaluate`."""
         self.reset(seed)
-        optimizer, losses = self.optimizer(lr), [held_out_loss(self.model, self.held_out)]
+        optimizer, losses = self.optimizer(lr), [held_out_loss(self.model, self.held_out, batch=32)]
         for number in range(1, self.study.evaluate[-1] + 1):
             step(self.model, self.batch(seed, number), optimizer)
             if number in self.study.evaluate:
-                losses.append(held_out_loss(self.model, self.held_out))
+                losses.append(held_out_loss(self.model, self.held_out, batch=32))
         return losses
 
 

@@ -29,6 +29,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from training import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tokenseek_fx import Config
@@ -66,12 +67,6 @@ class Setting:
 SETTINGS = {"1": Setting(length=1024, batch=4, vocab=4096), "2": Setting(length=2048, batch=2, vocab=32000)}
 
 
-def checkpointing(model: nn.Module) -> None:
-    """Recompute every layer in backward."""
-    enable = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.20 on
-    (enable or model.gradient_checkpointing_enable)()
-
-
 def half_budget(model: nn.Module) -> None:
     """torch.compile, its partitioner told to save half."""
     torch._functorch.config.activation_memory_budget = 0.5
@@ -89,7 +84,7 @@ RANDOM, WHOLE = "tokenseek, random rows", "tokenseek, random rows, full loss"
 PAPER = {name: value for name, value in vars(Config.paper()).items() if value != getattr(Config(), name)}
 ROWS: dict[str, Callable[[nn.Module], object]] = {
     "eager": lambda model: None,
-    "gradient checkpointing": checkpointing,
+    "gradient checkpointing": checkpoint,
     "torch.compile": lambda model: model.compile(),
     "torch.compile, memory budget 0.5": half_budget,
     FORWARD: lambda model: model.compile(),

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import nn
+from training import checkpoint, held_out_loss, step
 
 Event = dict[str, Any]
 WAYS = {
@@ -61,8 +62,7 @@ def prepare(way: str, model: nn.Module, options: argparse.Namespace) -> None:
     if way == "compile":
         model.compile()
     elif way == "checkpoint":
-        enable = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.20 on
-        (enable or model.gradient_checkpointing_enable)()
+        checkpoint(model)
     else:
         model.compile(backend="tokenseek", options={"keep_ratio": options.keep_ratio, "logits": "drop"})
 
@@ -70,28 +70,6 @@ def prepare(way: str, model: nn.Module, options: argparse.Namespace) -> None:
 def tell(**event: Any) -> None:
     """One line of JSON to the process that shows the progress."""
     print(json.dumps(event), flush=True)
-
-
-def step(model: nn.Module, batch: data.Batch, optimizer: torch.optim.Optimizer) -> float:
-    """Forward, backward, update; gradients stay allocated."""
-    optimizer.zero_grad(set_to_none=False)
-    loss = model(**batch).loss
-    loss.backward()
-    optimizer.step()
-    return loss.item()
-
-
-@torch.no_grad()
-def held_out_loss(model: nn.Module, pairs: data.Batch, batch: int) -> float:
-    """Mean over all labelled tokens, uncompiled (`model.forward` is not what `model.compile` replaced)."""
-    model.eval()
-    total = count = 0.0
-    for start in range(0, len(pairs["labels"]), batch):
-        part = {name: value[start : start + batch] for name, value in pairs.items()}
-        labelled = (part["labels"][:, 1:] != data.IGNORED).sum().item()
-        total, count = total + model.forward(**part).loss.item() * labelled, count + labelled
-    model.train()
-    return total / count
 
 
 def pretrain(work: Path, options: argparse.Namespace) -> None:

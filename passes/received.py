@@ -67,8 +67,12 @@ def _scores(query: Tensor, key: Tensor, scale: float | None) -> Tensor:
 
 def attention_of(scores: Tensor) -> Tensor:
     """softmax(scores), 0 in rows where all is hidden."""
-    hidden = scores.amax(-1, keepdim=True) <= HIDDEN
-    return torch.softmax(scores, -1).masked_fill(hidden, 0.0)
+    return torch.softmax(scores, -1).masked_fill(_sees_nothing(scores), 0.0)
+
+
+def _sees_nothing(scores: Tensor) -> Tensor:
+    """The rows of ``scores`` in which all is hidden, [..., 1]."""
+    return scores.amax(-1, keepdim=True) <= HIDDEN
 
 
 def received_in(attention: Attention, values: Mapping[fx.Node, Any], geometry: Geometry) -> Tensor:
@@ -79,8 +83,7 @@ def received_in(attention: Attention, values: Mapping[fx.Node, Any], geometry: G
         total = received(given["query"], given["key"], given["attn_mask"], given["is_causal"], given["scale"])
         labels = (*axes.of(node.args[0])[:-2], axes.of(node.args[1])[-2])
         return geometry.by_token(total, labels, len(labels) - 1)
-    scores = values[node.args[0]]
-    shares = values[node].masked_fill(scores.amax(-1, keepdim=True) <= HIDDEN, 0.0)
+    shares = values[node].masked_fill(_sees_nothing(values[node.args[0]]), 0.0)
     shares = shares.to(torch.promote_types(shares.dtype, torch.float32))
     labels = axes.of(node)
     return geometry.by_token(shares, labels, len(labels) - 1)
@@ -90,7 +93,8 @@ def attended_in(attention: Attention, values: Mapping[fx.Node, Any], geometry: G
     """True for tokens that any query may look at (bool [B, T]), i.e. that are no padding; ``None``: all."""
     node, axes = attention.node, geometry.axes
     if node.target is not _SDPA:
-        return received_in(attention, values, geometry) > 0
+        seen = (values[node] > 0) & ~_sees_nothing(values[node.args[0]])
+        return geometry.by_token(seen, axes.of(node), len(axes.of(node)) - 1)
     mask = bind(node)["attn_mask"]
     if mask is None or axes.of(mask)[-1] != axes.token:
         return None

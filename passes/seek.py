@@ -23,14 +23,13 @@ from .geometry import Geometry, device_of, sizes_of
 from .program import Program
 from .received import attended_in, received_in
 from .rules.op import bind, bind_values
-from .rules.rows import LABEL_LOSSES
+from .rules.rows import LABEL_LOSSES, MEAN
 from .select import ScoreInputs
-from .streams import tagged
+from .streams import label_losses, tagged
 from .tail import Traced, find_tail, head_input, run_tail, trace_tail
 from .token_axes import Attention
 
 aten = torch.ops.aten
-_MEAN = 1
 #: Operations that pick rows out of a value.
 _PICKS = (
     aten.select.int,
@@ -106,7 +105,7 @@ class Seek(Retrace):
         if n.target not in LABEL_LOSSES or n not in self.program.activity.live:
             return value
         given = bind_values(n, self.env)
-        if given["reduction"] != _MEAN or given["target"].is_floating_point():
+        if given["reduction"] != MEAN or given["target"].is_floating_point():
             return value
         with tagged("scoring"):
             return torch.where((given["target"] != given["ignore_index"]).any(), value, 0)
@@ -150,9 +149,8 @@ class Seek(Retrace):
     def _labelled(self, geometry: Geometry) -> Tensor | None:
         """The tokens that have a label in any loss over tokens; ``None``: there is no such loss."""
         found = None
-        for node in self.program.graph.nodes:
-            if node.target in LABEL_LOSSES and node in self.program.activity.live:
-                found = self._add_labels(bind(node), found, geometry)
+        for node in label_losses(self.program):
+            found = self._add_labels(bind(node), found, geometry)
         return found
 
     def _add_labels(self, given: dict[str, Any], found: Tensor | None, geometry: Geometry) -> Tensor | None:

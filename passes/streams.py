@@ -279,14 +279,18 @@ def keys_and_values(program: Program) -> frozenset[fx.Node]:
 
 def class_factors(program: Program) -> set[int]:
     """The factors of the class dim of the losses: outputs that have them are logits."""
-    losses = [n for n in program.graph.nodes if n.target in LABEL_LOSSES and n in program.activity.live]
-    logits = [program.axes.of(n.args[0]) for n in losses]
+    logits = [program.axes.of(n.args[0]) for n in label_losses(program)]
     return {factor for labels in logits for factor in labels[min(1, len(labels) - 1)]}
 
 
 def known_losses(program: Program) -> list[fx.Node]:
     """The live loss operations."""
     return [node for node in program.graph.nodes if node.target in LOSSES and node in program.activity.live]
+
+
+def label_losses(program: Program) -> list[fx.Node]:
+    """Those over class labels."""
+    return [node for node in known_losses(program) if node.target in LABEL_LOSSES]
 
 
 def weighted_losses(program: Program) -> list[fx.Node]:

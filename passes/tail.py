@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -27,10 +27,9 @@ from .fake import fake_mode_of
 from .geometry import Geometry, example_sizes
 from .program import Program
 from .rules.op import bind, bind_values, bytes_hint, hint, is_tensor, operands_of
-from .rules.rows import LABEL_LOSSES, divisor, token_losses
-from .streams import Streams, class_factors
+from .rules.rows import LABEL_LOSSES, MEAN, SUM, divisor, token_losses
+from .streams import Streams, class_factors, label_losses
 
-_MEAN, _SUM = 1, 2
 _MOST_CHUNKS = 64
 
 
@@ -45,7 +44,7 @@ class TokenSignals(NamedTuple):
 
 @dataclass(frozen=True)
 class Tail:
-    """The operations between ``start`` and the loss of the graph.
+    """The operations between ``start`` and ``end``, the scalar that is differentiated.
 
     ``loss``: the label loss that is computed in chunks (``None``: there is no single one, all is done as a whole).
     ``rows``: operations before it that work on every token alone. ``frontier``: what they start from. ``rest``: all others.
@@ -53,6 +52,7 @@ class Tail:
 
     program: Program
     start: fx.Node
+    end: fx.Node
     loss: fx.Node | None
     rows: tuple[fx.Node, ...]
     frontier: tuple[fx.Node, ...]
@@ -61,11 +61,7 @@ class Tail:
     @property
     def after_loss(self) -> list[fx.Node]:
         """What is computed from the label loss, in order."""
-        found = {self.loss}
-        for node in self.rest:
-            if any(arg in found for arg in node.all_input_nodes):
-                found.add(node)
-        return [node for node in self.rest if node in found]
+        return _reached(self.rest, {self.loss})
 
     def chunks(self, chunk_bytes: int) -> list[Any]:
         """The sizes into which the tokens are cut, so that the largest value of a chunk takes ``chunk_bytes`` (more where that
@@ -99,23 +95,20 @@ def find_tail(program: Program, start: fx.Node) -> Tail:
         loss, rows = None, []
     ends = [*rows, loss] if loss is not None else []
     frontier = dict.fromkeys(arg for node in ends for arg in node.all_input_nodes if arg in {start, *nodes} - {*ends})
-    return Tail(program, start, loss, tuple(rows), tuple(frontier), tuple(n for n in nodes if n not in {*ends}))
+    return Tail(program, start, end, loss, tuple(rows), tuple(frontier), tuple(n for n in nodes if n not in {*ends}))
 
 
 def scored_loss(program: Program) -> fx.Node:
     """Of several scalar outputs the first that a label loss is part of (the others are parts or statistics of it)."""
-    found: set[fx.Node] = set()
-    for node in program.graph.nodes:
-        if node.target in LABEL_LOSSES or any(arg in found for arg in node.all_input_nodes):
-            found.add(node)
+    parts = {node for node in program.graph.nodes if node.target in LABEL_LOSSES}
+    found = parts.union(_reached(program.graph.nodes, parts))
     losses = program.activity.losses
     return next((loss for loss in losses if loss in found), losses[0])
 
 
 def has_token_loss(program: Program) -> bool:
     """True where exactly one live loss is a mean or sum over labelled tokens."""
-    live = program.activity.live
-    return sum(node in live and _has_token_losses(program, node) for node in program.graph.nodes) == 1
+    return sum(_has_token_losses(program, node) for node in label_losses(program)) == 1
 
 
 def head_input(program: Program) -> fx.Node | None:
@@ -127,15 +120,21 @@ def head_input(program: Program) -> fx.Node | None:
 
 def _between(program: Program, start: fx.Node, end: fx.Node) -> list[fx.Node]:
     """Live nodes on the paths from ``start`` (without it) to ``end``, in order."""
-    live = program.activity.live
-    below, above = {start}, {end}
-    for node in program.graph.nodes:
-        if node in live and any(arg in below for arg in node.all_input_nodes):
-            below.add(node)
-    for node in reversed(program.graph.nodes):
-        if node in below and any(user in above for user in node.users):
+    below = _reached([node for node in program.graph.nodes if node in program.activity.live], {start})
+    above = {end}
+    for node in reversed(below):
+        if any(user in above for user in node.users):
             above.add(node)
-    return [node for node in program.graph.nodes if node in below and node in above and node is not start]
+    return [node for node in below if node in above]
+
+
+def _reached(nodes: Iterable[fx.Node], sources: set[fx.Node]) -> list[fx.Node]:
+    """Those of ``nodes`` (in order) that are computed from ``sources``, without these."""
+    found: dict[fx.Node, None] = {}
+    for node in nodes:
+        if node not in sources and any(arg in sources or arg in found for arg in node.all_input_nodes):
+            found[node] = None
+    return list(found)
 
 
 def _has_token_losses(program: Program, node: fx.Node) -> bool:
@@ -146,7 +145,7 @@ def _has_token_losses(program: Program, node: fx.Node) -> bool:
     logits, target = given["self"], given["target"]
     classes = min(1, logits.meta["val"].ndim - 1)
     return (
-        given["reduction"] in (_MEAN, _SUM)
+        given["reduction"] in (MEAN, SUM)
         and not target.meta["val"].is_floating_point()
         and axes.has_rows(logits)
         and axes.has_rows(target)
@@ -207,7 +206,7 @@ def run_tail(traced: Traced, values: Mapping[fx.Node, Any], geometry: Geometry) 
         loss, unit = _run_chunks(traced, values, geometry)
         wide = torch.promote_types(loss.dtype, torch.float32)
         given = bind_values(tail.loss, values)
-        count = divisor(given["target"], given["ignore_index"], given["weight"]) if given["reduction"] == _MEAN else 1
+        count = divisor(given["target"], given["ignore_index"], given["weight"]) if given["reduction"] == MEAN else 1
         total = (loss.sum(dtype=wide) / count).to(tail.loss.meta["val"].dtype)
         scale = scale.to(wide) / count
     if traced.back is None:
@@ -284,7 +283,7 @@ def _trace_chunk(tail: Tail, size: Any, gradient: bool, captured: Sequence[fx.No
 
 def _trace_back(tail: Tail, captured: Sequence[fx.Node]) -> fx.GraphModule:
     """The gradient of ``start``: autograd of the rest of the tail, given the gradients of the chunked part."""
-    program, end = tail.program, scored_loss(tail.program)
+    program, end = tail.program, tail.end
     chunked = tail.loss is not None
 
     def back(start: Tensor, *given: Any) -> tuple[Tensor, ...]:

@@ -672,22 +672,24 @@ CLASSIFIER = {"vocab_size": 97, "num_labels": 5, "pad_token_id": 0}
 POSITION = torch.arange(T)
 
 
+def classifier(name: str, **sizes: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**CLASSIFIER, **sizes)
+    return getattr(transformers, f"{name}ForSequenceClassification")(config).double().train()
+
+
 def bert() -> nn.Module:
-    config = transformers.BertConfig(
-        **CLASSIFIER, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    return classifier(
+        "Bert", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
-    torch.manual_seed(0)
-    return transformers.BertForSequenceClassification(config).double().train()
 
 
 def gpt2() -> nn.Module:
-    config = transformers.GPT2Config(
-        **CLASSIFIER, n_embd=32, n_inner=48, n_layer=2, n_head=4, n_positions=64, use_cache=False,
+    return classifier(
+        "GPT2", n_embd=32, n_inner=48, n_layer=2, n_head=4, n_positions=64, use_cache=False,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
-    torch.manual_seed(0)
-    return transformers.GPT2ForSequenceClassification(config).double().train()
 
 
 def classified() -> tuple[dict[str, Tensor], Tensor]:

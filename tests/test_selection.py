@@ -13,12 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-try:
-    from tokenseek_fx.passes.select import ScoreInputs, Select, Selected
-except ImportError:  # the tests of the plain selection itself need none of it
-    Select = None
+from tokenseek_fx.passes.select import ScoreInputs, Select, Selected
 
-needs_select = pytest.mark.skipif(Select is None, reason="no Select yet")
 EXAMPLES = settings(max_examples=200, deadline=None, derandomize=True)
 SHARES = st.sampled_from([0.0, 0.1, 0.25, 1 / 3, 0.5, 0.75, 1.0])
 
@@ -74,7 +70,6 @@ def padded(case: dict) -> Tensor:
     return case["score"] if case["attended"] is None else case["score"].masked_fill(~case["attended"], -math.inf)
 
 
-@needs_select
 @EXAMPLES
 @given(cases(), st.floats(0.01, 1), SHARES, st.booleans(), st.data())
 def test_topk(case, ratio, share, keep_label, data):
@@ -89,7 +84,6 @@ def test_topk(case, ratio, share, keep_label, data):
         assert chosen == rules.choose(score)
 
 
-@needs_select
 @EXAMPLES
 @given(
     cases(ties=False),
@@ -117,7 +111,6 @@ def test_sample(case, ratio, mix, clip, share, keep_label, data):
         )
 
 
-@needs_select
 @pytest.mark.parametrize("method", ["topk", "sample"])
 @pytest.mark.parametrize("kept", [1, 5, 12, 99])
 def test_keep_tokens_is_the_number_itself(method, kept):
@@ -129,7 +122,6 @@ def test_keep_tokens_is_the_number_itself(method, kept):
         assert found.weights is None or (found.weights == 1).all()
 
 
-@needs_select
 @pytest.mark.parametrize("noise", [0.0, 2.0**-24, 1 - 2.0**-24])
 @pytest.mark.parametrize("mix", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("score", [0.0, -math.inf, 1e4, math.nan])
@@ -141,7 +133,6 @@ def test_a_sample_of_extreme_noise_and_scores_is_finite(noise, mix, score):
     assert (found.indices.diff(dim=1) > 0).all() and (found.indices[:, 0] == 0).all()
 
 
-@needs_select
 def test_no_score_at_all_falls_back_to_uniform():
     """Every score -inf: the draw is over labelled tokens, top-k goes by position."""
     labelled = torch.tensor([[False] * 5 + [True] * 4])
@@ -208,7 +199,6 @@ def test_the_weighted_sum_is_unbiased(case):
     assert abs(torch.tensor([sum(f[i] for i in chosen) for chosen, _ in draws]).mean() - full) > 2 * error
 
 
-@needs_select
 def test_the_compiled_estimator_is_unbiased_too():
     generator = torch.Generator().manual_seed(0)
     draws, tokens = 20_000, 9

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 RowsRule = Callable[["Call"], Any]
 ROWS_RULES: dict[Any, RowsRule] = {}
-_NONE, _MEAN, _SUM = 0, 1, 2
+#: ATen's numbers of the reductions of a loss.
+NONE, MEAN, SUM = 0, 1, 2
 
 #: Operations whose operands don't broadcast to one result: one that all instances share can't be given a batch dim.
 _FIXED_RANK = (
@@ -128,15 +129,15 @@ def label_loss(call: Call) -> Any:
     classes = min(1, call.rank(0) - 1)
     if call.streams.axes.row_dim(call.operands[0]) == classes:  # the tokens are the classes: each needs all of them
         return NotImplemented
-    if call["reduction"] not in (_MEAN, _SUM) or call["target"].is_floating_point():
+    if call["reduction"] not in (MEAN, SUM) or call["target"].is_floating_point():
         return elementwise_loss(call)
     if call.geometry.weights is not None:
         return _weighted_label_loss(call)
     logits, target = call.own_rows(0), call.own_rows(1)
     options = call.arguments_but("self", "target", "reduction")
-    total = call.target(self=_no_narrower_than_float(logits), target=target, reduction=_SUM, **options)
+    total = call.target(self=_no_narrower_than_float(logits), target=target, reduction=SUM, **options)
     total = total.to(logits.dtype)
-    if call["reduction"] == _MEAN:
+    if call["reduction"] == MEAN:
         return total / divisor(target, call["ignore_index"], call["weight"])
     kept, labelled = (_labelled(t, call["ignore_index"], None) for t in (target, call.full(1)))
     return total * (labelled / torch.where(kept > 0, kept, 1)).to(total.dtype)
@@ -148,7 +149,7 @@ def _weighted_label_loss(call: Call) -> Any:
         return NotImplemented
     losses = token_losses(call)
     total = (losses * _weights(call, 1)).sum().to(call.node.meta["val"].dtype)
-    if call["reduction"] == _SUM:
+    if call["reduction"] == SUM:
         return total
     return total / divisor(call["target"], call["ignore_index"], call["weight"])
 
@@ -157,7 +158,7 @@ def token_losses(call: Call) -> Any:
     """The loss of every row of a label loss, in the layout of its target, 0 where there is no label."""
     options = call.arguments_but("self", "target", "reduction")
     return call.target(
-        self=_no_narrower_than_float(call.own_rows(0)), target=call.own_rows(1), reduction=_NONE, **options
+        self=_no_narrower_than_float(call.own_rows(0)), target=call.own_rows(1), reduction=NONE, **options
     )
 
 
@@ -189,23 +190,23 @@ def _labelled(target: torch.Tensor, ignore_index: int, weight: torch.Tensor | No
 @rows_rule(*ELEMENTWISE_LOSSES)
 def elementwise_loss(call: Call) -> Any:
     """A loss without labels: every kept position counts."""
-    if call["reduction"] not in (_MEAN, _SUM):
+    if call["reduction"] not in (MEAN, SUM):
         return _refuse_weights(call) or rerun(call)
     if any(call.streams.axes.token_dims(weight) for weight in call.operands[2:]):
         raise GraphNotSupported("A loss is weighted by token inside its own call.", "Multiply it outside.", call.node)
     if call.geometry.weights is not None and call.streams.axes.row_dim(call.operands[0]) is not None:
         return _weighted_elementwise_loss(call)
     options = call.arguments_but("self", "target")
-    scale = 1 if call["reduction"] == _MEAN else call.geometry.tokens / call.geometry.kept
+    scale = 1 if call["reduction"] == MEAN else call.geometry.tokens / call.geometry.kept
     return call.target(self=call.own_rows(0), target=call.own_rows(1), **options) * scale
 
 
 def _weighted_elementwise_loss(call: Call) -> Any:
     """Sum of w_i l_i over the kept rows; a mean divides it by the number of all elements."""
     options = call.arguments_but("self", "target", "reduction")
-    losses = call.target(self=call.own_rows(0), target=call.own_rows(1), reduction=_NONE, **options)
+    losses = call.target(self=call.own_rows(0), target=call.own_rows(1), reduction=NONE, **options)
     total = (losses * _weights(call, 0)).sum().to(losses.dtype)
-    return total / call.streams.seek[call.operands[0]].numel() if call["reduction"] == _MEAN else total
+    return total / call.streams.seek[call.operands[0]].numel() if call["reduction"] == MEAN else total
 
 
 def _refuse_weights(call: Call) -> None:
