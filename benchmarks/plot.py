@@ -171,11 +171,11 @@ def draw_curves(axes: Axes, lines: list[Line], at: Callable[[Line], Iterable[flo
 
 
 def draw_ratios(axes: Axes, lines: list[Line]) -> None:
-    """Final loss by ratio, every top-k scorer, all tokens at the right."""
+    """Final loss by ratio of every method that has several, all tokens at the right."""
     every = next(line for line in lines if line.method == "all")
-    for scorer in COLOURS:
-        mine = [line for line in lines if line.method == scorer and line.kept < 100]
-        if mine and scorer != "paper":
+    for method in dict.fromkeys(line.method for line in lines):
+        mine = [line for line in lines if line.method == method]
+        if len(mine) > 1:
             mine.append(every)
             x, y, error = [m.kept for m in mine], [m.means[-1] for m in mine], [m.spreads[-1] for m in mine]
             axes.errorbar(x, y, error, capsize=2, **style(mine[0]))
@@ -236,7 +236,7 @@ def figure(lines: list[Line], seconds: float) -> Any:
 def name_panels(axes: list[Axes], setting: str, lines: list[Line]) -> None:
     """Titles, axes, limits: what is worse than no fine-tuning by far runs out of the panel."""
     start, best = lines[0].means[0], min(min(line.means) for line in lines)
-    titles = ("steps, 10 % kept", "seconds, 10 % kept", "% of the tokens kept (highest scores)")
+    titles = ("steps, 10 % kept", "seconds, 10 % kept", "% of the tokens kept")
     for panel, name in zip(axes[:3], titles, strict=True):
         panel.set(xlabel=name, ylabel=LABEL, title=SETTINGS[setting])
         panel.set_ylim(best - 0.05 * (start - best), start + 0.6 * (start - best))

@@ -332,16 +332,15 @@ def curves(study: Study, runs: list[Run], options: argparse.Namespace) -> int:
 
 
 def times(runs: list[Run], options: argparse.Namespace) -> int:
-    """Step times of what is not on disk yet: a process for each setting, one after another; 1 if one failed."""
+    """Step times of what is not on disk yet: a process for each setting, `--jobs` at a time; 1 if one failed."""
     runs = [run for run in runs if run.method != "all"]  # it is what the others are measured by
     left = [run for run in runs if not (options.out / f"{run.name}.time.json").exists()]
     print(f"{len(runs) - len(left)} of {len(runs)} step times are there already", flush=True)
-    failed = False
-    for setting in SETTINGS:
-        if names := [run.name for run in left if run.setting == setting]:
-            command = [sys.executable, __file__, "--time", "--out", str(options.out), "--worker", *names]
-            failed |= subprocess.run(command, check=False).returncode != 0
-    return int(failed)
+    named = [[run.name for run in left if run.setting == setting] for setting in SETTINGS]
+    command = [sys.executable, __file__, "--time", "--out", str(options.out), "--worker"]
+    with ThreadPoolExecutor(options.jobs) as pool:
+        done = list(pool.map(lambda names: subprocess.run([*command, *names], check=False), filter(None, named)))
+    return int(any(process.returncode for process in done))
 
 
 def arguments() -> argparse.Namespace:
