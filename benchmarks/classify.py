@@ -70,6 +70,7 @@ CONFIGURATIONS: dict[str, dict[str, Any] | None] = {
         for ratio in (0.1, 0.2)
         for scorer in ("tokenseek", "attention", "gradient", "random", "strided", "first", "last")
     },
+    "gradient, 10%, drawn": {"scorer": "gradient", "keep_ratio": 0.1, "select": "sample"},
     **{
         f"{scorer}, 10%, kv_grad=all": {"scorer": scorer, "keep_ratio": 0.1, "kv_grad": "all"}
         for scorer in ("random", "attention")

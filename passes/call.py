@@ -87,14 +87,18 @@ class Call:
     def kwargs(self) -> dict:
         return self._call_arguments[1]
 
-    def positions(self) -> torch.Tensor:
-        """The token positions of the rows, shaped to broadcast with attention scores ``[..., row, key]``."""
-        query = self.node.args[0]
-        rank, labels = query.meta["val"].ndim, self.streams.axes.of(query)
-        position = torch.arange(self.geometry.tokens, device=self.geometry.indices.device).unsqueeze(-1)
-        return self.streams.aligned_rows(
-            position, (labels[-2], ()), 0, (*labels[:-1], ()), self.streams.seek[query], rank
-        )
+    def causal_mask(self) -> torch.Tensor:
+        """True where a row of the query (operand 0) stands at or after a key (operand 1): bool ``[..., row, key]``."""
+        streams, (query, key) = self.streams, self.operands[:2]
+        labels, device = streams.axes.of(query), self.geometry.indices.device
+
+        def compare() -> torch.Tensor:
+            position = torch.arange(self.geometry.tokens, device=device).unsqueeze(-1)
+            like, whole = (*labels[:-1], ()), streams.seek[query]
+            rows = streams.aligned_rows(position, (labels[-2], ()), 0, like, whole, len(labels))
+            return rows >= torch.arange(streams.seek[key].shape[-2], device=device)
+
+        return streams.once(("causal", streams.axes.of(key)[-2], *self._place_of_batch(query)), compare)
 
     @property
     def in_full(self) -> tuple[tuple, dict]:
@@ -131,9 +135,20 @@ class Call:
 
     def _restricted(self, operand: int, dim: int) -> torch.Tensor:
         streams, node = self.streams, self.operands[operand]
+        if node in streams.live:
+            return self._rows_of(node, dim)
+        return streams.once((node, dim, *self._place_of_batch(self.node)), lambda: self._rows_of(node, dim))
+
+    def _place_of_batch(self, node: fx.Node) -> tuple:
+        """What rows depend on that all instances share: they get the batch axis where ``node`` has it."""
+        labels = self.streams.axes.of(node)
+        at = self.streams.axes.batch_dim_of(labels)
+        return (len(labels), at, None if at is None else labels[at])
+
+    def _rows_of(self, node: fx.Node, dim: int) -> torch.Tensor:
+        streams, labels = self.streams, self.streams.axes.of(self.node)
         if streams.axes.has_rows(node):
             return streams.rows(node, dim)
-        labels = streams.axes.of(self.node)
         return streams.aligned_rows(
             streams.full(node), streams.axes.of(node), dim, labels, streams.seek[self.node], len(labels)
         )

@@ -16,13 +16,12 @@ from torch import Tensor, fx
 
 from .geometry import Geometry
 from .rules.op import bind, bind_values
-from .token_axes import Attention
+from .token_axes import SDPA, Attention
 
 #: Additive masks are at most this where a key is hidden: finfo.min of any dtype, -inf, -1e9, -1e4 with scores added; no
 #: position bias is that low.
 HIDDEN = -9e3
 _BLOCK_BYTES = 4 * 2**20
-_SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
 @torch.library.custom_op("tokenseek_fx::attention_received", mutates_args=())
@@ -78,7 +77,7 @@ def _sees_nothing(scores: Tensor) -> Tensor:
 def received_in(attention: Attention, values: Mapping[fx.Node, Any], geometry: Geometry) -> Tensor:
     """I1 of one attention, [B, T], from the seek stream's values."""
     node, axes = attention.node, geometry.axes
-    if node.target is _SDPA:
+    if node.target is SDPA:
         given = bind_values(node, values)
         total = received(given["query"], given["key"], given["attn_mask"], given["is_causal"], given["scale"])
         labels = (*axes.of(node.args[0])[:-2], axes.of(node.args[1])[-2])
@@ -92,7 +91,7 @@ def received_in(attention: Attention, values: Mapping[fx.Node, Any], geometry: G
 def attended_in(attention: Attention, values: Mapping[fx.Node, Any], geometry: Geometry) -> Tensor | None:
     """True for tokens that any query may look at (bool [B, T]), i.e. that are no padding; ``None``: all."""
     node, axes = attention.node, geometry.axes
-    if node.target is not _SDPA:
+    if node.target is not SDPA:
         seen = (values[node] > 0) & ~_sees_nothing(values[node.args[0]])
         return geometry.by_token(seen, axes.of(node), len(axes.of(node)) - 1)
     mask = bind(node)["attn_mask"]

@@ -8,7 +8,7 @@ into the seek stream's value. What a row looks at as a whole (keys and values: i
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +72,7 @@ class Streams:
         self._whole: dict[fx.Node, Any] = {}
         self._merged: dict[fx.Node, torch.Tensor] = {}
         self._context: dict[fx.Node, Any] = {}
+        self._known: dict[Any, torch.Tensor] = {}
         self._in_context = keys_and_values(program) if kv_grad == "all" else frozenset()
         self._switches = Retrace(program.module)
 
@@ -107,6 +108,12 @@ class Streams:
         if node in self._rows and dim == self.axes.row_dim(node):
             return self._rows[node]
         return self.geometry.take(self.full(node), self.axes.of(node), dim)
+
+    def once(self, key: Any, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A value that carries no gradient and is the same wherever it is asked for: computed the first time."""
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
 
     def aligned_rows(
         self, value: Any, labels: Axes, dim: int, like: Axes, result: torch.Tensor, rank: int

@@ -20,11 +20,11 @@ from .rules.axes import flow_of
 from .rules.op import Flow, is_tensor, operands_of
 
 aten = torch.ops.aten
-_SDPA = aten.scaled_dot_product_attention.default
+SDPA = aten.scaled_dot_product_attention.default
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 _CONTRACTIONS = (aten.matmul.default, aten.bmm.default, aten.einsum.default, aten.baddbmm.default)
 #: Operations that read their second operand at all positions.
-ATTENDING = (_SDPA, *_CONTRACTIONS)
+ATTENDING = (SDPA, *_CONTRACTIONS)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def find(needle: Dim, dim: Dim) -> int | None:
 
 def _attentions(graph: fx.Graph, found: TokenAxes) -> Iterator[Attention]:
     for node in graph.nodes:
-        if node.target is _SDPA:
+        if node.target is SDPA:
             query, key = found.axes[node.args[0]][0], found.axes[node.args[1]][0]
             yield Attention(node, query[:-2], query[-2], key[-2])
         elif node.target in _SOFTMAX and _softmax_is_attention(node, found):

@@ -707,11 +707,14 @@ def test_the_position_that_a_classifier_reads_first_is_pinned(scorer):
 
 
 def test_a_classifier_has_no_token_losses():
-    """Its loss is that of whole sequences: tokens are scored by their gradient instead, and one warning says so."""
+    """Its loss is that of whole sequences: the highest gradients are kept instead (drawn rows would have no loss to be weighted
+    in), and one warning says so."""
     with pytest.warns(TokenSeekWarning, match="no loss of its own. Tokens are scored by gradient instead") as caught:
-        run = assert_matches(bert(), classified()[0], 1e-6, scorer="loss")
+        run = assert_matches(bert(), classified()[0], 1e-6, scorer="loss", select=None)
     assert len([w for w in caught if issubclass(w.category, TokenSeekWarning)]) == 1
-    assert run.selection.gradient is not None and run.selection.loss is None
+    assert run.selection.weights is None and run.selection.loss is None
+    highest = run.selection.gradient.index_fill(1, torch.tensor(0), torch.inf).topk(4).indices  # position 0 is pinned
+    assert torch.equal(run.indices, highest.sort(-1).values)
 
 
 @pytest.mark.parametrize("scorer", ["first", "attention", "tokenseek"])

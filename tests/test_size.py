@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 
@@ -10,6 +11,7 @@ import torch
 import transformers
 from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenseek_fx.backend  # noqa: F401 (the module, not the function of the same name)
@@ -90,6 +92,14 @@ def test_attention_alone_runs_neither_the_last_mlp_nor_the_head(graphs):
 def test_random_rows_run_no_head_in_full(graphs):
     train(scorer="random")
     assert not of_size(graphs, VOCAB, BATCH * 53)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((TOKENS, TOKENS), "float32"), ((52, TOKENS), "bool")])
+def test_attentions_share_one_mask(shape, dtype):
+    """What the mask adds to the scores of all tokens, and the mask of the kept rows: Inductor writes each once."""
+    _, codes = run_and_get_code(train, layers=4, scorer="random")
+    buffers = re.findall(r"empty_strided_cpu\(\((.+?)\), \(.+?\), torch\.(\w+)\)", codes[0])
+    assert buffers.count((f"{BATCH}, 1, {shape[0]}, {shape[1]}", dtype)) == 1
 
 
 class Largest(TorchDispatchMode):

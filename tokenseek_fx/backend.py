@@ -22,7 +22,7 @@ from .passes.program import Program, source_line
 from .passes.rules.op import is_tensor
 from .passes.seek import Signals
 from .passes.select import Scorer, Select, kept_tokens, method_of, needs_of
-from .passes.streams import known_losses
+from .passes.streams import weighted_losses
 from .passes.tail import has_token_loss
 from .scorers import scorer_named
 from .warnings import TokenSeekWarning
@@ -89,7 +89,7 @@ def ditch(config: Config, program: Program) -> Ditch:
             scorer=scorer,
             keep_ratio=config.keep_ratio,
             keep_tokens=config.keep_tokens,
-            method=config.select or (method_of(scorer) if known_losses(program) else "topk"),
+            method=config.select or (method_of(scorer) if weighted_losses(program) else "topk"),
             mix=config.mix,
             weight_clip=config.weight_clip,
             labelled_first=config.labelled_first,

@@ -42,7 +42,7 @@ class Config:
         gradient_of: where the gradient is taken: "last_block" (its input) or "head" (the input of the head; cheaper).
         select: "topk" keeps the highest scores; "sample" draws with probability by score and weights the loss by inverse
             inclusion probability, so that its expectation is the full loss; ``None``: what the scorer's scores are made for,
-            "sample" for "loss" and "gradient", "topk" for the others.
+            "sample" for "loss" and "gradient", "topk" for the others and where no loss is one over tokens.
         mix: share of the draw that is uniform over labelled tokens ("sample"), 0 <= mix <= 1.
         weight_clip: the largest weight of a drawn token ("sample"), at least 1.
         labelled_first: share of the kept tokens that labelled tokens get first, 0 to 1.

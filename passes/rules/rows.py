@@ -113,7 +113,7 @@ def attention(call: Call) -> Any:
     query, key, value = call.rows(0), call.context(1), call.context(2)
     mask = None if call["attn_mask"] is None else call.rows(3)
     if call["is_causal"]:
-        mask = call.positions() >= torch.arange(key.shape[-2], device=key.device)
+        mask = call.causal_mask()
     options = {name: call[name] for name in ("dropout_p", "scale", "enable_gqa")}
     return call.target(query, key, value, mask, **options)
 
