@@ -179,12 +179,12 @@ def _token(found: TokenAxes) -> Dim:
 
 
 def _batch(program: Program, found: TokenAxes, token: Dim) -> Dim:
-    """The batch: the leading factors of attention that also belong to the data the model is called with (the inputs that
-    hold the token axis; where none does, as with images, those that are no parameters)."""
+    """The batch: the leading factors of attention that also belong to the data the model is called with: of the inputs that
+    are no parameters those that hold the token axis, or, where none does (images), all of them."""
     leading = [f for dim in found.attentions[0].leading for f in found.space.resolve(dim)]
-    inputs = [(found.of(node), value) for node, value in zip(program.placeholders, program.inputs, strict=True)]
-    data = [axes for axes, _ in inputs if any(find(token, dim) is not None for dim in axes)]
-    data = data or [axes for axes, value in inputs if not isinstance(value, torch.nn.Parameter)]
+    inputs = zip(program.placeholders, program.inputs, strict=True)
+    given = [found.of(node) for node, value in inputs if not isinstance(value, torch.nn.Parameter)]
+    data = [axes for axes in given if any(find(token, dim) is not None for dim in axes)] or given
     # a dim that also holds something else is a feature dim (heads x head dim), not a batch
     pure = {f for axes in data for dim in axes if set(dim) <= {*leading, *token} for f in dim}
     return tuple(f for f in leading if f in pure and f not in token)

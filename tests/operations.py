@@ -97,6 +97,21 @@ CONTRACTIONS = [
 ]
 
 
+CONVOLUTIONS = [
+    *each("conv1d.default", "b c t, o c t, o", "b", lambda n, x, w, b: (x, w, b, [1], [n.t])),
+    *each("conv2d.default", "b c t w, o c t w", "b", lambda n, x, w: (x, w, None, [2, 1], [n.t, n.w])),
+    *each("conv3d.default", "b c t w x, o c t w x", "b"),
+    *each("conv1d.padding", "b c t, o c t", "b", lambda n, x, w: (x, w, None, [1], "same")),
+    *each("conv2d.padding", "b c t w, o c t w", "b", lambda n, x, w: (x, w, None, [1], "same")),
+    *each("conv3d.padding", "b c t w x, o c t w x", "b", lambda n, x, w: (x, w, None, [1], "valid")),
+    *each(
+        "convolution.default", "b c t, o c t", "b",
+        lambda n, x, w: (x, w, None, [1], [n.t], [1], False, [0], 1),
+    ),
+    *each("conv1d.default", "c t, o c t", ""),
+]  # fmt: skip
+
+
 def _causal(n, q, k, v):
     return q, k, v, None, 0.0, True
 
@@ -220,6 +235,7 @@ TABLE = [
     *(replace(case, shares=case.rows) for case in POINTWISE),
     *(replace(case, shares="b") for case in ATTENTIONS),
     *CONTRACTIONS,
+    *CONVOLUTIONS,
     *MIXING_ALONG,
     *REDUCTIONS,
     *LAYOUT,

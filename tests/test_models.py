@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 import zoo
 from compare import assert_matches, by_reference, compiled, error
 
@@ -157,3 +158,22 @@ def test_inputs_embeds_get_gradient_in_the_kept_rows_only():
     expected = embeds.detach().clone().requires_grad_()
     by_reference(model, {**batch, "inputs_embeds": expected}, run.indices)
     torch.testing.assert_close(embeds.grad, expected.grad, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["ViT", "DeiT", "Dinov2", "Beit"])
+def test_image_classifiers(name):
+    """Patches by a convolution, a class token in front: the token axis is in no input, the batch in the images and the labels."""
+    sizes = {"image_size": 24, "patch_size": 6, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = getattr(transformers, f"{name}Config")(
+        **sizes, intermediate_size=48, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, drop_path_rate=0.0,
+        num_labels=5, problem_type="single_label_classification",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForImageClassification")(config).double().train()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.2)
+    batch = {"pixel_values": torch.randn(7, 3, 24, 24).double(), "labels": torch.arange(7) % 5}
+    tokens = 16 + (2 if name == "DeiT" else 1)
+    run = assert_matches(model, batch, 1e-9, length=tokens, scorer="attention")
+    assert run.selection.scores.shape == (7, tokens)
+    assert name == "Beit" or (run.indices[:, 0] == 0).all(), "the head reads the class token (of Beit the mean)"

@@ -85,6 +85,21 @@ def add_then_matmul(op: Op) -> Flow:
     return op.formula(f"{letters}, {lead}i k, {lead}k j -> {lead}i j")
 
 
+def convolution(op: Op) -> Flow:
+    """Channels and positions are mixed; instances, if there are any, stay apart."""
+    source, weight = (op.axes(op[name]) for name in ("input", "weight"))
+    if len(source) < len(weight):
+        return op.unknown()
+    out = (source[0], *op.space.fresh_axes(op.results[0].shape)[1:])
+    return op._main((out,), {0: 0})
+
+
+_register(
+    "conv1d.default conv1d.padding conv2d.default conv2d.padding conv3d.default conv3d.padding convolution.default",
+    convolution,
+)
+
+
 @axes_rule(aten.einsum.default)
 def einsum(op: Op) -> Flow:
     equation = op["equation"].replace(" ", "")
