@@ -96,7 +96,7 @@ class Seek(Retrace):
     def __init__(self, program: Program, inputs: tuple[Any, ...]) -> None:
         super().__init__(program.module)
         self.program, self.garbage_collect_values = program, False
-        self._biases: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._biases: dict[tuple[fx.Node, torch.dtype], Tensor] = {}
         self.run(*map(_without_grad, inputs))
         self.values: dict[fx.Node, Any] = self.env
 
@@ -111,23 +111,22 @@ class Seek(Retrace):
         with tagged("scoring"):
             return torch.where((given["target"] != given["ignore_index"]).any(), value, 0)
 
-    def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
-        """Attentions share what a boolean mask adds to their scores."""
-        if target is SDPA:
-            given = dict(zip((argument.name for argument in target._schema.arguments), args, strict=False)) | kwargs
-            mask = given.get("attn_mask")
-            if mask is not None and mask.dtype is torch.bool:
-                args, kwargs = (), given | {"attn_mask": self._bias(mask, given["query"])}
-        return super().call_function(target, args, kwargs)
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple, dict]:
+        """As they are, but attentions share what a boolean mask adds to their scores."""
+        mask = bind(n)["attn_mask"] if n.target is SDPA else None
+        if mask is None or self.env[mask].dtype is not torch.bool:
+            return super().fetch_args_kwargs_from_env(n)
+        given = bind_values(n, self.env)
+        return (), given | {"attn_mask": self._bias(mask, given["query"].dtype)}
 
-    def _bias(self, mask: Tensor, query: Tensor) -> Tensor:
+    def _bias(self, mask: fx.Node, dtype: torch.dtype) -> Tensor:
         """0 where ``mask`` is True, else -inf: PyTorch makes it of a boolean mask for every attention anew, here it is made once."""
-        key = (id(mask), query.dtype)
-        if key not in self._biases:
-            bias = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+        if (mask, dtype) not in self._biases:
+            shown = self.env[mask]
+            bias = torch.zeros_like(shown, dtype=dtype).masked_fill(~shown, -torch.inf)
             # Inductor copies a value that is in no buffer for every kernel that it calls; as_strided puts it in one
-            self._biases[key] = bias.as_strided(bias.shape, bias.stride())
-        return self._biases[key]
+            self._biases[mask, dtype] = bias.as_strided(bias.shape, bias.stride())
+        return self._biases[mask, dtype]
 
     def get_attr(self, target: Any, args: tuple, kwargs: dict) -> Any:
         return _without_grad(super().get_attr(target, args, kwargs))

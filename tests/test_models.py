@@ -169,9 +169,7 @@ def test_image_classifiers(name):
         num_labels=5, problem_type="single_label_classification",
     )  # fmt: skip
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForImageClassification")(config).double().train()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.2)
+    model = zoo.with_large_weights(getattr(transformers, f"{name}ForImageClassification")(config)).double().train()
     batch = {"pixel_values": torch.randn(7, 3, 24, 24).double(), "labels": torch.arange(7) % 5}
     tokens = 16 + (2 if name == "DeiT" else 1)
     run = assert_matches(model, batch, 1e-9, length=tokens, scorer="attention")

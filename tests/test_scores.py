@@ -342,10 +342,7 @@ def granite() -> nn.Module:
         logits_scaling=2.0, residual_multiplier=0.5, embedding_multiplier=3.0, attention_multiplier=0.3,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.GraniteForCausalLM(config)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.2)
-    return model.double().train()
+    return zoo.with_large_weights(transformers.GraniteForCausalLM(config)).double().train()
 
 
 @pytest.mark.slow

@@ -74,9 +74,14 @@ def build(
     config._attn_implementation = "eager" if name in EAGER_ONLY else attn
     torch.manual_seed(seed)
     model = getattr(transformers, model_class)(config)
-    for parameter in model.parameters():  # weights of 0.02 and biases of 0 would hide most mistakes
+    return with_large_weights(model).to(dtype).train()
+
+
+def with_large_weights(model: nn.Module) -> nn.Module:
+    """`model` with weights drawn anew: those of 0.02 and biases of 0 would hide most mistakes."""
+    for parameter in model.parameters():
         nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.2)
-    return model.to(dtype).train()
+    return model
 
 
 def batch(model: nn.Module, B: int, T: int, padding: str | None = None, seed: int = 0) -> dict[str, Tensor]:

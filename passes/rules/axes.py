@@ -87,11 +87,8 @@ def add_then_matmul(op: Op) -> Flow:
 
 def convolution(op: Op) -> Flow:
     """Channels and positions are mixed; instances, if there are any, stay apart."""
-    source, weight = (op.axes(op[name]) for name in ("input", "weight"))
-    if len(source) < len(weight):
-        return op.unknown()
-    out = (source[0], *op.space.fresh_axes(op.results[0].shape)[1:])
-    return op._main((out,), {0: 0})
+    rank, weight = (len(op.axes(op[name])) for name in ("input", "weight"))
+    return op.along(range(1, rank)) if rank == weight else op.unknown()
 
 
 _register(
