@@ -1,7 +1,7 @@
 """Blocks: the residual stream, the attentions, the entry of the last block, the losses.
 
-Found by dominators: the values that every path from the input to the loss goes through are the residual stream; the block
-of an attention begins at the last of them before it.
+Found by dominators: the values that every path from the tokens to the loss goes through are the residual stream (one for
+each token axis); the block of an attention begins at the last of them before it.
 """
 
 from __future__ import annotations
@@ -12,25 +12,31 @@ import networkx as nx
 from torch import fx
 
 from .program import Program
-from .token_axes import Attention
+from .token_axes import Attention, TokenAxes, TokenAxis
 
 _ROOT, _SINK = "root", "sink"
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """``stream``: values on every path to the loss, in order. ``entries``: for each attention, the stream's value that its
+    """``streams``: for each token axis the values that every path from its tokens to the loss goes through, in order.
+    ``entries``: for each attention, the value of its keys' stream (of its queries', where the keys are no tokens) that its
     block starts from (None: the attention is not on the way to the loss)."""
 
-    stream: tuple[fx.Node, ...]
+    streams: dict[TokenAxis, tuple[fx.Node, ...]]
     attentions: tuple[Attention, ...]
     entries: tuple[fx.Node | None, ...]
     losses: tuple[fx.Node, ...]
 
     @property
-    def last_entry(self) -> fx.Node | None:
-        """The input of the last block: TokenSeek's z^(L-1)."""
-        return next((entry for entry in reversed(self.entries) if entry is not None), None)
+    def stream(self) -> frozenset[fx.Node]:
+        """The residual streams of all token axes."""
+        return frozenset().union(*self.streams.values())
+
+    def last_entry(self, axes: TokenAxes, axis: TokenAxis) -> fx.Node | None:
+        """The input of the last block that looks at these tokens: TokenSeek's z^(L-1)."""
+        found = zip(self.attentions, self.entries, strict=True)
+        return next((entry for a, entry in [*found][::-1] if entry is not None and axes.axis_of(entry) == axis), None)
 
 
 @dataclass(frozen=True)
@@ -41,30 +47,35 @@ class FindBlocks:
 
     def run(self, program: Program) -> Program:
         assert program.axes is not None and program.activity is not None
-        flow = _flow_graph(program)
-        above = nx.immediate_dominators(flow, _ROOT)
-        stream = [node for node in _path(above, _SINK) if program.axes.has_rows(node)][::-1]
-        entries = tuple(
-            next((node for node in _path(above, a.node) if node in stream), None) if a.node in above else None
-            for a in program.axes.attentions
-        )
-        blocks = Blocks(tuple(stream), program.axes.attentions, entries, program.activity.losses)
+        streams, entries = {}, {}
+        for axis in program.axes.tokens:
+            above = nx.immediate_dominators(_flow_graph(program, axis), _ROOT)
+            streams[axis] = tuple(n for n in _path(above, _SINK) if _has_rows_of(program, n, axis))[::-1]
+            for a in program.axes.attentions:
+                if (program.axes.keys_of(a) or program.axes.queries_of(a)) == axis:
+                    entries[a.node] = next((node for node in _path(above, a.node) if node in streams[axis]), None)
+        found = tuple(entries.get(a.node) for a in program.axes.attentions)
+        blocks = Blocks(streams, program.axes.attentions, found, program.activity.losses)
         return replace(program, blocks=blocks)
 
     def check(self, program: Program) -> None:
         """Nothing to verify: no later rewrite depends on the blocks being there."""
 
 
-def _flow_graph(program: Program) -> nx.DiGraph:
-    """The live values with rows and what they flow into, between a root and a sink."""
-    live, axes = program.activity.live, program.axes
+def _has_rows_of(program: Program, node: fx.Node, axis: TokenAxis) -> bool:
+    return program.axes.has_rows(node) and program.axes.axis_of(node) == axis
+
+
+def _flow_graph(program: Program, axis: TokenAxis) -> nx.DiGraph:
+    """The live values with rows of a token axis and what they flow into, between a root and a sink."""
+    live = program.activity.live
     flow = nx.DiGraph()
     flow.add_nodes_from([_ROOT, _SINK])
     for node in program.graph.nodes:
         if node not in live:
             continue
         sources = [arg for arg in node.all_input_nodes if arg in flow]
-        if sources or axes.has_rows(node):
+        if sources or _has_rows_of(program, node, axis):
             flow.add_edges_from((source, node) for source in sources or [_ROOT])
     ends = program.activity.losses or [out for out in program.outputs if out in flow]
     flow.add_edges_from((end, _SINK) for end in ends if end in flow)

@@ -31,9 +31,11 @@ class Call:
     def target(self) -> Any:
         return self.node.target
 
-    @property
+    @cached_property
     def geometry(self) -> Geometry:
-        return self.streams.geometry
+        """That of the token axis of its rows (of a result without rows: of its first operand with rows)."""
+        having = (node for node in (self.node, *self.operands) if self.streams.axes.axis_of(node) is not None)
+        return self.streams.geometry_of(next(having))
 
     @cached_property
     def operands(self) -> list[fx.Node]:
@@ -142,7 +144,7 @@ class Call:
     def _place_of_batch(self, node: fx.Node) -> tuple:
         """What rows depend on that all instances share: they get the batch axis where ``node`` has it."""
         labels = self.streams.axes.of(node)
-        at = self.streams.axes.batch_dim_of(labels)
+        at = self.geometry.axis.batch_dim_of(labels)
         return (len(labels), at, None if at is None else labels[at])
 
     def _rows_of(self, node: fx.Node, dim: int) -> torch.Tensor:

@@ -13,15 +13,16 @@ from .errors import GraphNotSupported
 from .factors import Axes, Dim
 from .program import Program
 from .rules.op import is_tensor
-from .token_axes import TokenAxes, find
+from .token_axes import TokenAxes, TokenAxis, find
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The selection ``indices`` ([B, k] int64; [1, k] for one instance) with the sizes of batch and token axis, and the
-    ``weights`` of the rows in the loss ([B, k]; ``None``: all alike)."""
+    """The selection ``indices`` ([B, k] int64; [1, k] for one instance) of one token axis, with the sizes of batch and token
+    axis, and the ``weights`` of the rows in the loss ([B, k]; ``None``: all alike)."""
 
     axes: TokenAxes
+    axis: TokenAxis
     indices: torch.Tensor
     batch: Any
     tokens: Any
@@ -54,7 +55,7 @@ class Geometry:
 
     def like(self, by_token: torch.Tensor, shape: Sequence[Any], labels: Axes) -> torch.Tensor:
         """``by_token`` ([B, n]: of all tokens or of the rows) spread to a value of ``shape``, its first token dim."""
-        dim = next(i for i, label in enumerate(labels) if find(self.axes.token, label) is not None)
+        dim = next(i for i, label in enumerate(labels) if find(self.axis.token, label) is not None)
         pieces, tokens = self._cut(shape, labels, dim), by_token.shape[1]
         kinds = [kind for kind, _ in pieces]
         by_token = by_token.t() if "batch" in kinds[kinds.index("token") :] else by_token
@@ -96,7 +97,7 @@ class Geometry:
         index = self.indices
         if "batch" in kinds:
             index = index if kinds.index("batch") < at else index.t()
-        elif self.axes.batch:
+        elif self.axis.batch:
             raise GraphNotSupported("A value has token rows but no batch axis to select them by.")
         shape = [self.batch if kind == "batch" else self.kept if kind == "token" else 1 for kind in kinds]
         full = [self.kept if kind == "token" else size for kind, size in pieces]
@@ -104,7 +105,7 @@ class Geometry:
 
     def _pieces(self, label: Dim, size: Any, has_rows: bool) -> list[tuple[str, Any]]:
         """Cut one dim at its batch and (where ``has_rows``) token factors; a dim with neither stays whole."""
-        batch, token = self.axes.batch, self.axes.token
+        batch, token = self.axis.batch, self.axis.token
         if find(batch, label) is None and not has_rows:
             return [("", size)]
         pieces: list[tuple[str, Any]] = []
@@ -121,20 +122,20 @@ class Geometry:
         return pieces
 
 
-def sizes_of(program: Program, values: Mapping[fx.Node, Any]) -> tuple[Any, Any]:
-    """The sizes of the batch (1: one instance) and the token axis, read off ``values`` that have them as dims."""
-    return tuple(_read(place, values) for place in _places(program))  # type: ignore[return-value]
+def sizes_of(program: Program, axis: TokenAxis, values: Mapping[fx.Node, Any]) -> tuple[Any, Any]:
+    """The sizes of a token axis and its batch (1: one instance), batch first, read off ``values`` that have them as dims."""
+    return tuple(_read(place, values) for place in _places(program, axis))  # type: ignore[return-value]
 
 
-def example_sizes(program: Program) -> tuple[Any, Any]:
-    """The sizes of batch and token axis of the example inputs."""
-    return sizes_of(program, {node: node.meta.get("val") for node in program.graph.nodes})
+def example_sizes(program: Program, axis: TokenAxis) -> tuple[Any, Any]:
+    """The sizes of the batch and the token axis of the example inputs."""
+    return sizes_of(program, axis, {node: node.meta.get("val") for node in program.graph.nodes})
 
 
-def runtime_sizes(program: Program) -> Callable[[Sequence[Any]], tuple[int, int]]:
-    """What reads the sizes of batch and token axis off the inputs of a call."""
-    places = [_input_place(program, place) for place in _places(program)]
-    example = example_sizes(program)
+def runtime_sizes(program: Program, axis: TokenAxis) -> Callable[[Sequence[Any]], tuple[int, int]]:
+    """What reads the sizes of the batch and the token axis off the inputs of a call."""
+    places = [_input_place(program, place) for place in _places(program, axis)]
+    example = example_sizes(program, axis)
     return lambda args: tuple(  # type: ignore[return-value]
         size if place is None else args[place[0]].shape[place[1]] for place, size in zip(places, example, strict=True)
     )
@@ -147,10 +148,9 @@ def device_of(program: Program) -> torch.device:
 Place = tuple[fx.Node, int] | None
 
 
-def _places(program: Program) -> tuple[Place, Place]:
+def _places(program: Program, axis: TokenAxis) -> tuple[Place, Place]:
     """Where the batch and the token axis stand alone as a dim of a value, inputs first (None: no batch)."""
-    batch = _place(program, program.axes.batch) if program.axes.batch else None
-    return batch, _place(program, program.axes.token)
+    return _place(program, axis.batch) if axis.batch else None, _place(program, axis.token)
 
 
 def _place(program: Program, label: Dim) -> Place:

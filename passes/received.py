@@ -95,7 +95,7 @@ def attended_in(attention: Attention, values: Mapping[fx.Node, Any], geometry: G
         seen = (values[node] > 0) & ~_sees_nothing(values[node.args[0]])
         return geometry.by_token(seen, axes.of(node), len(axes.of(node)) - 1)
     mask = bind(node)["attn_mask"]
-    if mask is None or axes.of(mask)[-1] != axes.token:
+    if mask is None or axes.of(mask)[-1] != geometry.axis.token:
         return None
     visible = values[mask] if values[mask].dtype is torch.bool else values[mask] > HIDDEN
     return geometry.by_token(visible, axes.of(mask), len(axes.of(mask)) - 1)

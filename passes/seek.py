@@ -6,8 +6,8 @@ scorer that needs attention alone runs neither the last MLP nor the head.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,8 +26,8 @@ from .rules.op import bind, bind_values
 from .rules.rows import LABEL_LOSSES, MEAN
 from .select import ScoreInputs
 from .streams import label_losses, tagged
-from .tail import Traced, find_tail, head_input, run_tail, trace_tail
-from .token_axes import SDPA, Attention
+from .tail import TokenSignals, Traced, find_tail, head_input, run_tail, trace_tail
+from .token_axes import SDPA, Attention, TokenAxis
 
 aten = torch.ops.aten
 #: Operations that pick rows out of a value.
@@ -59,8 +59,11 @@ class Signals:
     pinned: tuple[int, ...] = ()
     chunk_bytes: int = 12 * 2**20
 
-    def attentions(self, program: Program) -> tuple[Attention, ...]:
-        every = program.axes.attentions
+    def attentions(self, program: Program, axis: TokenAxis) -> tuple[Attention, ...]:
+        """The attentions that count for the tokens of an axis, of those that look at them."""
+        every = tuple(a for a in program.axes.attentions if program.axes.keys_of(a) == axis)
+        if not every:
+            raise GraphNotSupported("No attention looks at these tokens.", 'Choose scorer="random".')
         if isinstance(self.attention_layers, str):
             return {"last": every[-1:], "first": every[:1], "all": every}[self.attention_layers]
         if bad := [i for i in self.attention_layers if not -len(every) <= i < len(every)]:
@@ -77,17 +80,28 @@ class Signals:
             return None
         if not program.activity.losses:
             raise GraphNotSupported("The graph has no loss, so tokens have neither a loss nor a gradient.", _OTHERS)
-        program = FindBlocks().run(FindActivity(frozen_too=True).run(program))  # scores don't depend on what is trained
-        block = gradient and self.gradient_of == "last_block"
-        start = program.blocks.last_entry if block else head_input(program)
-        if start is None:
-            raise GraphNotSupported(
-                "No value with tokens is on every path to the loss, so no block can be scored.", _OTHERS
-            )
-        tail = find_tail(program, start)
+        tail = find_tail(*self._starts(program, gradient))
         if tail.loss is None and "loss" in needs:
             raise GraphNotSupported("The loss is not one cross entropy over tokens, so a token has no loss.", _OTHERS)
         return trace_tail(tail, gradient, self.chunk_bytes) if gradient or tail.loss is not None else None
+
+    def has_gradient(self, program: Program, axis: TokenAxis) -> bool:
+        """True when the tokens of an axis have a gradient where it is taken: those of a further axis at the last block alone."""
+        program, starts = self._starts(program, gradient=True)
+        return any(program.axes.axis_of(node) == axis for node in find_tail(program, starts).starts)
+
+    def _starts(self, program: Program, gradient: bool) -> tuple[Program, list[fx.Node]]:
+        """Where the tail starts, the first token axis first, in the program as if all were trained (scores don't depend on it)."""
+        program = FindBlocks().run(FindActivity(frozen_too=True).run(program))
+        block = gradient and self.gradient_of == "last_block"
+        axes = program.axes
+        first = program.blocks.last_entry(axes, axes.main) if block else head_input(program)
+        if first is None:
+            raise GraphNotSupported(
+                "No value with tokens is on every path to the loss, so no block can be scored.", _OTHERS
+            )
+        others = [program.blocks.last_entry(axes, axis) for axis in axes.tokens[1:]] if block else []
+        return program, [first, *(entry for entry in others if entry is not None)]
 
 
 class Seek(Retrace):
@@ -131,31 +145,52 @@ class Seek(Retrace):
     def get_attr(self, target: Any, args: tuple, kwargs: dict) -> Any:
         return _without_grad(super().get_attr(target, args, kwargs))
 
-    def look(self, signals: Signals, needs: Iterable[str], tail: Traced | None, noise: Tensor | None) -> ScoreInputs:
-        """What is known of the tokens."""
-        batch, tokens = sizes_of(self.program, self.values)
-        device = device_of(self.program)
-        everything = torch.arange(tokens, device=device).expand(batch, tokens)
-        geometry = Geometry(self.program.axes, everything, batch, tokens)
-        loss = gradient = attention = None
+    def look(
+        self,
+        signals: Signals,
+        needs: Mapping[TokenAxis, Iterable[str]],
+        tail: Traced | None,
+        noise: Mapping[TokenAxis, Tensor],
+    ) -> dict[TokenAxis, ScoreInputs]:
+        """What is known of the tokens of every axis; ``needs``: what is asked of them."""
+        geometries = {axis: self._everything(axis) for axis in needs}
+        told = TokenSignals(None, None, {})
         with tagged("scoring"):
-            if "attention" in needs:
-                attention = sum(received_in(a, self.values, geometry) for a in signals.attentions(self.program))
             if tail is not None:
-                loss, total, gradient = run_tail(tail, self.values, geometry)
-                self._replace_loss(tail, total)
-            return ScoreInputs(
-                batch,
-                tokens,
-                device,
-                noise=noise,
-                attention=attention,
-                gradient=gradient,
-                loss=loss,
-                labelled=self._labelled(geometry),
-                attended=attended_in(self.program.axes.attentions[0], self.values, geometry),
-                pinned=self._pinned(signals.pinned, geometry),
-            )
+                told = run_tail(tail, self.values, geometries)
+                self._replace_loss(tail, told.total)
+            return {
+                axis: replace(
+                    self._look_at(geometries[axis], signals, needs[axis]),
+                    noise=noise.get(axis),
+                    loss=told.loss if axis == self.program.axes.main else None,
+                    gradient=told.gradients.get(axis),
+                )
+                for axis in needs
+            }
+
+    def _everything(self, axis: TokenAxis) -> Geometry:
+        """All rows of a token axis."""
+        batch, tokens = sizes_of(self.program, axis, self.values)
+        everything = torch.arange(tokens, device=device_of(self.program)).expand(batch, tokens)
+        return Geometry(self.program.axes, axis, everything, batch, tokens)
+
+    def _look_at(self, geometry: Geometry, signals: Signals, needs: Iterable[str]) -> ScoreInputs:
+        axes = self.program.axes
+        attention = None
+        if "attention" in needs:
+            looking = signals.attentions(self.program, geometry.axis)
+            attention = sum(received_in(a, self.values, geometry) for a in looking)
+        first = next((a for a in axes.attentions if axes.keys_of(a) == geometry.axis), None)
+        return ScoreInputs(
+            geometry.batch,
+            geometry.tokens,
+            geometry.indices.device,
+            attention=attention,
+            labelled=self._labelled(geometry),
+            attended=None if first is None else attended_in(first, self.values, geometry),
+            pinned=self._pinned(signals.pinned, geometry),
+        )
 
     def _replace_loss(self, tail: Traced, total: Tensor | None) -> None:
         """The loss of the chunks instead of the one that needs all logits, and what is computed from it."""
@@ -173,7 +208,8 @@ class Seek(Retrace):
 
     def _add_labels(self, given: dict[str, Any], found: Tensor | None, geometry: Geometry) -> Tensor | None:
         target, axes = given["target"], geometry.axes
-        if target.meta["val"].is_floating_point() or not axes.has_rows(target):
+        ours = axes.has_rows(target) and axes.axis_of(target) == geometry.axis
+        if target.meta["val"].is_floating_point() or not ours:
             return found
         labelled = self.values[target] != given["ignore_index"]
         mine = geometry.by_token(labelled, axes.of(target), axes.row_dim(target))
@@ -181,7 +217,8 @@ class Seek(Retrace):
 
     def _pinned(self, positions: tuple[int, ...], geometry: Geometry) -> Tensor | None:
         """``positions`` and those that the model itself picks out of the sequence, for a classification head."""
-        picks = [node for node in self.program.graph.nodes if _picks_one_token(self.program, node)]
+        nodes = self.program.graph.nodes
+        picks = [node for node in nodes if _picks_one_token(self.program, node, geometry.axis)]
         if not positions and not picks:
             return None
         number = torch.arange(geometry.tokens, device=geometry.indices.device)
@@ -204,14 +241,15 @@ class Seek(Retrace):
         return none.scatter(0, picked, True).reshape(geometry.batch, -1)
 
 
-def _picks_one_token(program: Program, node: fx.Node) -> bool:
+def _picks_one_token(program: Program, node: fx.Node, axis: TokenAxis) -> bool:
     """True for a live operation that reads one row of every sequence (the position a classification head reads)."""
     if node.target not in _PICKS or node not in program.activity.live:
         return False
     source, axes = node.args[0], program.axes
-    if source not in program.activity.live or not axes.has_rows(source) or axes.row_dim(node) is not None:
+    has_rows = source in program.activity.live and axes.has_rows(source) and axes.axis_of(source) == axis
+    if not has_rows or axes.row_dim(node) is not None:
         return False
-    whole, part, tokens = source.meta["val"], node.meta["val"], axes.space.size(axes.token)
+    whole, part, tokens = source.meta["val"], node.meta["val"], axes.space.size(axis.token)
     return same_size(part.numel() * tokens, whole.numel())
 
 

@@ -61,7 +61,7 @@ def _remarks(program: Program, node: fx.Node) -> Iterator[str]:
         yield "attention"
     if program.blocks and node in program.blocks.stream:
         yield "stream"
-    if program.blocks and node is program.blocks.last_entry:
+    if program.blocks and node in [program.blocks.last_entry(program.axes, axis) for axis in program.axes.tokens]:
         yield "the last block begins"
     if program.activity and node in program.activity.losses:
         yield "loss"
@@ -91,7 +91,9 @@ def _dim(program: Program, label: Dim, size: Any) -> str:
 
 def _named(program: Program) -> list[tuple[str, Dim]]:
     assert program.axes is not None
-    return [("b:", program.axes.batch), ("t:", program.axes.token)]
+    numbered = [(axis, str(i) if i > 1 else "") for i, axis in enumerate(program.axes.tokens, 1)]
+    tokens = [(f"t{number}:", axis.token) for axis, number in numbered]
+    return [*((f"b{number}:", axis.batch) for axis, number in numbered), *tokens]
 
 
 def _plain_type(value: Any) -> str:

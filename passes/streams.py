@@ -8,7 +8,7 @@ into the seek stream's value. What a row looks at as a whole (keys and values: i
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -60,13 +60,14 @@ class Streams:
         self,
         program: Program,
         seek: Mapping[fx.Node, Any],
-        geometry: Geometry,
+        geometries: Sequence[Geometry],
         inputs: tuple,
         barriers: list[Barrier],
         kv_grad: str = "selected",
     ) -> None:
         self.program, self.axes, self.live = program, program.axes, program.activity.live
-        self.seek, self.geometry, self.barriers = seek, geometry, barriers
+        self.seek, self.barriers = seek, barriers
+        self._geometries = {geometry.axis: geometry for geometry in geometries}
         self._inputs = dict(zip(program.placeholders, inputs, strict=True))
         self._rows: dict[fx.Node, Any] = {}
         self._whole: dict[fx.Node, Any] = {}
@@ -107,7 +108,19 @@ class Streams:
         """The selected rows of a value along one of its token dims."""
         if node in self._rows and dim == self.axes.row_dim(node):
             return self._rows[node]
-        return self.geometry.take(self.full(node), self.axes.of(node), dim)
+        return self.take(self.full(node), self.axes.of(node), dim)
+
+    def take(self, value: torch.Tensor, labels: Axes, dim: int) -> torch.Tensor:
+        """The selected rows of a value with axes ``labels`` along ``dim``."""
+        axis = self.axes.axis_at(labels[dim])
+        assert axis is not None
+        return self._geometries[axis].take(value, labels, dim)
+
+    def geometry_of(self, node: fx.Node) -> Geometry:
+        """The selection of the token axis that the rows of a node are of."""
+        axis = self.axes.axis_of(node)
+        assert axis is not None
+        return self._geometries[axis]
 
     def once(self, key: Any, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """A value that carries no gradient and is the same wherever it is asked for: computed the first time."""
@@ -119,16 +132,18 @@ class Streams:
         self, value: Any, labels: Axes, dim: int, like: Axes, result: torch.Tensor, rank: int
     ) -> torch.Tensor:
         """Rows of a value that all instances share, where it meets a result with axes ``like``: it gets a batch dim."""
-        if not self.axes.batch or self.axes.batch_dim_of(labels) is not None:
-            return self.geometry.take(value, labels, dim)
+        axis = self.axes.axis_at(labels[dim])
+        assert axis is not None
+        if not axis.batch or axis.batch_dim_of(labels) is not None:
+            return self.take(value, labels, dim)
         padded = pad_left(labels, rank)
         value = value.reshape((1,) * (rank - len(labels)) + tuple(value.shape))
-        at = self.axes.batch_dim_of(like)
+        at = axis.batch_dim_of(like)
         if at is None or padded[at]:
             raise GraphNotSupported("A value that all instances share meets per-instance rows at a dim that is taken.")
         value = value.expand([result.shape[at] if i == at else size for i, size in enumerate(value.shape)])
         padded = tuple(like[at] if i == at else label for i, label in enumerate(padded))
-        return self.geometry.take(value, padded, dim + rank - len(labels))
+        return self.take(value, padded, dim + rank - len(labels))
 
     def _kind_in_full(self, node: fx.Node) -> str:
         if self._in_context and node in self.program.blocks.stream:
@@ -154,7 +169,7 @@ class Streams:
     def _source(self, node: fx.Node) -> None:
         value = self._inputs[node] if node.op == "placeholder" else attribute(self.program.module, str(node.target))
         if self.axes.has_rows(node):
-            self._rows[node] = self.geometry.take(value, self.axes.of(node), self.axes.row_dim(node))
+            self._rows[node] = self.take(value, self.axes.of(node), self.axes.row_dim(node))
         else:
             self._whole[node] = value
 
@@ -202,8 +217,9 @@ class Streams:
         """A loss per instance is an ordinary loss; one over some part of the tokens has no kept share."""
         operand = self.axes.of(node.args[0])
         positions = operand[:1] + operand[2:] if node.target in LABEL_LOSSES else ()
-        unknown = set(sum(positions, ())) - set(self.axes.batch)
-        if unknown or set(sum(operand, ())) & self.axes.space.parts_of(self.axes.token):
+        batches = {f for axis in self.axes.tokens for f in axis.batch}
+        parts = {f for axis in self.axes.tokens for f in self.axes.space.parts_of(axis.token)}
+        if set(sum(positions, ())) - batches or set(sum(operand, ())) & parts:
             raise GraphNotSupported(
                 "The loss runs over positions that are neither all tokens nor one per sequence (a part of the tokens "
                 "chosen before the loss), so its kept share is not defined.",
@@ -218,11 +234,9 @@ class Streams:
 
     def _take_each(self, node: fx.Node, result: Any) -> Any:
         if isinstance(result, torch.Tensor):
-            return self.geometry.take(result, self.axes.of(node), self.axes.row_dim(node))
+            return self.take(result, self.axes.of(node), self.axes.row_dim(node))
         return tuple(
-            self.geometry.take(x, self.axes.resolved(axes), self.axes.row_dim(node))
-            if isinstance(x, torch.Tensor)
-            else x
+            self.take(x, self.axes.resolved(axes), self.axes.row_dim(node)) if isinstance(x, torch.Tensor) else x
             for x, axes in zip(result, self.axes.axes[node], strict=True)
         )
 
@@ -238,7 +252,8 @@ class Streams:
         if node.target in _LAYOUT and len(operands_of(node)) == 1:
             args, kwargs = Call(node, self, None).in_full
             return node.target(*args, **kwargs)
-        return self.geometry.put(self.seek[node], self._rows[node], self.axes.of(node), self.axes.row_dim(node))
+        dim = self.axes.row_dim(node)
+        return self.geometry_of(node).put(self.seek[node], self._rows[node], self.axes.of(node), dim)
 
 
 @contextmanager
@@ -275,7 +290,7 @@ def feeds_attention(node: fx.Node) -> bool:
 
 def keys_and_values(program: Program) -> frozenset[fx.Node]:
     """Keys and values, and what computes them from the input of their block."""
-    live, axes, stream = program.activity.live, program.axes, set(program.blocks.stream)
+    live, axes, stream = program.activity.live, program.axes, program.blocks.stream
     found: set[fx.Node] = set()
     for node in reversed(program.graph.nodes):
         wanted = feeds_attention(node) or any(user in found for user in node.users)
@@ -303,7 +318,7 @@ def label_losses(program: Program) -> list[fx.Node]:
 def weighted_losses(program: Program) -> list[fx.Node]:
     """Those that drawn tokens have weights in: losses over tokens, not over whole sequences."""
     axes = program.axes
-    return [node for node in known_losses(program) if axes.row_dim(operands_of(node)[0]) is not None]
+    return [node for node in known_losses(program) if axes.axis_of(operands_of(node)[0]) == axes.main]
 
 
 def refuse_unweighted(program: Program) -> None:

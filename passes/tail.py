@@ -29,29 +29,31 @@ from .program import Program
 from .rules.op import bind, bind_values, bytes_hint, hint, is_tensor, operands_of
 from .rules.rows import LABEL_LOSSES, MEAN, SUM, divisor, token_losses
 from .streams import Streams, class_factors, label_losses
+from .token_axes import TokenAxis
 
 _MOST_CHUNKS = 64
 
 
 class TokenSignals(NamedTuple):
     """``loss``: of every token, [B, T], 0 without a label. ``total``: the model's loss operation of all tokens (0-dim).
-    ``gradient``: |dL/dz| summed over the hidden dim, [B, T], or ``None``."""
+    ``gradients``: by token axis |dL/dz| summed over the hidden dim, [B, T]."""
 
     loss: Tensor | None
     total: Tensor | None
-    gradient: Tensor | None
+    gradients: dict[TokenAxis, Tensor]
 
 
 @dataclass(frozen=True)
 class Tail:
-    """The operations between ``start`` and ``end``, the scalar that is differentiated.
+    """The operations between ``starts`` (one for each token axis that is scored, first that of the loss) and ``end``, the
+    scalar that is differentiated.
 
     ``loss``: the label loss that is computed in chunks (``None``: there is no single one, all is done as a whole).
     ``rows``: operations before it that work on every token alone. ``frontier``: what they start from. ``rest``: all others.
     """
 
     program: Program
-    start: fx.Node
+    starts: tuple[fx.Node, ...]
     end: fx.Node
     loss: fx.Node | None
     rows: tuple[fx.Node, ...]
@@ -66,7 +68,7 @@ class Tail:
     def chunks(self, chunk_bytes: int) -> list[Any]:
         """The sizes into which the tokens are cut, so that the largest value of a chunk takes ``chunk_bytes`` (more where that
         were over 64 chunks)."""
-        _, tokens = example_sizes(self.program)
+        _, tokens = example_sizes(self.program, self.program.axes.main)
         largest = max(bytes_hint(node) for node in (*self.rows, *self.frontier) if is_tensor(node))
         return cut(tokens, min(_MOST_CHUNKS, -(-largest // chunk_bytes), hint(tokens)))
 
@@ -84,18 +86,20 @@ def cut(tokens: Any, count: int) -> list[Any]:
     return [size] * (tokens // size) + [tokens % size] * (tokens % size > 0)
 
 
-def find_tail(program: Program, start: fx.Node) -> Tail:
-    """What lies between ``start`` and the loss."""
+def find_tail(program: Program, starts: Sequence[fx.Node]) -> Tail:
+    """What lies between the starts and the loss; a start that only leads to the loss through another one is left out."""
     end = scored_loss(program)
-    nodes = _between(program, start, end)
+    nodes = _between(program, starts, end)
+    starts = tuple(start for start in starts if any(user in {*nodes} for user in start.users))
     losses = [node for node in nodes if _has_token_losses(program, node)]
     loss = losses[0] if len(losses) == 1 else None
     rows = _token_parallel(program, nodes, loss) if loss is not None else []
-    if loss is not None and operands_of(loss)[0] not in rows and operands_of(loss)[0] is not start:
+    if loss is not None and operands_of(loss)[0] not in {*rows, *starts}:
         loss, rows = None, []
     ends = [*rows, loss] if loss is not None else []
-    frontier = dict.fromkeys(arg for node in ends for arg in node.all_input_nodes if arg in {start, *nodes} - {*ends})
-    return Tail(program, start, end, loss, tuple(rows), tuple(frontier), tuple(n for n in nodes if n not in {*ends}))
+    inside = {*starts, *nodes} - {*ends}
+    frontier = dict.fromkeys(arg for node in ends for arg in node.all_input_nodes if arg in inside)
+    return Tail(program, starts, end, loss, tuple(rows), tuple(frontier), tuple(n for n in nodes if n not in {*ends}))
 
 
 def scored_loss(program: Program) -> fx.Node:
@@ -107,25 +111,30 @@ def scored_loss(program: Program) -> fx.Node:
 
 
 def has_token_loss(program: Program) -> bool:
-    """True where exactly one live loss is a mean or sum over labelled tokens."""
+    """True where exactly one live loss is a mean or sum over labelled tokens (of the first token axis)."""
     return sum(_has_token_losses(program, node) for node in label_losses(program)) == 1
 
 
 def head_input(program: Program) -> fx.Node | None:
     """The input of the head: the last value with rows, on every path to the loss, that has no class dim yet."""
     classes = class_factors(program)
-    stream = [node for node in program.blocks.stream if not classes & set(sum(program.axes.of(node), ()))]
+    stream = [
+        node for node in program.blocks.streams[program.axes.main] if not classes & set(sum(program.axes.of(node), ()))
+    ]
     return stream[-1] if stream else None
 
 
-def _between(program: Program, start: fx.Node, end: fx.Node) -> list[fx.Node]:
-    """Live nodes on the paths from ``start`` (without it) to ``end``, in order."""
-    below = _reached([node for node in program.graph.nodes if node in program.activity.live], {start})
-    above = {end}
+def _between(program: Program, starts: Sequence[fx.Node], end: fx.Node) -> list[fx.Node]:
+    """Live nodes on the paths from ``starts`` (without them and what they are computed from) to ``end``, in order."""
+    below = _reached([node for node in program.graph.nodes if node in program.activity.live], {*starts})
+    above, before = {end}, {*starts}
+    for node in reversed(program.graph.nodes):
+        if any(user in before for user in node.users):
+            before.add(node)
     for node in reversed(below):
         if any(user in above for user in node.users):
             above.add(node)
-    return [node for node in below if node in above]
+    return [node for node in below if node in above and node not in before]
 
 
 def _reached(nodes: Iterable[fx.Node], sources: set[fx.Node]) -> list[fx.Node]:
@@ -149,6 +158,7 @@ def _has_token_losses(program: Program, node: fx.Node) -> bool:
         and not target.meta["val"].is_floating_point()
         and axes.has_rows(logits)
         and axes.has_rows(target)
+        and axes.axis_of(target) == axes.axis_of(logits) == axes.main
         and axes.row_dim(logits) != classes
     )
 
@@ -168,7 +178,11 @@ def _token_parallel(program: Program, nodes: list[fx.Node], loss: fx.Node) -> li
 
 def _is_token_parallel(program: Program, node: fx.Node, inside: set[fx.Node]) -> bool:
     axes = program.axes
-    if not axes.has_rows(node) or isinstance(node.target, torch._ops.HigherOrderOperator):
+    if (
+        not axes.has_rows(node)
+        or axes.axis_of(node) != axes.main
+        or isinstance(node.target, torch._ops.HigherOrderOperator)
+    ):
         return False
     dim = axes.row_dim(node)
     carried = [axes.carried(node, i, dim) for i, arg in enumerate(operands_of(node)) if arg in inside]
@@ -178,7 +192,7 @@ def _is_token_parallel(program: Program, node: fx.Node, inside: set[fx.Node]) ->
 class Traced(NamedTuple):
     """The two traced parts of a tail. ``chunks``: the sizes into which tokens are cut, each with its graph
     (indices, *frontier rows, *captured) -> (loss rows, *gradients).
-    ``back``: (start, *gradients of the frontier, scale of them, total, *captured) -> (gradient of start,)."""
+    ``back``: (*starts, *gradients of the frontier, scale of them, total, *captured) -> (*gradients of the starts,)."""
 
     tail: Tail
     chunks: list[tuple[Any, fx.GraphModule]]
@@ -191,14 +205,15 @@ def trace_tail(tail: Tail, gradient: bool, chunk_bytes: int) -> Traced:
     """Trace the parts of ``tail``: the chunked one without gradients unless ``gradient``, and then the way back."""
     captured = _captured((*tail.rows, tail.loss), tail.frontier) if tail.loss is not None else ()
     chunks = _trace_chunks(tail, chunk_bytes, gradient, captured) if tail.loss is not None else []
-    captured_back = _captured(tail.rest, (tail.start, tail.loss, *tail.frontier))
+    captured_back = _captured(tail.rest, (*tail.starts, tail.loss, *tail.frontier))
     back = _trace_back(tail, captured_back) if gradient else None
     return Traced(tail, chunks, captured, back, captured_back)
 
 
-def run_tail(traced: Traced, values: Mapping[fx.Node, Any], geometry: Geometry) -> TokenSignals:
-    """Loss and gradient of every token from the seek stream's ``values``; ``geometry`` has its sizes."""
-    tail = traced.tail
+def run_tail(traced: Traced, values: Mapping[fx.Node, Any], geometries: Mapping[TokenAxis, Geometry]) -> TokenSignals:
+    """Loss and gradient of every token from the seek stream's ``values``; ``geometries`` have the sizes of the token axes."""
+    tail, axes = traced.tail, traced.tail.program.axes
+    geometry = geometries[axes.main]
     loss = total = None
     unit: list[Tensor] = []
     scale = torch.ones((), device=geometry.indices.device)
@@ -210,13 +225,17 @@ def run_tail(traced: Traced, values: Mapping[fx.Node, Any], geometry: Geometry) 
         total = (loss.sum(dtype=wide) / count).to(tail.loss.meta["val"].dtype)
         scale = scale.to(wide) / count
     if traced.back is None:
-        return TokenSignals(loss, total, None)
+        return TokenSignals(loss, total, {})
     extra = () if total is None else (scale, total)
     captured = [values[node] for node in traced.captured_back]
-    (gradient,) = fx.Interpreter(traced.back).run(values[tail.start], *unit, *extra, *captured)
-    axes = tail.program.axes
-    size = gradient.abs().to(torch.promote_types(gradient.dtype, torch.float32))
-    return TokenSignals(loss, total, geometry.by_token(size, axes.of(tail.start), axes.row_dim(tail.start)))
+    starts = [values[node] for node in tail.starts]
+    found = fx.Interpreter(traced.back).run(*starts, *unit, *extra, *captured)
+    gradients = {}
+    for node, gradient in zip(tail.starts, found, strict=True):
+        axis = axes.axis_of(node)
+        size = gradient.abs().to(torch.promote_types(gradient.dtype, torch.float32))
+        gradients[axis] = geometries[axis].by_token(size, axes.of(node), axes.row_dim(node))
+    return TokenSignals(loss, total, gradients)
 
 
 def _run_chunks(traced: Traced, values: Mapping[fx.Node, Any], geometry: Geometry) -> tuple[Tensor, list[Tensor]]:
@@ -259,12 +278,12 @@ def _captured(nodes: Sequence[fx.Node], known: Sequence[fx.Node | None]) -> tupl
 
 def _trace_chunk(tail: Tail, size: Any, gradient: bool, captured: Sequence[fx.Node]) -> fx.GraphModule:
     program = tail.program
-    axes, (batch, tokens) = program.axes, example_sizes(program)
+    axes, (batch, tokens) = program.axes, example_sizes(program, program.axes.main)
 
     def chunk(indices: Tensor, *args: Any) -> tuple[Tensor, ...]:
         rows, known = args[: len(tail.frontier)], _frozen(captured, args[len(tail.frontier) :])
         leaves = [row.detach().requires_grad_(gradient) for row in rows]
-        geometry = Geometry(axes, indices, batch, tokens)
+        geometry = Geometry(axes, axes.main, indices, batch, tokens)
         streams = _Chunk(tail, known, geometry, dict(zip(tail.frontier, leaves, strict=True)))
         with torch.set_grad_enabled(gradient):
             streams.run()
@@ -274,22 +293,23 @@ def _trace_chunk(tail: Tail, size: Any, gradient: bool, captured: Sequence[fx.No
         return (by_token, *(_gradients([losses.sum()], leaves) if gradient else ()))
 
     with fake_mode_of(program.inputs):
-        indices = torch.zeros(batch, size, dtype=torch.int64, device=tail.start.meta["val"].device)
-        geometry = Geometry(axes, indices, batch, tokens)
+        indices = torch.zeros(batch, size, dtype=torch.int64, device=tail.starts[0].meta["val"].device)
+        geometry = Geometry(axes, axes.main, indices, batch, tokens)
         shapes = [geometry.row_shape(node.meta["val"].shape, axes.row_dim(node)) for node in tail.frontier]
         rows = [node.meta["val"].new_empty(shape) for node, shape in zip(tail.frontier, shapes, strict=True)]
     return _traced(chunk, [indices, *rows, *(node.meta["val"] for node in captured)], tail)
 
 
 def _trace_back(tail: Tail, captured: Sequence[fx.Node]) -> fx.GraphModule:
-    """The gradient of ``start``: autograd of the rest of the tail, given the gradients of the chunked part."""
+    """The gradients of the starts: autograd of the rest of the tail, given the gradients of the chunked part."""
     program, end = tail.program, tail.end
     chunked = tail.loss is not None
 
-    def back(start: Tensor, *given: Any) -> tuple[Tensor, ...]:
+    def back(*given: Any) -> tuple[Tensor, ...]:
+        starts, given = given[: len(tail.starts)], given[len(tail.starts) :]
         unit, args = given[: len(tail.frontier)], given[len(tail.frontier) :]
-        leaf = start.detach().requires_grad_()
-        known: dict[fx.Node, Any] = {tail.start: leaf}
+        leaves = [start.detach().requires_grad_() for start in starts]
+        known: dict[fx.Node, Any] = dict(zip(tail.starts, leaves, strict=True))
         if chunked:
             scale, total, args = args[0], args[1], args[2:]
             known[tail.loss] = total.detach().requires_grad_()
@@ -301,12 +321,13 @@ def _trace_back(tail: Tail, captured: Sequence[fx.Node]) -> fx.GraphModule:
                 (upstream,) = _gradients([known[end]], [known[tail.loss]])
                 outputs += [known[node] for node in tail.frontier]
                 gradients += [(g * (upstream * scale)).to(g.dtype) for g in unit]
-            return tuple(_gradients(outputs, [leaf], gradients))
+            return tuple(_gradients(outputs, leaves, gradients))
 
     unit = [node.meta["val"] for node in tail.frontier]
     with fake_mode_of(program.inputs):
-        scalars = [torch.ones((), device=tail.start.meta["val"].device), tail.loss.meta["val"]] if chunked else []
-    inputs = [tail.start.meta["val"], *unit, *scalars, *(node.meta["val"] for node in captured)]
+        scalars = [torch.ones((), device=tail.starts[0].meta["val"].device), tail.loss.meta["val"]] if chunked else []
+    starts = [node.meta["val"] for node in tail.starts]
+    inputs = [*starts, *unit, *scalars, *(node.meta["val"] for node in captured)]
     return _traced(back, inputs, tail)
 
 
@@ -339,7 +360,7 @@ def _traced(function: Callable[..., Any], inputs: Sequence[Any], tail: Tail) -> 
         inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]  # no tensor may be two inputs of a trace
         module = make_fx(function, tracing_mode="real")(*inputs)
     for node in module.graph.nodes:
-        node.meta = {**tail.start.meta, **node.meta, "custom": {"tokenseek": "scoring"}}
+        node.meta = {**tail.starts[0].meta, **node.meta, "custom": {"tokenseek": "scoring"}}
     return module
 
 
@@ -349,7 +370,7 @@ class _Chunk(Streams):
     def __init__(self, tail: Tail, known: dict[fx.Node, Any], geometry: Geometry, rows: dict[fx.Node, Tensor]) -> None:
         activity = replace(tail.program.activity, live=frozenset((*tail.rows, *tail.frontier)))
         seek = _Shapes(known)
-        super().__init__(replace(tail.program, activity=activity), seek, geometry, tail.program.inputs, [])
+        super().__init__(replace(tail.program, activity=activity), seek, [geometry], tail.program.inputs, [])
         self._rows.update(rows)
         self._switches = fx.Interpreter(tail.program.module)  # switched for real, not recorded
 

@@ -1,8 +1,9 @@
-"""Token axes: for every value of the graph, which factors of which dims are the token axis and the batch.
+"""Token axes: for every value of the graph, which factors of which dims are a token axis and its batch.
 
 Found like a type is inferred: every dim gets a variable, the axes rule of each operation equates variables
-(``factors.Space``), and attention names the class "token": the position axis that its rows and its keys share. So the axis
-is found from any entry point, and never from a dim that happens to have the same size.
+(``factors.Space``), and attention names the class "token": the position axis of its queries. So the axis is found from any
+entry point, and never from a dim that happens to have the same size; and an encoder-decoder has two, because nothing equates
+them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from .factors import Axes, Dim, Space, same_size
 from .program import Program
 from .rules.axes import flow_of
 from .rules.op import Flow, is_tensor, operands_of
+from .rules.rows import LABEL_LOSSES
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -38,36 +40,64 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class TokenAxis:
+    """The positions ``token`` of every instance of ``batch`` (``()``: one instance)."""
+
+    token: Dim
+    batch: Dim = ()
+
+    def batch_dim_of(self, labels: Axes) -> int | None:
+        return next((i for i, dim in enumerate(labels) if find(self.batch, dim) is not None), None)
+
+
+@dataclass(frozen=True)
 class TokenAxes:
-    """Axes of every value, and which factors are the token axis and the batch (``()``: one instance)."""
+    """Axes of every value, and which of them are token axes: ``tokens``, first the one that the loss runs over."""
 
     space: Space
     axes: dict[fx.Node, tuple[Axes, ...]]
     flows: dict[fx.Node, Flow]
     attentions: tuple[Attention, ...]
-    token: Dim = ()
-    batch: Dim = ()
+    tokens: tuple[TokenAxis, ...] = ()
+
+    @property
+    def main(self) -> TokenAxis:
+        return self.tokens[0]
 
     def of(self, node: fx.Node) -> Axes:
         """The axes of a value in root factors (of its first tensor, where it has several)."""
         return self.resolved(self.axes[node][0])
 
+    def axis_at(self, label: Dim) -> TokenAxis | None:
+        """The token axis that a dim holds."""
+        return next((axis for axis in self.tokens if find(axis.token, label) is not None), None)
+
     def token_dims(self, node: fx.Node) -> list[int]:
-        return [i for i, dim in enumerate(self.of(node)) if find(self.token, dim) is not None]
+        return [i for i, dim in enumerate(self.of(node)) if self.axis_at(dim) is not None]
 
     def row_dim(self, node: fx.Node) -> int | None:
-        """The dim whose rows are tokens: the first that holds the token axis (of a score matrix: the query's)."""
+        """The dim whose rows are tokens: the first that holds a token axis (of a score matrix: the query's)."""
         return next(iter(self.token_dims(node)), None)
+
+    def axis_of(self, node: fx.Node) -> TokenAxis | None:
+        """The token axis of a value's rows."""
+        dim = self.row_dim(node)
+        return None if dim is None else self.axis_at(self.of(node)[dim])
+
+    def keys_of(self, attention: Attention) -> TokenAxis | None:
+        """The token axis that an attention looks at."""
+        return self.axis_at(self.space.resolve(attention.key))
+
+    def queries_of(self, attention: Attention) -> TokenAxis | None:
+        return self.axis_at(self.space.resolve(attention.query))
 
     def resolved(self, axes: Axes) -> Axes:
         return tuple(self.space.resolve(dim) for dim in axes)
 
-    def batch_dim_of(self, labels: Axes) -> int | None:
-        return next((i for i, dim in enumerate(labels) if find(self.batch, dim) is not None), None)
-
     def has_rows(self, node: fx.Node) -> bool:
         """True when every instance has rows of its own in this value: it can be restricted to the selected ones."""
-        return self.row_dim(node) is not None and (not self.batch or self.batch_dim_of(self.of(node)) is not None)
+        axis = self.axis_of(node)
+        return axis is not None and (not axis.batch or axis.batch_dim_of(self.of(node)) is not None)
 
     def carried(self, node: fx.Node, operand: int, dim: int) -> int | None:
         """The dim of an operand that goes, row by row, to dim ``dim`` of the result; None: broadcast or mixed there."""
@@ -78,17 +108,18 @@ class TokenAxes:
 
     def _regrouped_dim(self, source: fx.Node, node: fx.Node, dim: int) -> int | None:
         before, after = self.of(source), self.of(node)
-        if sum(before, ()) != sum(after, ()):
+        axis = self.axis_at(after[dim])
+        if axis is None or sum(before, ()) != sum(after, ()):
             return None
-        start = len(sum(after[:dim], ())) + (find(self.token, after[dim]) or 0)
+        start = len(sum(after[:dim], ())) + (find(axis.token, after[dim]) or 0)
         ends = [len(sum(before[: i + 1], ())) for i in range(len(before))]
         found = next(i for i, end in enumerate(ends) if start < end)
-        return found if find(self.token, before[found]) is not None else None
+        return found if find(axis.token, before[found]) is not None else None
 
 
 @dataclass(frozen=True)
 class FindTokenAxes:
-    """Infer the axes of every value and name the token axis. Reads ``module``; writes ``axes``."""
+    """Infer the axes of every value and name the token axes. Reads ``module``; writes ``axes``."""
 
     name: str = "token axes"
 
@@ -99,9 +130,7 @@ class FindTokenAxes:
             axes[node], flows[node] = flow.outputs, flow
         found = TokenAxes(space, axes, flows, ())
         found = replace(found, attentions=tuple(_attentions(program.graph, found)))
-        found = replace(found, attentions=_between_tokens(found))
-        token = _token(found)
-        return replace(program, axes=replace(found, token=token, batch=_batch(program, found, token)))
+        return replace(program, axes=replace(found, tokens=_tokens(program, found)))
 
     def check(self, program: Program) -> None:
         """Every value has as many labelled dims as it has dims, and factor sizes multiply to its sizes."""
@@ -154,34 +183,44 @@ def _left_operand(node: fx.Node) -> fx.Node:
     return operands_of(node)[0]
 
 
-def _between_tokens(found: TokenAxes) -> tuple[Attention, ...]:
-    """All attentions but those of a single query over several keys (pooling by attention), where there are others."""
-    resolve = found.space.resolve
-    others = tuple(a for a in found.attentions if resolve(a.query) or not resolve(a.key))
-    return others or found.attentions
-
-
-def _token(found: TokenAxes) -> Dim:
-    """The token axis: the class that the queries and the keys of every attention share."""
+def _tokens(program: Program, found: TokenAxes) -> tuple[TokenAxis, ...]:
+    """The axes of the queries of all attentions, first that of the loss, or else of the last attention."""
     if not found.attentions:
         raise GraphNotSupported("No attention was found in the graph.", "Token selection needs a transformer.")
-    resolve = found.space.resolve
-    classes = {resolve(a.query): a for a in found.attentions} | {resolve(a.key): a for a in found.attentions}
-    if () in classes:
+    queries = {found.space.resolve(a.query): a for a in reversed(found.attentions)}
+    queries.pop((), None)
+    if not queries:
         raise NothingToSelect("The sequence has a single token.")
-    if len(classes) > 1:
+    axes = [TokenAxis(token, _batch(program, found, token, attention)) for token, attention in queries.items()]
+    for axis in axes:
+        _refuse_windows(axis, queries, found)
+    trained = {factor for node in program.graph.nodes for factor in _rows_of_loss(node, found)}
+    return tuple(sorted(axes, key=lambda axis: not trained & {*axis.token}))
+
+
+def _rows_of_loss(node: fx.Node, found: TokenAxes) -> Dim:
+    """The factors of the positions that a loss over labels runs over."""
+    return sum(found.of(operands_of(node)[1]), ()) if node.target in LABEL_LOSSES else ()
+
+
+def _refuse_windows(axis: TokenAxis, queries: dict[Dim, Attention], found: TokenAxes) -> None:
+    """Attention within windows (or along rows of an image): what it runs over is a part of the positions of a sequence."""
+    attention = queries[axis.token]
+    beside = {f for dim in found.resolved(attention.leading) for f in dim} - {*axis.batch}
+    beside.update(f for token in queries if token != axis.token for f in token)
+    dims = (dim for values in found.axes.values() for labels in values for dim in found.resolved(labels))
+    if any(beside & {*dim} and {*axis.token} & {*dim} for dim in dims):
         raise GraphNotSupported(
-            f"The attentions of the graph run over {len(classes)} different token axes.",
-            "Encoder-decoders, cross-attention and key/value caches are not rewritten yet.",
-            list(classes.values())[-1].node,
+            "Attention runs within windows of the tokens, so its rows are not those of the sequences.",
+            "Selection over windows is not defined.",
+            attention.node,
         )
-    return next(iter(classes))
 
 
-def _batch(program: Program, found: TokenAxes, token: Dim) -> Dim:
+def _batch(program: Program, found: TokenAxes, token: Dim, attention: Attention) -> Dim:
     """The batch: the leading factors of attention that also belong to the data the model is called with: of the inputs that
     are no parameters those that hold the token axis, or, where none does (images), all of them."""
-    leading = [f for dim in found.attentions[0].leading for f in found.space.resolve(dim)]
+    leading = [f for dim in attention.leading for f in found.space.resolve(dim)]
     inputs = zip(program.placeholders, program.inputs, strict=True)
     given = [found.of(node) for node, value in inputs if not isinstance(value, torch.nn.Parameter)]
     data = [axes for axes in given if any(find(token, dim) is not None for dim in axes)] or given

@@ -59,11 +59,13 @@ def by_reference(
     length: int | None = None,
     weights: torch.Tensor | None = None,
     open_blocks: str | None = None,
+    others: tuple[tokenseek_fx.Selection, ...] = (),
 ) -> Run:
     """The same step by the eager definition; ``open_blocks`` is the path of the blocks for ``kv_grad="all"``."""
     model = copy.deepcopy(model)
     blocks = () if open_blocks is None else model.get_submodule(open_blocks)
-    with reference.ditching(model, indices, length=length, weights=weights, open_blocks=blocks):
+    further = {selection.scores.shape[1]: selection.indices for selection in others}
+    with reference.ditching(model, indices, length, weights, blocks, further):
         output = model(**batch)
         loss_of(output).backward()
     return Run(output, grads_of(model), indices)
@@ -91,7 +93,8 @@ def assert_matches(
     """
     options = {"report_loss": "kept", **options}
     run = compiled(model, batch, **options)
-    expected = by_reference(model, batch, run.indices, length, run.selection.weights, open_blocks)
+    chosen = run.selection
+    expected = by_reference(model, batch, run.indices, length, chosen.weights, open_blocks, chosen.others)
     loss = expected.loss if options["report_loss"] == "kept" else loss_of(copy.deepcopy(model)(**batch))
     torch.testing.assert_close(run.loss.detach(), loss.detach(), rtol=max(tol, 1e-6), atol=0)
     assert error(run.grads, expected.grads) <= tol

@@ -23,7 +23,7 @@ from tokenseek_fx.passes.geometry import Geometry
 from tokenseek_fx.passes.program import Program
 from tokenseek_fx.passes.rules.axes import flow_of
 from tokenseek_fx.passes.streams import Barrier, Streams
-from tokenseek_fx.passes.token_axes import TokenAxes, find
+from tokenseek_fx.passes.token_axes import TokenAxes, TokenAxis, find
 
 SIZES = (2, 4, 3, 5, 6, 7)
 
@@ -114,7 +114,7 @@ class OneOp:
     def named(self, token: Dim, batch: Dim) -> OneOp:
         """The same with these axes as the token axis and the batch."""
         resolve = self.axes.space.resolve
-        axes = replace(self.axes, token=resolve(token), batch=resolve(batch))
+        axes = replace(self.axes, tokens=(TokenAxis(resolve(token), resolve(batch)),))
         return replace(self, axes=axes, program=replace(self.program, axes=axes))
 
 
@@ -178,38 +178,40 @@ def coordinate(space: Space, label: Dim, needle: Dim) -> Tensor:
 def rows_index(axes: TokenAxes, labels: Axes, dim: int, indices: Tensor) -> tuple[Tensor, ...]:
     """The index with which ``value[index]`` are the selected rows of ``value`` along ``dim``."""
     size, label, kept = axes.space.size, labels[dim], indices.shape[1]
-    start = find(axes.token, label)
+    start = find(axes.main.token, label)
     assert start is not None
-    before, after = label[:start], label[start + len(axes.token) :]
-    counts = [kept * size(label) // size(axes.token) if i == dim else size(other) for i, other in enumerate(labels)]
+    before, after = label[:start], label[start + len(axes.main.token) :]
+    counts = [
+        kept * size(label) // size(axes.main.token) if i == dim else size(other) for i, other in enumerate(labels)
+    ]
     grid = list(torch.meshgrid(*(torch.arange(count) for count in counts), indexing="ij"))
     outer, inner = grid[dim] // (kept * size(after)), grid[dim] % size(after)
     instance = torch.zeros_like(outer)
-    if axes.batch:
-        if find(axes.batch, before) is not None:
-            instance = coordinate(axes.space, before, axes.batch)[outer]
-        elif find(axes.batch, after) is not None:
-            instance = coordinate(axes.space, after, axes.batch)[inner]
+    if axes.main.batch:
+        if find(axes.main.batch, before) is not None:
+            instance = coordinate(axes.space, before, axes.main.batch)[outer]
+        elif find(axes.main.batch, after) is not None:
+            instance = coordinate(axes.space, after, axes.main.batch)[inner]
         else:
-            at = next(i for i, other in enumerate(labels) if find(axes.batch, other) is not None)
-            instance = coordinate(axes.space, labels[at], axes.batch)[grid[at]]
+            at = next(i for i, other in enumerate(labels) if find(axes.main.batch, other) is not None)
+            instance = coordinate(axes.space, labels[at], axes.main.batch)[grid[at]]
     token = indices[instance, grid[dim] // size(after) % kept]
-    grid[dim] = (outer * size(axes.token) + token) * size(after) + inner
+    grid[dim] = (outer * size(axes.main.token) + token) * size(after) + inner
     return tuple(grid)
 
 
 def selection(op: OneOp) -> Tensor:
     """Random sorted rows, half of them, for every instance."""
-    tokens, batch = op.axes.space.size(op.axes.token), op.axes.space.size(op.axes.batch)
+    tokens, batch = op.axes.space.size(op.axes.main.token), op.axes.space.size(op.axes.main.batch)
     return torch.rand(batch, tokens).argsort(1)[:, : tokens // 2].sort(1).values
 
 
 def ditch(op: OneOp, operands: Sequence[Tensor], indices: Tensor) -> tuple[dict[fx.Node, Tensor], list[Barrier]]:
     """What the ditch stream makes of the operation: its results restricted where they have rows, and its barriers."""
     axes, barriers = op.axes, []
-    geometry = Geometry(axes, indices, axes.space.size(axes.batch), axes.space.size(axes.token))
+    geometry = Geometry(axes, axes.main, indices, axes.space.size(axes.main.batch), axes.space.size(axes.main.token))
     seek = op.values([x.detach() for x in operands])
-    streams = Streams(op.program, seek, geometry, tuple(operands), barriers)
+    streams = Streams(op.program, seek, [geometry], tuple(operands), barriers)
     streams.run()
     live = [node for node in op.results if node in op.program.activity.live]
     value = {n: streams.rows(n, axes.row_dim(n)) if axes.has_rows(n) else streams.full(n) for n in live}

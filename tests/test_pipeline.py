@@ -122,7 +122,7 @@ def test_blocks_by_dominators():
     program = captured(Model(layers=3), data())
     entries = program.blocks.entries
     assert len(entries) == 3 and len(set(entries)) == 3
-    assert program.blocks.last_entry is entries[-1]
+    assert program.blocks.last_entry(program.axes, program.axes.main) is entries[-1]
     assert all(program.axes.has_rows(entry) and entry.meta["val"].shape == (B, T, 12) for entry in entries)
     assert [module_path(entry) for entry in entries[1:]] == ["blocks.0", "blocks.1"]
 

@@ -24,6 +24,7 @@ from .passes.seek import Signals
 from .passes.select import Scorer, Select, kept_tokens, method_of, needs_of
 from .passes.streams import weighted_losses
 from .passes.tail import has_token_loss
+from .passes.token_axes import TokenAxis
 from .scorers import scorer_named
 from .warnings import TokenSeekWarning
 
@@ -83,29 +84,43 @@ def ditch(config: Config, program: Program) -> Ditch:
     Raises:
         GraphNotSupported: the scorer needs a loss, the graph has none, and ``config.strict``.
     """
-    scorer = _scorer(config, program)
+    signals = Signals(_layers(config), config.gradient_of, tuple(config.pinned))
+    main, *others = (
+        _select(config, i, _scorer(config, program, signals, axis), program)
+        for i, axis in enumerate(program.axes.tokens)
+    )
     return Ditch(
-        select=Select(
-            scorer=scorer,
-            keep_ratio=config.keep_ratio,
-            keep_tokens=config.keep_tokens,
-            method=config.select or (method_of(scorer) if weighted_losses(program) else "topk"),
-            mix=config.mix,
-            weight_clip=config.weight_clip,
-            labelled_first=config.labelled_first,
-            keep_label=config.keep_label,
-        ),
-        signals=Signals(_layers(config), config.gradient_of, tuple(config.pinned)),
+        select=main,
+        others=tuple(others),
+        signals=signals,
         logits=config.logits,
         report_loss=config.report_loss,
         kv_grad=config.kv_grad,
     )
 
 
-def _scorer(config: Config, program: Program) -> Scorer:
-    """The scorer, or what takes its place where tokens have no loss: their gradient, or attention where there is no loss."""
+def _select(config: Config, number: int, scorer: Scorer, program: Program) -> Select:
+    """How the tokens of an axis are chosen. Those of a further axis have no loss to be weighted in: their scores are ranks."""
+    weighted = number == 0 and weighted_losses(program)
+    return Select(
+        scorer=scorer,
+        keep_ratio=config.ratio_of(number),
+        keep_tokens=config.keep_tokens,
+        method=(config.select if number == 0 else None) or (method_of(scorer) if weighted else "topk"),
+        mix=config.mix,
+        weight_clip=config.weight_clip,
+        labelled_first=config.labelled_first,
+        keep_label=config.keep_label,
+    )
+
+
+def _scorer(config: Config, program: Program, signals: Signals, axis: TokenAxis) -> Scorer:
+    """The scorer, or what takes its place where tokens have no loss: their gradient, or attention where they have none either."""
     scorer = config.scoring
     wanted = sorted(needs_of(scorer) & {"gradient", "loss"})
+    if axis != program.axes.main:
+        there = "loss" not in wanted and signals.has_gradient(program, axis) if wanted else True
+        return scorer if there else scorer_named("attention", {})
     if not program.activity.losses and wanted:
         fact = f"The graph has no loss, so the scorer has no {' and no '.join(wanted)} of tokens."
         if config.strict:
@@ -143,9 +158,11 @@ class Rewritten:
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         outputs = self.compiled(*args, *self.noise(args))
-        count = len(outputs) - len(self.names)
+        count = len(outputs) - sum(map(len, self.names))
         if recording.is_open():
-            recording.note(**dict(zip(self.names, outputs[count:], strict=True)), **self.instances(args))
+            told = iter(outputs[count:])
+            first, *others = ({name: next(told) for name in names} for names in self.names)
+            recording.note({**first, **self.instances(args)}, *others)
         return outputs[:count]
 
 
@@ -153,22 +170,25 @@ class KeepAll:
     """The plain graph where every token is kept: the rewrite would only repeat it."""
 
     def __init__(self, compiled: Compiled, program: Program) -> None:
-        self.compiled, self.shape, self.device = compiled, runtime_sizes(program), device_of(program)
+        self.compiled, self.device = compiled, device_of(program)
+        self.shapes = [runtime_sizes(program, axis) for axis in program.axes.tokens]
         self.instances = fingerprints(program)
 
     def __call__(self, *args: Any) -> Any:
         if recording.is_open():
-            batch, tokens = self.shape(args)
-            everything = torch.arange(tokens, device=self.device).repeat(batch, 1)
-            scores = torch.ones_like(everything, dtype=torch.float32)
-            recording.note(indices=everything, scores=scores, **self.instances(args))
+            first, *others = (self._everything(*shape(args)) for shape in self.shapes)
+            recording.note({**first, **self.instances(args)}, *others)
         return self.compiled(*args)
+
+    def _everything(self, batch: int, tokens: int) -> dict[str, torch.Tensor]:
+        everything = torch.arange(tokens, device=self.device).repeat(batch, 1)
+        return {"indices": everything, "scores": torch.ones_like(everything, dtype=torch.float32)}
 
 
 def fingerprints(program: Program) -> Callable[[Sequence[Any]], dict[str, torch.Tensor]]:
     """What names the sequences of a call by their token ids: ``{"instances": [B] int64}``, or nothing without ids."""
     axes = program.axes
-    layout = (axes.batch, axes.token)
+    layout = (axes.main.batch, axes.main.token)
     places = [i for i, node in enumerate(program.placeholders) if is_tensor(node) and axes.of(node) == layout]
     ids = [i for i in places if not program.inputs[i].is_floating_point()]
     if not ids:
@@ -184,13 +204,12 @@ def _hashed(ids: torch.Tensor, salt: int) -> torch.Tensor:
 
 
 def _noise(program: Program, seed: int | None) -> Callable[[Sequence[Any]], tuple[torch.Tensor, ...]]:
-    """What draws the scorer's noise, uniform float32 [B, T], for a call with given arguments."""
+    """What draws the noise of the scorers, uniform float32 [B, T] for each, for a call with given arguments."""
     assert program.rewrite is not None
-    if len(program.rewrite.inputs) == len(program.inputs):
-        return lambda args: ()
-    shape, device = runtime_sizes(program), device_of(program)
+    shapes = [runtime_sizes(program, program.axes.tokens[i]) for i in program.rewrite.noisy]
+    device = device_of(program)
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    return lambda args: (torch.rand(shape(args), device=device, generator=generator),)
+    return lambda args: tuple(torch.rand(shape(args), device=device, generator=generator) for shape in shapes)
 
 
 def trains(inputs: Sequence[Any]) -> bool:
@@ -220,8 +239,9 @@ def refuse_split(gm: fx.GraphModule) -> None:
 
 
 def _keeps_all(program: Program, config: Config) -> bool:
-    _, tokens = example_sizes(program)
-    return config.logits == "keep" and same_size(kept_tokens(tokens, config.keep_ratio, config.keep_tokens), tokens)
+    lengths = [example_sizes(program, axis)[1] for axis in program.axes.tokens]
+    kept = [kept_tokens(tokens, config.ratio_of(i), config.keep_tokens) for i, tokens in enumerate(lengths)]
+    return config.logits == "keep" and all(map(same_size, kept, lengths))
 
 
 def _warn(gm: fx.GraphModule, error: Exception) -> None:

@@ -34,7 +34,8 @@ class Config:
     """Options of ``torch.compile(model, backend="tokenseek", options={...})``; bad ones raise ``ConfigError``.
 
     Args:
-        keep_ratio: share of the tokens of every sequence that are trained on, 0 < r <= 1; k = ceil(keep_ratio * T).
+        keep_ratio: share of the tokens of every sequence that are trained on, 0 < r <= 1; k = ceil(keep_ratio * T). A list
+            gives one for every token axis, first that of the loss (of an encoder-decoder: decoder, encoder).
         keep_tokens: the number k itself, instead of ``keep_ratio`` (all tokens where a sequence is shorter).
         scorer: a scorer's name (default chosen by the study in docs/quality.md), or a function ``ScoreInputs -> scores [B, T]``.
         alpha, beta: factors of TokenSeek's score ``alpha log(attention received) + beta minmax(gradient)``.
@@ -65,7 +66,7 @@ class Config:
     0.25
     """
 
-    keep_ratio: float | None = 0.1
+    keep_ratio: float | Sequence[float] | None = 0.1
     keep_tokens: int | None = None
     scorer: str | Scorer = "loss"
     alpha: float = 1.0
@@ -145,10 +146,17 @@ class Config:
             return self.scorer
         return scorer_named(self.scorer, {"alpha": self.alpha, "beta": self.beta})
 
+    def ratio_of(self, axis: int) -> float | None:
+        """The share that is kept of the tokens of an axis; the last one given also for those that none is given for."""
+        if not isinstance(self.keep_ratio, Sequence):
+            return self.keep_ratio
+        return self.keep_ratio[min(axis, len(self.keep_ratio) - 1)]
+
     def _check_kept(self) -> None:
         ratio, count = self.keep_ratio, self.keep_tokens
+        ratios = ratio if isinstance(ratio, (list, tuple)) and ratio else [ratio]
         if count is None:
-            if not _is_number(ratio) or not 0 < ratio <= 1:
+            if not all(_is_number(r) and 0 < r <= 1 for r in ratios):
                 raise ConfigError(f"keep_ratio={ratio!r}: expected a number with 0 < keep_ratio <= 1.")
         elif not _is_int(count) or count < 1:
             raise ConfigError(f"keep_tokens={count!r}: expected an integer of at least 1.")

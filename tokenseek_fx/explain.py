@@ -31,7 +31,8 @@ _MIB = 2**20
 class Explanation:
     """What would be done with a model. ``str()`` of it is the report.
 
-    ``refusal``: why the model would be compiled as it is (the rest is then empty). ``forwards``: predicted cost of a
+    ``refusal``: why the model would be compiled as it is (the rest is then empty). ``batch``, ``tokens``, ``kept``: of the
+    token axis of the loss; ``others``: (tokens, kept) of further ones. ``forwards``: predicted cost of a
     training step in units of one forward of the model (training on all tokens costs 3). ``plain``, ``rewritten``: the
     tensors saved for backward.
     """
@@ -40,6 +41,7 @@ class Explanation:
     batch: int = 0
     tokens: int = 0
     kept: int = 0
+    others: tuple[tuple[int, int], ...] = ()
     attentions: tuple[str, ...] = ()
     losses: tuple[str, ...] = ()
     ditched: int = 0
@@ -58,6 +60,7 @@ class Explanation:
         loss = ", ".join(self.losses) or "outside the graph: outputs in full, gradient through the kept rows"
         return [
             f"tokenseek: keeps {self.kept} of {self.tokens} tokens in each of {self.batch} sequences",
+            *(f"           and {kept} of {tokens} on a further token axis" for tokens, kept in self.others),
             f"  token axis    T = {self.tokens}, found from {_some(len(self.attentions), 'attention')}:",
             *(f"                {line}" for line in _counted(self.attentions)),
             f"  loss          {loss}",
@@ -134,16 +137,19 @@ def _explain_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) ->
 
 def _described(plain: Program, rewritten: Program, config: Config) -> Explanation:
     assert plain.axes and plain.activity and rewritten.rewrite and rewritten.audit
-    batch, tokens = example_sizes(plain)
+    sizes = [example_sizes(plain, axis) for axis in plain.axes.tokens]
+    kept = [int(kept_tokens(t, config.ratio_of(i), config.keep_tokens)) for i, (_, t) in enumerate(sizes)]
+    lengths = [int(tokens) for _, tokens in sizes]
     live = [node for node in plain.graph.nodes if node in plain.activity.live and node.op == "call_function"]
     classes = class_factors(plain)
     for node in plain.graph.nodes:
         node.meta["custom"] = {**node.meta.get("custom", {}), "tokenseek": kind_of(plain, node, classes)}
     barriers = rewritten.rewrite.barriers
     return Explanation(
-        batch=int(batch),
-        tokens=int(tokens),
-        kept=int(kept_tokens(tokens, config.keep_ratio, config.keep_tokens)),
+        batch=int(sizes[0][0]),
+        tokens=lengths[0],
+        kept=kept[0],
+        others=tuple(zip(lengths[1:], kept[1:], strict=True)),
         attentions=tuple(f"{a.node.target} {source_line(a.node)}" for a in plain.axes.attentions),
         losses=tuple(f"{n.target} {module_path(n)} {source_line(n)}" for n in plain.activity.losses),
         ditched=sum(plain.axes.has_rows(node) for node in live) - len({b.node for b in barriers}),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,7 +18,8 @@ class Selection:
 
     ``indices``: [B, k] int64, sorted. ``scores``: [B, T] float, -inf for padding. ``weights``: [B, k] float, of the kept
     tokens in the loss. Of every token, [B, T]: ``attention`` received (I1), ``gradient`` (I2), ``loss``, ``labelled`` (bool).
-    ``instances``: [B] int64, a fingerprint of each sequence's token ids, by which its visits are known again.
+    ``instances``: [B] int64, a fingerprint of each sequence's token ids, by which its visits are known again. ``others``: the
+    selections on further token axes (the encoder's tokens of an encoder-decoder).
     """
 
     indices: torch.Tensor
@@ -29,6 +30,7 @@ class Selection:
     loss: torch.Tensor | None = None
     labelled: torch.Tensor | None = None
     instances: torch.Tensor | None = None
+    others: tuple[Selection, ...] = ()
 
 
 class Recording(list[Selection]):
@@ -54,10 +56,14 @@ def record() -> Iterator[Recording]:
         _recordings.reset(token)
 
 
-def note(**selected: torch.Tensor) -> None:
-    """Add a selection, by the fields of ``Selection``, to the open recordings of this thread."""
+def note(selected: Mapping[str, torch.Tensor], *others: Mapping[str, torch.Tensor]) -> None:
+    """Add a selection, by the fields of ``Selection``, to the open recordings of this thread; ``others``: its ``others``."""
     for recording in _recordings.get():
-        recording.append(Selection(**{name: value.detach().clone() for name, value in selected.items()}))
+        recording.append(replace(_copy(selected), others=tuple(map(_copy, others))))
+
+
+def _copy(selected: Mapping[str, torch.Tensor]) -> Selection:
+    return Selection(**{name: value.detach().clone() for name, value in selected.items()})
 
 
 def is_open() -> bool:

@@ -17,13 +17,13 @@ Which entry of a value belongs to which token is told in two ways, and a disagre
   row numbers of their source, and other operations keep the rows of the operand whose leading dims they share.
 
 Not covered: reentrant gradient checkpointing, token mixing inside a custom ``autograd.Function`` (its inputs and
-outputs are covered), multi-layer ``nn.LSTM``/``nn.GRU`` (one call is one operation), and a second token axis of an
-encoder-decoder (a different length is left alone; give the two lengths different sizes).
+outputs are covered), and multi-layer ``nn.LSTM``/``nn.GRU`` (one call is one operation). A token axis that no selection is
+given for is left alone.
 """
 
 import inspect
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import product
 from typing import Any
@@ -81,6 +81,7 @@ def ditching(
     length: int | None = None,
     weights: Tensor | None = None,
     open_blocks: Iterable[nn.Module] = (),
+    others: Mapping[int, Tensor] | None = None,
 ) -> Iterator[None]:
     """Give every forward of `model` inside the block the gradient of token ditching.
 
@@ -110,6 +111,7 @@ def ditching(
             the model is called with. To be given where the model builds the axis itself (patches, a class token).
         weights: float [B, k], one factor for the loss term of every kept token.
         open_blocks: modules whose insides are not cut, for instance ``model.model.layers``: ``kv_grad="all"``.
+        others: the kept positions of further token axes, by their length (the encoder of an encoder-decoder).
 
     Raises:
         ValueError: `indices` or `weights` is malformed; T or B cannot be told from another dim; a value mixes tokens
@@ -122,6 +124,7 @@ def ditching(
     if length is None and not isinstance(model, nn.Module):
         raise ValueError("the token axis of a plain callable cannot be seen from its inputs: give length=T.")
     mode = _Ditching(model, _checked(indices), length, _checked_weights(weights, indices))
+    mode.others = {size: _checked(kept) for size, kept in (others or {}).items()}
     handles = [hook for block in open_blocks for hook in mode.open(block)]
     if isinstance(model, nn.Module):
         handles.append(model.register_forward_pre_hook(mode.start_forward, prepend=True, with_kwargs=True))
@@ -144,6 +147,8 @@ class _Ditching(TorchFunctionMode):
         super().__init__()
         self.model, self.indices, self.given_length, self.weights = model, indices, length, weights
         self.batch, self.length = indices.shape[0], 0
+        self.others: dict[int, Tensor] = {}
+        self.firsts: dict[int, int] = {}
         self.keep = torch.empty(0, dtype=torch.bool)
         self.factors: Tensor | None = None
         self.rows = WeakTensorKeyDictionary()
@@ -160,18 +165,28 @@ class _Ditching(TorchFunctionMode):
 
     def start(self, length: int) -> None:
         """Set T = `length` and forget the previous forward; ValueError if T or B could be mistaken for another dim."""
-        if self.indices.numel() and int(self.indices.max()) >= length:
-            raise ValueError(f"indices select position {int(self.indices.max())} of a sequence of {length} tokens.")
-        if length == self.batch or length == 1:
-            raise ValueError(f"the token axis of size {length} cannot be told from the batch: {_REMEDY}.")
+        if length in self.others:
+            raise ValueError(f"two token axes have {length} tokens: {_REMEDY}.")
         named = self.model.named_parameters() if isinstance(self.model, nn.Module) else ()
-        for name, parameter in named:
-            self._check_parameter(name, tuple(parameter.shape), length)
+        shapes = {name: tuple(parameter.shape) for name, parameter in named}
         self.length, self.rows, self.inside = length, WeakTensorKeyDictionary(), 0
-        self.keep = torch.zeros(self.batch, length, dtype=torch.bool, device=self.indices.device)
-        self.keep = self.keep.scatter_(1, self.indices, True).flatten()
+        kept = []
+        for size, indices in {length: self.indices, **self.others}.items():
+            self._check_axis(size, indices, shapes)
+            self.firsts[size] = sum(map(torch.numel, kept))
+            none = torch.zeros(self.batch, size, dtype=torch.bool, device=indices.device)
+            kept.append(none.scatter_(1, indices, True).flatten())
+        self.keep = torch.cat(kept)
         if self.weights is not None:
             self.factors = self.weights.new_zeros(self.batch, length).scatter(1, self.indices, self.weights).flatten()
+
+    def _check_axis(self, length: int, indices: Tensor, shapes: dict[str, tuple[int, ...]]) -> None:
+        if indices.numel() and int(indices.max()) >= length:
+            raise ValueError(f"indices select position {int(indices.max())} of a sequence of {length} tokens.")
+        if length == self.batch or length == 1:
+            raise ValueError(f"the token axis of size {length} cannot be told from the batch: {_REMEDY}.")
+        for name, shape in shapes.items():
+            self._check_parameter(name, shape, length)
 
     def _check_parameter(self, name: str, shape: tuple[int, ...], length: int) -> None:
         position_table = len(shape) == 3 and shape[0] == 1 and shape.count(length) == 1
@@ -278,25 +293,30 @@ class _Ditching(TorchFunctionMode):
     def _factors(self, rows: Tensor) -> Tensor | None:
         return None if self.factors is None else self.factors.to(rows.device)[rows]
 
-    # ---- which token a row is: row number b * T + t for every entry of a value
+    # ---- which token a row is: row number b * T + t for every entry of a value, counted on over the token axes
 
     def _by_size(self, y: Tensor) -> list[Tensor]:
         """Every reading of the shape of `y` as one batch dim and one token dim, the earlier dims first."""
-        tokens = [dim for dim, size in enumerate(y.shape) if size == self.length]
+        tokens = [dim for dim, size in enumerate(y.shape) if size in self.firsts]
         batches = [None] if self.batch == 1 else [dim for dim, size in enumerate(y.shape) if size == self.batch]
         return [self._numbered(y, b, t) for b, t in product(batches, tokens)]
 
     def _numbered(self, y: Tensor, batch_dim: int | None, token_dim: int) -> Tensor:
-        rows = _along(torch.arange(self.length, device=y.device), token_dim, y.ndim)
+        length = y.shape[token_dim]
+        rows = self.firsts[length] + _along(torch.arange(length, device=y.device), token_dim, y.ndim)
         if batch_dim is not None:
-            rows = rows + self.length * _along(torch.arange(self.batch, device=y.device), batch_dim, y.ndim)
+            rows = rows + length * _along(torch.arange(self.batch, device=y.device), batch_dim, y.ndim)
         return rows.expand(y.shape)
+
+    def _tokens_in(self, shape: Iterable[int]) -> int:
+        """How many dims have the size of a token axis."""
+        return sum(size in self.firsts for size in shape)
 
     def _agree(self, y: Tensor, descent: Tensor | None) -> Tensor | None:
         """The rows of `y` from its size and its descent; None if it has no token axis; ValueError if they clash."""
         readings = self._by_size(y)
         if descent is None and len(readings) > 1:
-            score_matrix = list(y.shape).count(self.length) == len(readings) == 2  # [.., T, T]: rows are queries
+            score_matrix = self._tokens_in(y.shape) == len(readings) == 2  # [.., T, T]: rows are queries
             if not score_matrix and y.requires_grad:
                 raise ValueError(
                     f"a value of shape {list(y.shape)} shows a batch of {self.batch} or {self.length} tokens more than "
@@ -305,11 +325,11 @@ class _Ditching(TorchFunctionMode):
             return readings[0] if score_matrix else None
         if descent is None or len(readings) != 1 or torch.equal(descent, readings[0]):
             return descent if descent is not None else next(iter(readings), None)
-        token_dim = list(y.shape).index(self.length)
+        token_dim = next(dim for dim, size in enumerate(y.shape) if size in self.firsts)
         if y.requires_grad and _varies(descent, token_dim):
             raise ValueError(
-                f"a value of shape {list(y.shape)} has {self.length} entries along dim {token_dim} that are not tokens "
-                f"0..{self.length - 1} in order (tokens reordered, or another dim of that size): {_REMEDY}."
+                f"a value of shape {list(y.shape)} has {y.shape[token_dim]} entries along dim {token_dim} that are not "
+                f"tokens 0..{y.shape[token_dim] - 1} in order (tokens reordered, or another dim of that size): {_REMEDY}."
             )
         return descent  # the dim of size T counts the keys of a slice of queries
 
@@ -356,11 +376,15 @@ class _Ditching(TorchFunctionMode):
 
     def _check_born(self, func: Function, sources: list[Tensor], results: list[Tensor]) -> None:
         """A reshape of a value without token rows must not make a dim of size T out of nothing."""
-        size = self.batch * self.length
+        flat = [self.batch * length for length in self.firsts]
         for y in results:
             source = sources[0]
-            grown = list(y.shape).count(self.length) > list(source.shape).count(self.length)
-            unfolds = source.shape[:1] == (size,) and sorted(y.shape[:2]) == sorted((self.batch, self.length))
+            grown = self._tokens_in(y.shape) > self._tokens_in(source.shape)
+            unfolds = (
+                source.shape[:1].numel() in flat
+                and y.shape[:2].numel() == source.shape[0]
+                and self.batch in y.shape[:2]
+            )
             slices = func in _BROADCASTS or func in _JOINS or func in (Tensor.__getitem__, torch.narrow, Tensor.narrow)
             if grown and y.requires_grad and not (unfolds or slices or y.ndim < source.ndim):
                 raise ValueError(self._born(source, y))
@@ -369,12 +393,12 @@ class _Ditching(TorchFunctionMode):
         """A reshape or slice of token rows may show a new dim of size T only if that is the token axis."""
         if func in _BROADCASTS or func in _JOINS:
             return
-        grown = list(y.shape).count(self.length) - list(sources[0].shape).count(self.length)
+        grown = self._tokens_in(y.shape) - self._tokens_in(sources[0].shape)
         if grown > self._token_dims(descent) - self._token_dims(self.rows[sources[0]]):
             raise ValueError(self._born(sources[0], y))
 
     def _token_dims(self, rows: Tensor) -> int:
-        return sum(size == self.length and _varies(rows, dim) for dim, size in enumerate(rows.shape))
+        return sum(size in self.firsts and _varies(rows, dim) for dim, size in enumerate(rows.shape))
 
     def _born(self, source: Tensor, y: Tensor) -> str:
         return (
@@ -390,8 +414,8 @@ class _Ditching(TorchFunctionMode):
             raise ValueError(
                 f"token rows are joined with other rows into {list(y.shape)}: give length= the size of the joined axis."
             )
-        folded = [size for size in y.shape[:2] if size != self.length and size % self.batch == 0]
-        if y.ndim > 2 and self.length in y.shape and folded and func not in _MOVES:
+        folded = [size for size in y.shape[:2] if size not in self.firsts and size % self.batch == 0]
+        if y.ndim > 2 and self._tokens_in(y.shape) and folded and func not in _MOVES:
             raise ValueError(f"a value of shape {list(y.shape)} has {self.length} tokens but no visible batch dim.")
 
     def _check_softmax(self, func: Function, args: tuple, kwargs: dict) -> None:
@@ -400,7 +424,7 @@ class _Ditching(TorchFunctionMode):
             return
         x = args[0] if args else kwargs["input"]
         dim = args[1] if len(args) > 1 else kwargs["dim"]
-        if not x.requires_grad or x not in self.rows or list(x.shape).count(self.length) < 2:
+        if not x.requires_grad or x not in self.rows or self._tokens_in(x.shape) < 2:
             return
         if _varies(self.rows[x], dim):
             raise ValueError(
@@ -479,7 +503,8 @@ class _Ditching(TorchFunctionMode):
     def _is_per_instance(self, func: Function, value: Tensor, rows: Tensor | None) -> bool:
         """One row per instance (pooled, or one chosen token): an ordinary loss. ValueError if it cannot be known."""
         if rows is not None:
-            return sorted(rows.unique().div(self.length, rounding_mode="floor").tolist()) == [*range(self.batch)]
+            owners = torch.cat([torch.arange(self.batch).repeat_interleave(size) for size in self.firsts])
+            return sorted(owners[rows.unique().cpu()].tolist()) == [*range(self.batch)]
         if value.ndim == 0 or (value.ndim <= 2 and value.shape[0] == self.batch):
             return True
         raise ValueError(f"{func.__name__} of a value of shape {list(value.shape)} whose tokens cannot be told.")

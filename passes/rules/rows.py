@@ -67,7 +67,7 @@ def rerun(call: Call) -> Any:
 def _instances_stay_apart(call: Call) -> bool:
     """True when a row needs operands of its own instance alone, so that instances may have different rows."""
     axes = call.streams.axes
-    at = axes.batch_dim_of(axes.of(call.node)) if axes.batch else None
+    at = call.geometry.axis.batch_dim_of(axes.of(call.node))
     carrying = [i for i in range(len(call.operands)) if call.carried(i) is not None]
     return at is None or all(_has_instances(call, i, at) for i in carrying)
 
@@ -76,7 +76,7 @@ def _has_instances(call: Call, operand: int, at: int) -> bool:
     """True when an operand carries the batch to dim ``at`` of the result, or can be broadcast there."""
     axes = call.streams.axes
     labels, rank = axes.of(call.operands[operand]), len(axes.of(call.node))
-    own = axes.batch_dim_of(labels)
+    own = call.geometry.axis.batch_dim_of(labels)
     if own is not None:
         return axes.carried(call.node, operand, at) == own
     place = at + len(labels) - rank
