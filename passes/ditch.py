@@ -74,7 +74,8 @@ class Ditch:
         tail = self.signals.tail(program, everything, self._builds_no_logits(program))
 
         def forward(*args: Any) -> tuple:
-            inputs, noise = args[: len(program.inputs)], args[len(program.inputs) :]
+            written, noise = args[: len(program.inputs)], args[len(program.inputs) :]
+            inputs = tuple(x.clone() if i in program.mutated else x for i, x in enumerate(written))
             noise = {program.axes.tokens[i]: x for i, x in zip(noisy, noise, strict=True)}
             seek = Seek(program, inputs)
             needs = {axis: select.needs for axis, select in selects.items()}
@@ -89,7 +90,7 @@ class Ditch:
             streams.run()
             outputs = tuple(self._outputs(program, streams))
             for index, update in zip(program.mutated, program.updates, strict=True):
-                inputs[index].copy_(seek.values[update])
+                written[index].copy_(seek.values[update])
             selections = [_selection(known[axis], chosen[axis]) for axis in selects]
             names[:] = [tuple(selection) for selection in selections]
             return (*outputs, *(x for selection in selections for x in selection.values()))

@@ -49,6 +49,7 @@ class Space:
         self._sizes: list = []
         self._meaning: dict[int, Dim] = {}
         self._parts: dict[int, Dim] = {}
+        self._mixtures: list[Dim] = []
 
     def fresh(self, size) -> Dim:
         """A dim that nothing is known about yet."""
@@ -65,6 +66,17 @@ class Space:
         dim = self.fresh(size)
         self._parts.update(dict.fromkeys(dim, whole))
         return dim
+
+    def fresh_mixture(self, size) -> Dim:
+        """A new dim every position of which is made of several positions of another one (a convolution)."""
+        dim = self.fresh(size)
+        self._mixtures.append(dim)
+        return dim
+
+    @property
+    def mixtures(self) -> set[int]:
+        """The root factors of such dims."""
+        return {root for dim in self._mixtures for root in self.resolve(dim)}
 
     def parts_of(self, dim: Dim) -> set[int]:
         """The root factors of dims that were made from positions of ``dim``, but are not ``dim`` itself."""

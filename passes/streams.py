@@ -214,12 +214,13 @@ class Streams:
         return node.target(*args, **kwargs)
 
     def _refuse_partial_loss(self, node: fx.Node) -> None:
-        """A loss per instance is an ordinary loss; one over some part of the tokens has no kept share."""
-        operand = self.axes.of(node.args[0])
+        """A loss per instance, or over what a decoder makes of the tokens (an image), is an ordinary loss; one over some part of
+        the tokens has no kept share."""
+        axes, operand = self.axes, self.axes.of(node.args[0])
         positions = operand[:1] + operand[2:] if node.target in LABEL_LOSSES else ()
-        batches = {f for axis in self.axes.tokens for f in axis.batch}
-        parts = {f for axis in self.axes.tokens for f in self.axes.space.parts_of(axis.token)}
-        if set(sum(positions, ())) - batches or set(sum(operand, ())) & parts:
+        batches = {f for axis in axes.tokens for f in axis.batch}
+        parts = {f for axis in axes.tokens for f in axes.space.parts_of(axis.token)}
+        if set(sum(positions, ())) - batches - axes.space.mixtures or set(sum(operand, ())) & parts:
             raise GraphNotSupported(
                 "The loss runs over positions that are neither all tokens nor one per sequence (a part of the tokens "
                 "chosen before the loss), so its kept share is not defined.",

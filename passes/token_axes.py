@@ -52,13 +52,17 @@ class TokenAxis:
 
 @dataclass(frozen=True)
 class TokenAxes:
-    """Axes of every value, and which of them are token axes: ``tokens``, first the one that the loss runs over."""
+    """Axes of every value, and which of them are token axes: ``tokens``, first the one that the loss runs over.
+
+    ``pooling``: the scores of a single query (attention pooling): their tokens are keys, so they have no rows.
+    """
 
     space: Space
     axes: dict[fx.Node, tuple[Axes, ...]]
     flows: dict[fx.Node, Flow]
     attentions: tuple[Attention, ...]
     tokens: tuple[TokenAxis, ...] = ()
+    pooling: frozenset[fx.Node] = frozenset()
 
     @property
     def main(self) -> TokenAxis:
@@ -73,6 +77,8 @@ class TokenAxes:
         return next((axis for axis in self.tokens if find(axis.token, label) is not None), None)
 
     def token_dims(self, node: fx.Node) -> list[int]:
+        if node in self.pooling:
+            return []
         return [i for i, dim in enumerate(self.of(node)) if self.axis_at(dim) is not None]
 
     def row_dim(self, node: fx.Node) -> int | None:
@@ -130,7 +136,9 @@ class FindTokenAxes:
             axes[node], flows[node] = flow.outputs, flow
         found = TokenAxes(space, axes, flows, ())
         found = replace(found, attentions=tuple(_attentions(program.graph, found)))
-        return replace(program, axes=replace(found, tokens=_tokens(program, found)))
+        single = [a for a in found.attentions if a.node.target is not SDPA and not space.resolve(a.query)]
+        pooling = frozenset(node for a in single for node in _scores(a, found))
+        return replace(program, axes=replace(found, tokens=_tokens(program, found), pooling=pooling))
 
     def check(self, program: Program) -> None:
         """Every value has as many labelled dims as it has dims, and factor sizes multiply to its sizes."""
@@ -179,6 +187,18 @@ def _reaches_contraction(node: fx.Node, found: TokenAxes) -> bool:
     return False
 
 
+def _scores(attention: Attention, found: TokenAxes) -> set[fx.Node]:
+    """The values between the product with the keys and that with the values."""
+    key, scores, pending = found.space.resolve(attention.key), set(), [attention.node]
+    while pending:
+        node = pending.pop()
+        scores.add(node)
+        near = [user for user in node.users if user.target not in _CONTRACTIONS]
+        near += [] if node.target in _CONTRACTIONS else operands_of(node)
+        pending += [other for other in near if is_tensor(other) and other not in scores and key in found.of(other)]
+    return scores
+
+
 def _left_operand(node: fx.Node) -> fx.Node:
     return operands_of(node)[0]
 
@@ -219,11 +239,15 @@ def _refuse_windows(axis: TokenAxis, queries: dict[Dim, Attention], found: Token
 
 def _batch(program: Program, found: TokenAxes, token: Dim, attention: Attention) -> Dim:
     """The batch: the leading factors of attention that also belong to the data the model is called with: of the inputs that
-    are no parameters those that hold the token axis, or, where none does (images), all of them."""
+    are no parameters those that hold the token axis, or, where these have none (images), the first dim of the others."""
     leading = [f for dim in attention.leading for f in found.space.resolve(dim)]
     inputs = zip(program.placeholders, program.inputs, strict=True)
     given = [found.of(node) for node, value in inputs if not isinstance(value, torch.nn.Parameter)]
-    data = [axes for axes in given if any(find(token, dim) is not None for dim in axes)] or given
-    # a dim that also holds something else is a feature dim (heads x head dim), not a batch
-    pure = {f for axes in data for dim in axes if set(dim) <= {*leading, *token} for f in dim}
-    return tuple(f for f in leading if f in pure and f not in token)
+    having = [dim for axes in given if any(find(token, dim) is not None for dim in axes) for dim in axes]
+    first = [axes[0] for axes in given if len(axes) > 1]
+    for dims in (having, first):
+        # a dim that also holds something else is a feature dim (heads x head dim), not a batch
+        pure = {f for dim in dims if set(dim) <= {*leading, *token} for f in dim}
+        if batch := tuple(f for f in leading if f in pure and f not in token):
+            return batch
+    return ()

@@ -189,7 +189,11 @@ class _Ditching(TorchFunctionMode):
             self._check_parameter(name, shape, length)
 
     def _check_parameter(self, name: str, shape: tuple[int, ...], length: int) -> None:
-        position_table = len(shape) == 3 and shape[0] == 1 and shape.count(length) == 1
+        table = [*shape[-3:-2], *shape[-2:-1]] in (
+            [1, length],
+            [length],
+        )  # [1, T, D], or [T, D] of positions by its name
+        position_table = shape.count(length) == 1 and table and (len(shape) == 3 or "pos" in name)
         if length in shape and not position_table:
             raise ValueError(f"{length} tokens, and parameter {name} {list(shape)} has a dim of that size: {_REMEDY}.")
         if self.batch > 1 and self.batch in shape:
@@ -410,12 +414,13 @@ class _Ditching(TorchFunctionMode):
         """Refuse a result without rows where it plainly still has tokens."""
         if not y.requires_grad or not any(x in self.rows and x.requires_grad for x in operands):
             return
-        if func in _JOINS:
+        if func in _JOINS and self.given_length is None:
             raise ValueError(
                 f"token rows are joined with other rows into {list(y.shape)}: give length= the size of the joined axis."
             )
         folded = [size for size in y.shape[:2] if size not in self.firsts and size % self.batch == 0]
-        if y.ndim > 2 and self._tokens_in(y.shape) and folded and func not in _MOVES:
+        one_query = y.shape[-2:-1] == (1,) and y.shape[-1] in self.firsts  # its scores of the tokens: a row of no token
+        if y.ndim > 2 and self._tokens_in(y.shape) and folded and not one_query and func not in _MOVES:
             raise ValueError(f"a value of shape {list(y.shape)} has {self.length} tokens but no visible batch dim.")
 
     def _check_softmax(self, func: Function, args: tuple, kwargs: dict) -> None:
@@ -472,10 +477,10 @@ class _Ditching(TorchFunctionMode):
         logits, target = given["input"], given["target"]
         class_dim = min(1, logits.ndim - 1)
         rows = self.rows.get(logits)
-        if rows is not None and _varies(rows, class_dim):
-            raise ValueError(f"the class dim of {func.__name__}'s input {list(logits.shape)} holds tokens.")
-        if self._is_per_instance(func, logits, rows if rows is None else rows.select(class_dim, 0)):
+        if self._is_per_instance(func, logits, rows):
             return func(**given)
+        if _varies(rows, class_dim):
+            raise ValueError(f"the class dim of {func.__name__}'s input {list(logits.shape)} holds tokens.")
         rows = rows.select(class_dim, 0)
         kept, factors = self._kept(rows), self._factors(rows)
         if target.is_floating_point():
@@ -501,11 +506,12 @@ class _Ditching(TorchFunctionMode):
         return _scaled(terms, self._kept(rows), given["reduction"], weight, self._factors(rows))
 
     def _is_per_instance(self, func: Function, value: Tensor, rows: Tensor | None) -> bool:
-        """One row per instance (pooled, or one chosen token): an ordinary loss. ValueError if it cannot be known."""
+        """One row per instance (pooled, or one chosen token), or something else of it (an image): an ordinary loss.
+        ValueError if it cannot be known."""
         if rows is not None:
             owners = torch.cat([torch.arange(self.batch).repeat_interleave(size) for size in self.firsts])
             return sorted(owners[rows.unique().cpu()].tolist()) == [*range(self.batch)]
-        if value.ndim == 0 or (value.ndim <= 2 and value.shape[0] == self.batch):
+        if value.ndim == 0 or value.shape[0] == self.batch:
             return True
         raise ValueError(f"{func.__name__} of a value of shape {list(value.shape)} whose tokens cannot be told.")
 

@@ -88,12 +88,20 @@ def add_then_matmul(op: Op) -> Flow:
 def convolution(op: Op) -> Flow:
     """Channels and positions are mixed; instances, if there are any, stay apart."""
     rank, weight = (len(op.axes(op[name])) for name in ("input", "weight"))
-    return op.along(range(1, rank)) if rank == weight else op.unknown()
+    return op.mixing(range(1, rank)) if rank == weight else op.unknown()
 
 
 _register(
     "conv1d.default conv1d.padding conv2d.default conv2d.padding conv3d.default conv3d.padding convolution.default",
     convolution,
+)
+
+
+# Images made larger or smaller: every channel on its own.
+_register(
+    "upsample_bilinear2d.vec upsample_bicubic2d.vec upsample_nearest1d.vec upsample_nearest2d.vec "
+    "upsample_linear1d.vec avg_pool2d.default max_pool2d.default adaptive_avg_pool2d.default",
+    lambda op: op.mixing(range(2, len(op.axes(op.operands[0])))),
 )
 
 
@@ -152,6 +160,19 @@ _register("logcumsumexp.default", along("dim"))
 def layer_norm(op: Op) -> Flow:
     rank = len(op.axes(op.operands[0]))
     return op.along(range(rank - len(op["normalized_shape"]), rank), keep_labels=True)
+
+
+@axes_rule(aten.group_norm.default)
+def group_norm(op: Op) -> Flow:
+    return op.along(range(1, len(op.axes(op.operands[0]))), keep_labels=True)
+
+
+@axes_rule(aten._native_batch_norm_legit_functional.default, aten._native_batch_norm_legit.no_stats)
+def batch_norm(op: Op) -> Flow:
+    """In training it mixes everything; then come statistics."""
+    normalized, *statistics = op.results
+    axes = op.axes(op.operands[0])
+    return Flow((axes, *(op.space.fresh_axes(x.shape) for x in statistics)), tuple({} for _ in op.operands))
 
 
 # Reductions.
@@ -235,10 +256,19 @@ def index(op: Op) -> Flow:
         return op.unknown()
     last = op.results[0].ndim - (len(source) - after)
     found: list[Dim] = [()] * (last - first)
-    for where in op.operands[1:]:
+    for dim, where in zip(indexed, op.operands[1:], strict=True):
+        if _counts(where, op.operands[0].meta["val"].shape[dim]):  # x[arange(B), i]: every instance, in order
+            op.space.equate(source[dim], op.axes(where)[0])
         for place, label in zip(range(1, last - first + 1), reversed(op.axes(where)), strict=False):
             found[-place] = op.join(found[-place], label)
     return Flow(((*source[:first], *found, *source[after:]),), tuple({} for _ in op.operands))
+
+
+def _counts(node: fx.Node, size: object) -> bool:
+    """True for ``arange(size)``."""
+    start = node.args[0] if node.target is aten.arange.start else 0
+    whole = start == 0 and len(node.meta["val"].shape) == 1 and same_size(node.meta["val"].shape[0], size)
+    return whole and node.target in (aten.arange.default, aten.arange.start)
 
 
 def _along_optional(op: Op) -> Flow:

@@ -128,6 +128,15 @@ class Op:
         )
         return self._main(outputs, {dim: dim for dim in range(len(axes)) if dim not in mixed})
 
+    def mixing(self, dims: Iterable[int]) -> Flow:
+        """One main operand; the result has its rank, its ``dims`` are made of several of its positions and have other sizes."""
+        axes, dims = self.axes(self.operands[0]), set(dims)
+        outputs = tuple(
+            tuple(self.space.fresh_mixture(out.shape[i]) if i in dims else label for i, label in enumerate(axes))
+            for out in self.results
+        )
+        return self._main(outputs, {dim: dim for dim in range(len(axes)) if dim not in dims})
+
     def reduce(self, dims: Iterable[int], keepdim: bool = False) -> Flow:
         """One main operand whose ``dims`` disappear (or become 1)."""
         axes, dims = self.axes(self.operands[0]), set(dims)

@@ -1,0 +1,189 @@
+"""Routes: regions that sort the rows of tokens (by expert, say) and bring every result back to its row.
+
+Sorting mixes tokens, yet each row of what comes back depends on its own row alone. It is proved for a region by following the
+order from the sort on. Along the sorted axis S every value is one of
+
+- the *keys*, sorted, or the *order*: for each place of S the row that stands there (divided by k: the token of the row, where
+  a token has k rows);
+- *sorted*: row s depends on the row that the order names alone. Made by indexing rows by the order, and kept by whatever
+  works on S row by row, a grouped product with the ends of the groups of keys included;
+- the *places*: for each row its place in S. Sorted values indexed by the places are rows again: the way out.
+
+Where all that the sort leads to fits, the region runs on any rows as it does on all. Else it stays a barrier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from .factors import Dim, same_size
+from .rules.op import bind, is_tensor, operands_of
+
+if TYPE_CHECKING:
+    from .token_axes import TokenAxes
+
+aten = torch.ops.aten
+_SORTS = (aten.sort.default, aten.sort.stable)
+_CASTS = (aten._to_copy.default, aten.to.dtype, aten.clone.default, aten.detach.default)
+_LIKE = (aten.empty_like.default, aten.zeros_like.default, aten.arange.default)
+#: Products of groups of rows: the operand with the rows and the one with the ends of the groups.
+GROUPED = {"aten::_grouped_mm": ("self", "offs"), "transformers::grouped_mm_fallback": ("input", "offs")}
+
+
+@dataclass(frozen=True)
+class Route:
+    """A region that runs on the rows of the kept tokens by itself: its nodes, those that rows come back in among them."""
+
+    sort: fx.Node
+    nodes: frozenset[fx.Node]
+    exits: frozenset[fx.Node]
+
+
+@dataclass
+class _Proof:
+    """What is known of the nodes that a sort leads to. ``rows``: the axis that is sorted; ``kinds``: what each value is."""
+
+    axes: TokenAxes
+    sort: fx.Node
+    rows: Dim
+    sorted_axis: Dim
+    kinds: dict[fx.Node, str] = field(default_factory=dict)
+
+    def kind_of(self, node: fx.Node) -> str | None:
+        """What a node is, given what its operands are; None: it can't be told."""
+        kinds = [self.kinds.get(arg) for arg in node.all_input_nodes]
+        rules = (
+            self._part_of_sort,
+            self._cast,
+            self._token_of,
+            self._indexed,
+            self._groups,
+            self._placed,
+            self._by_row,
+        )
+        return next((kind for rule in rules if (kind := rule(node, kinds))), None)
+
+    def _part_of_sort(self, node: fx.Node, kinds: list) -> str | None:
+        return ("keys", "order")[node.args[1]] if node.args and node.args[0] is self.sort else None
+
+    def _cast(self, node: fx.Node, kinds: list) -> str | None:
+        if node.target in _LIKE[:2] and kinds[0] == "order":
+            return "blank"
+        return kinds[0] if node.target in _CASTS and kinds[0] != "sorted" else None
+
+    def _token_of(self, node: fx.Node, kinds: list) -> str | None:
+        """``order // k``, for rows that are k of every token."""
+        given = bind(node)
+        by = given.get("other")
+        rounds = node.target is aten.floor_divide.default or given.get("rounding_mode") == "floor"
+        if not (rounds and kinds == ["order"] and isinstance(by, int) and self.rows):
+            return None
+        return f"order // {by}"
+
+    def _indexed(self, node: fx.Node, kinds: list) -> str | None:
+        if node.target is not aten.index.Tensor or len(node.args[1]) != 1:
+            return None
+        source, where = node.args[0], self.kinds.get(node.args[1][0])
+        labels = self.axes.of(source)
+        if where == "places" and self.kinds.get(source) == "sorted":
+            return "out"
+        if where == "keys" and source not in self.kinds and not self._has_tokens(source):
+            return "sorted"
+        if source in self.kinds or where is None or not where.startswith("order"):
+            return None
+        by = int(where.removeprefix("order").removeprefix(" // ") or 1)
+        rows = self.rows if by == 1 else self._without_last(by)
+        return "sorted" if rows and labels[0] == rows and not self._has_tokens(source, start=1) else None
+
+    def _groups(self, node: fx.Node, kinds: list) -> str | None:
+        if node.target in (aten.histc.default, aten.bincount.default) and kinds == ["keys"]:
+            return "counts"
+        if node.target is aten.cumsum.default and kinds == ["counts"]:
+            return "ends"
+        names = GROUPED.get(getattr(node.target, "_schema", None) and node.target._schema.name)
+        if not names:
+            return None
+        rows, ends = (self.kinds.get(bind(node)[name]) for name in names)
+        return "sorted" if (rows, ends) == ("sorted", "ends") and kinds.count(None) <= 1 else None
+
+    def _placed(self, node: fx.Node, kinds: list) -> str | None:
+        """``blank[order] = arange``: the places."""
+        if node.target is not aten.index_put.default or kinds[:2] != ["blank", "order"]:
+            return None
+        numbers = node.args[2]
+        counts = numbers.target is aten.arange.default and self._is_sorted_size(numbers.args[0])
+        return "places" if counts and len(node.args) == 3 else None
+
+    def _by_row(self, node: fx.Node, kinds: list) -> str | None:
+        """Work on sorted rows, each on its own: the sorted axis is carried from every operand that has it."""
+        if not is_tensor(node) and not isinstance(node.meta.get("val"), (tuple, list)):
+            return None
+        if {*kinds} - {"sorted", None} or "sorted" not in kinds:
+            return None
+        labels = self.axes.of(node)
+        dims = [i for i, label in enumerate(labels) if label == self._sorted_axis]
+        if len(dims) != 1:
+            return None
+        for i, arg in enumerate(operands_of(node)):
+            known = self.kinds.get(arg) == "sorted"
+            if not known and self._has_tokens(arg):
+                return None
+            if known and self.axes.carried(node, i, dims[0]) is None:
+                return None
+        return "sorted"
+
+    @property
+    def _sorted_axis(self) -> Dim:
+        return self.axes.space.resolve(self.sorted_axis)
+
+    def _has_tokens(self, node: fx.Node, start: int = 0) -> bool:
+        return any(self.axes.axis_at(label) is not None for label in self.axes.of(node)[start:])
+
+    def _is_sorted_size(self, size: Any) -> bool:
+        size = size.meta["val"] if isinstance(size, fx.Node) else size
+        return same_size(size, self.axes.space.size(self.rows))
+
+    def _without_last(self, by: int) -> Dim | None:
+        """The rows' axis without its innermost ``by``: that of the tokens."""
+        inner = [n for n in range(1, len(self.rows)) if same_size(self.axes.space.size(self.rows[n:]), by)]
+        return self.rows[: inner[0]] if inner else None
+
+
+def find_routes(graph: fx.Graph, axes: TokenAxes) -> tuple[Route, ...]:
+    """The regions of a graph that are proved to bring every sorted row back to its own."""
+    return tuple(route for node in graph.nodes if node.target in _SORTS for route in _route(node, axes))
+
+
+def _route(sort: fx.Node, axes: TokenAxes) -> Iterator[Route]:
+    """The region that a sort of the rows of tokens leads to, if it is proved."""
+    (label, *rest) = axes.of(sort.args[0])
+    order = next((user for user in sort.users if user.args[1] == 1), None)
+    if rest or order is None or axes.axis_at(label) is None:
+        return
+    proof = _Proof(axes, sort, label, axes.of(order)[0])
+    exits, pending = set(), [sort]
+    region = {sort}
+    for node in sort.graph.nodes:
+        if node is sort or not any(arg in region for arg in node.all_input_nodes):
+            continue
+        kind = proof.kind_of(node)
+        if kind is None or node.op == "output":
+            return
+        if kind == "out":
+            exits.add(node)
+        else:
+            proof.kinds[node] = kind
+            region.add(node)
+    del pending
+    numbers = {n.args[2] for n in region if n.target is aten.index_put.default}
+    yield Route(sort, frozenset({*region, *exits, *numbers}), frozenset(exits))
+
+
+def routed(routes: Iterable[Route]) -> Mapping[fx.Node, Route]:
+    """The nodes of routes."""
+    return {node: route for route in routes for node in route.nodes}
