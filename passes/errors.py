@@ -11,6 +11,10 @@ class TokenSeekError(Exception):
     """Base class of this package's errors."""
 
 
+class ConfigError(TokenSeekError, ValueError):
+    """An unknown or bad option, or a scorer that fails."""
+
+
 class GraphNotSupported(TokenSeekError):
     """A graph that can't be rewritten exactly. The backend falls back to the plain graph with a warning, or raises it
     when ``strict=True``."""

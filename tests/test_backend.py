@@ -342,12 +342,38 @@ def test_loss_outside_the_graph():
     assert error(grads_of(model), grads_of(expected)) < 1e-9
 
 
-def test_other_outputs_are_detached():
+def test_a_term_of_another_output_is_refused_instead_of_dropped():
     model = Model(lambda self, x, labels: {"loss": self.loss(x, labels), "hidden": x, "n": 3, "none": None})
     out = compile_eager(model, strict=True)(**data())
-    assert out["loss"].requires_grad and not out["hidden"].requires_grad
+    with pytest.raises(GraphNotSupported, match="A gradient came to an output of shape"):
+        (out["loss"] + out["hidden"].sum()).backward()
     torch.testing.assert_close(out["hidden"], model(**data())["hidden"].detach(), rtol=0, atol=1e-12)
     assert (out["n"], out["none"]) == (3, None)
+
+
+class Pass(torch.autograd.Function):
+    """Several values at once, as DDP and FSDP hand a module's outputs on: no gradient is ``None`` here."""
+
+    @staticmethod
+    def forward(ctx, *values):
+        ctx.set_materialize_grads(False)
+        return tuple(x.view_as(x) for x in values)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads
+
+
+def test_other_outputs_can_be_read_changed_and_handed_on():
+    model = Model(lambda self, x, labels: (self.loss(x, labels), x))
+    plain = copy.deepcopy(model)
+    loss, hidden = Pass.apply(*compile_eager(model, keep_ratio=1.0, logits="drop", strict=True)(**data()))
+    hidden.detach().numpy()
+    loss.backward()
+    plain(**data())[0].backward()
+    assert error(grads_of(model), grads_of(plain)) < 1e-9
+    _, hidden = compile_eager(model, strict=True)(**data())
+    hidden.mul_(2)[0] = 0
 
 
 # -- training set-ups -------------------------------------------------------------------------------------------------
