@@ -333,13 +333,22 @@ def _(**options):
     train(Mapped(), **options)
 
 
+@misuse("Models", "the token axis split before attention", "attention over all tokens, with a mask")
+def _(**options):
+    class Halves(Model):
+        def hidden(self, x):
+            return torch.cat([self.block(x[:, :2]), self.block(x[:, 2:])], 1)
+
+    train(Halves(), **options)
+
+
 @misuse("Models", "windows cut out of the tokens before attention", "attention over all tokens, with a mask")
 def _(**options):
     class Windows(Model):
         def hidden(self, x):
             return self.block(x.reshape(2 * B, T // 2, WIDTH)).reshape(B, T, WIDTH)
 
-    train(Windows(), **options)
+    train(Windows(), scorer="random", **options)
 
 
 @misuse("Models", "a forward that writes to a parameter", "a buffer")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import tokenseek_fx
 from tokenseek_fx import Config, ConfigError, GraphNotSupported, TokenSeekWarning
+from tokenseek_fx.passes.rules.rows import ROWS_RULES
 
 B, T, D, V = 2, 11, 12, 29
 
@@ -274,6 +275,17 @@ def test_strict_raises(case):
     with pytest.raises(Exception, match=message) as caught:
         compile_eager(build(), strict=True)(**inputs())
     assert isinstance(getattr(caught.value, "inner_exception", caught.value), GraphNotSupported)
+
+
+def test_an_internal_error_falls_back_and_names_its_place(monkeypatch):
+    def broken(call):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setitem(ROWS_RULES, torch.ops.aten.gelu.default, broken)
+    with pytest.warns(
+        TokenSeekWarning, match=r"internal error, ZeroDivisionError: a bug at blocks.0 \(test_backend.py:"
+    ):
+        compile_eager(Model())(**data()).backward()
 
 
 def test_one_token_is_plain_training():

@@ -28,6 +28,7 @@ def test_the_page_has_every_case_and_nothing_else():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.what)
 def test_class_and_text_are_those_of_the_page(case):
     assert shown()[case.what] == row_of(case)
+    assert outcome(case).kind != "AssertionError" and "internal error" not in outcome(case).text
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.what)

@@ -165,7 +165,7 @@ def _no_use(config: Config, program: Program) -> Iterator[tuple[str, str]]:
             yield f"The graph has no loss, so {option} has no effect.", "Compute the loss inside the model."
     if isinstance(config.keep_ratio, Sequence) and len(config.keep_ratio) > len(axes):
         yield f"keep_ratio={config.keep_ratio}: token axes of the model: {len(axes)}.", "Give one ratio for each."
-    tokens = hint(example_sizes(program)[1])
+    tokens = hint(example_sizes(program, axes[0])[1])
     there = {i % tokens for i in config.pinned if -tokens <= i < tokens}
     if missing := [i for i in config.pinned if not -tokens <= i < tokens]:
         fact = f"pinned={missing}: no such position, tokens of a sequence: {tokens}."
@@ -305,7 +305,9 @@ def _keeps_all(program: Program, config: Config) -> bool:
 
 
 def _warn(gm: fx.GraphModule, error: Exception) -> None:
-    reason = str(error) if isinstance(error, TokenSeekError) else f"internal error, {type(error).__name__}: {error}"
+    notes = getattr(error, "__notes__", ())
+    internal = " ".join((f"internal error, {type(error).__name__}: {error}", *notes))
+    reason = str(error) if isinstance(error, TokenSeekError) else internal
     place = next((place for node in gm.graph.nodes if (place := source_line(node))), "")
     here = f"Compiled without token selection {place}".strip()
     warnings.warn(f"tokenseek: {reason} {here}.", TokenSeekWarning, stacklevel=2)
