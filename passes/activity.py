@@ -49,10 +49,12 @@ class FindActivity:
     def check(self, program: Program) -> None:
         """A written input carries no gradient: its update is taken from the full forward."""
         assert program.activity is not None
-        for index in program.mutated:
+        for index, update in zip(program.mutated, program.updates, strict=True):
             if program.placeholders[index] in program.activity.live:
                 raise GraphNotSupported(
-                    "The forward writes to a tensor that requires grad.", node=program.placeholders[index]
+                    "The forward writes to a tensor that requires grad.",
+                    "Write to a buffer, or after the forward.",
+                    update,
                 )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import fx
 
 from .program import where
@@ -9,6 +12,10 @@ from .program import where
 
 class TokenSeekError(Exception):
     """Base class of this package's errors."""
+
+
+class ConfigError(TokenSeekError, ValueError):
+    """An unknown or bad option, or a scorer that fails."""
 
 
 class GraphNotSupported(TokenSeekError):
@@ -22,6 +29,17 @@ class GraphNotSupported(TokenSeekError):
 
     def __str__(self) -> str:
         return " ".join([super().__str__(), *getattr(self, "__notes__", ())])
+
+
+@contextmanager
+def located(node: fx.Node) -> Iterator[None]:
+    """Whatever is raised inside names the place of ``node``, unless it names one already."""
+    try:
+        yield
+    except Exception as error:
+        if not getattr(error, "__notes__", ()):
+            error.add_note(f"at {where(node)}")
+        raise
 
 
 class NothingToSelect(GraphNotSupported):

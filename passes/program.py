@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -68,9 +69,7 @@ def where(node: fx.Node) -> str:
 def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     path = list(stack.values())[-1][0] if stack else ""
-    for prefix in ("L['self'].", "L['self']", "self."):
-        path = path.removeprefix(prefix)
-    return path
+    return re.sub(r"^(L\['\w+'\]|self)\.?", "", path)
 
 
 def source_line(node: fx.Node) -> str:

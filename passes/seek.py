@@ -68,7 +68,7 @@ class Signals:
             return {"last": every[-1:], "first": every[:1], "all": every}[self.attention_layers]
         if bad := [i for i in self.attention_layers if not -len(every) <= i < len(every)]:
             raise GraphNotSupported(
-                f"attention_layers={bad}: the model has {len(every)} attentions.",
+                f"attention_layers={bad}: attentions of the model: {len(every)}.",
                 "Number them from 0, or from -1 at the end.",
             )
         return tuple(every[i] for i in self.attention_layers)

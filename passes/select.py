@@ -18,6 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from .errors import ConfigError
 
 #: ``scorer(inputs) -> scores [B, T]``
 Scorer = Callable[["ScoreInputs"], Tensor]
@@ -25,6 +28,11 @@ Scorer = Callable[["ScoreInputs"], Tensor]
 SIGNALS = ("attention", "gradient", "loss", "noise")
 #: The ways of choosing rows.
 METHODS = ("topk", "sample")
+_TRACED = (
+    "It is called once, on tensors without values: what it doesn't ask for with tokenseek_fx.needs is None, it can't branch "
+    "on a value, and makes its tensors itself."
+)
+_EXPECTED = "Expected are float scores [B, T] = [inputs.batch, inputs.tokens] on inputs.device."
 _PINNED, _RESERVED, _TOKEN, _PADDING = 3, 2, 1, 0
 
 
@@ -75,6 +83,8 @@ def needs(*signals: str, select: str = "topk") -> Callable[[Scorer], Scorer]:
     ... def score(inputs):
     ...     return inputs.attention
     """
+    if any(map(callable, signals)):
+        raise ValueError('needs takes the names of signals: write @needs("loss"), or @needs() for none.')
     if unknown := set(signals) - set(SIGNALS):
         raise ValueError(f"A scorer can't need {', '.join(sorted(unknown))}; it can need {', '.join(SIGNALS)}.")
     if select not in METHODS:
@@ -85,6 +95,18 @@ def needs(*signals: str, select: str = "topk") -> Callable[[Scorer], Scorer]:
         return scorer
 
     return state
+
+
+def _unlike_scores(scores: Any, inputs: ScoreInputs) -> str:
+    """What a scorer returned, where it is no float tensor [B, T]."""
+    if not isinstance(scores, Tensor):
+        return f"no tensor ({type(scores).__name__})"
+    shape = [inputs.batch, inputs.tokens]
+    if scores.ndim != 2 or any(statically_known_true(a != b) for a, b in zip(scores.shape, shape, strict=True)):
+        return f"scores of shape {list(scores.shape)} for [B, T] = {shape}"
+    if not scores.is_floating_point():
+        return f"scores of {scores.dtype}"
+    return f"scores on {scores.device}" if scores.device != inputs.device else ""
 
 
 def needs_of(scorer: Scorer) -> frozenset[str]:
@@ -139,7 +161,7 @@ class Select:
         """Score and choose. ``scorer`` sees ``noise`` for "topk" only: for "sample" the draw itself is random."""
         inputs = replace(inputs, kept=self.kept(inputs.tokens))
         sampled = self.method == "sample"
-        scores = self.scorer(replace(inputs, noise=None) if sampled else inputs)
+        scores = self._scores(replace(inputs, noise=None) if sampled else inputs)
         scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         scores = scores.masked_fill(~inputs.mask("attended"), -torch.inf)
         if not sampled:
@@ -152,6 +174,17 @@ class Select:
         indices = order[:, : inputs.kept].sort(-1).values
         weights = self._weights(chances, keys, order, levels, inputs).gather(1, indices)
         return Selected(scores, indices, weights)
+
+    def _scores(self, inputs: ScoreInputs) -> Tensor:
+        """What the scorer returns, or ``ConfigError``."""
+        try:
+            scores = self.scorer(inputs)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error) else repr(error)
+            raise ConfigError(f"The scorer failed ({reason}). {_TRACED}") from error
+        if wrong := _unlike_scores(scores, inputs):
+            raise ConfigError(f"The scorer returned {wrong}. {_EXPECTED}")
+        return scores
 
     def _log_chances(self, scores: Tensor, inputs: ScoreInputs) -> Tensor:
         """log p of the draw, up to a constant; -inf for padding."""

@@ -19,7 +19,7 @@ from torch.fx import traceback as fx_traceback
 
 from .call import Call, pad_left
 from .canonicalize import Retrace, is_autocast, record_opaque
-from .errors import GraphNotSupported, InvariantBroken
+from .errors import GraphNotSupported, InvariantBroken, located
 from .factors import Axes
 from .geometry import Geometry
 from .program import Program, attribute, where
@@ -84,7 +84,7 @@ class Streams:
                 self._switches.env[node] = self._switches.run_node(node)
             elif node in self.live:
                 kind = kind_of(self.program, node, classes)
-                with tagged("rows" if kind in ("activations", "keys/values") else kind, node):
+                with tagged("rows" if kind in ("activations", "keys/values") else kind, node), located(node):
                     self._compute(node)
                     if node in self._in_context:
                         self._context[node] = self._for_all_tokens(node)

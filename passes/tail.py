@@ -380,7 +380,11 @@ class _Chunk(Streams):
 
     def full(self, node: fx.Node) -> Any:
         if node in self.live:
-            raise GraphNotSupported("An operation after the last attention looks at other tokens.", node=node)
+            raise GraphNotSupported(
+                "An operation after the last attention looks at other tokens, so no token has a loss or a gradient of its own.",
+                'Choose scorer="attention" or scorer="random".',
+                node,
+            )
         return self.seek[node]
 
 

@@ -25,6 +25,10 @@ aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 _CONTRACTIONS = (aten.matmul.default, aten.bmm.default, aten.einsum.default, aten.baddbmm.default)
+_WANTED = (
+    "Token selection needs a transformer whose attention can be traced: scaled_dot_product_attention, or matmul and softmax "
+    '(transformers: attn_implementation="sdpa" or "eager").'
+)
 #: Operations that read their second operand at all positions.
 ATTENDING = (SDPA, *_CONTRACTIONS)
 
@@ -206,7 +210,7 @@ def _left_operand(node: fx.Node) -> fx.Node:
 def _tokens(program: Program, found: TokenAxes) -> tuple[TokenAxis, ...]:
     """The axes of the queries of all attentions, first that of the loss, or else of the last attention."""
     if not found.attentions:
-        raise GraphNotSupported("No attention was found in the graph.", "Token selection needs a transformer.")
+        raise GraphNotSupported("No attention was found in the graph.", _WANTED)
     queries = {found.space.resolve(a.query): a for a in reversed(found.attentions)}
     queries.pop((), None)
     if not queries:

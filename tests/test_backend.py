@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import tokenseek_fx
 from tokenseek_fx import Config, ConfigError, GraphNotSupported, TokenSeekWarning
+from tokenseek_fx.passes.rules.rows import ROWS_RULES
 
 B, T, D, V = 2, 11, 12, 29
 
@@ -276,6 +277,17 @@ def test_strict_raises(case):
     assert isinstance(getattr(caught.value, "inner_exception", caught.value), GraphNotSupported)
 
 
+def test_an_internal_error_falls_back_and_names_its_place(monkeypatch):
+    def broken(call):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setitem(ROWS_RULES, torch.ops.aten.gelu.default, broken)
+    with pytest.warns(
+        TokenSeekWarning, match=r"internal error, ZeroDivisionError: a bug at blocks.0 \(test_backend.py:"
+    ):
+        compile_eager(Model())(**data()).backward()
+
+
 def test_one_token_is_plain_training():
     model = nn.TransformerEncoderLayer(D, 3, 2 * D, dropout=0.0, batch_first=True).double()
     with warnings.catch_warnings():
@@ -342,12 +354,38 @@ def test_loss_outside_the_graph():
     assert error(grads_of(model), grads_of(expected)) < 1e-9
 
 
-def test_other_outputs_are_detached():
+def test_a_term_of_another_output_is_refused_instead_of_dropped():
     model = Model(lambda self, x, labels: {"loss": self.loss(x, labels), "hidden": x, "n": 3, "none": None})
     out = compile_eager(model, strict=True)(**data())
-    assert out["loss"].requires_grad and not out["hidden"].requires_grad
+    with pytest.raises(GraphNotSupported, match="A gradient came to an output of shape"):
+        (out["loss"] + out["hidden"].sum()).backward()
     torch.testing.assert_close(out["hidden"], model(**data())["hidden"].detach(), rtol=0, atol=1e-12)
     assert (out["n"], out["none"]) == (3, None)
+
+
+class Pass(torch.autograd.Function):
+    """Several values at once, as DDP and FSDP hand a module's outputs on: no gradient is ``None`` here."""
+
+    @staticmethod
+    def forward(ctx, *values):
+        ctx.set_materialize_grads(False)
+        return tuple(x.view_as(x) for x in values)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads
+
+
+def test_other_outputs_can_be_read_changed_and_handed_on():
+    model = Model(lambda self, x, labels: (self.loss(x, labels), x))
+    plain = copy.deepcopy(model)
+    loss, hidden = Pass.apply(*compile_eager(model, keep_ratio=1.0, logits="drop", strict=True)(**data()))
+    hidden.detach().numpy()
+    loss.backward()
+    plain(**data())[0].backward()
+    assert error(grads_of(model), grads_of(plain)) < 1e-9
+    _, hidden = compile_eager(model, strict=True)(**data())
+    hidden.mul_(2)[0] = 0
 
 
 # -- training set-ups -------------------------------------------------------------------------------------------------

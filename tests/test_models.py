@@ -70,12 +70,13 @@ def test_inductor(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_other_outputs_are_the_models_own_and_detached(name):
+def test_other_outputs_are_the_models_own_and_carry_no_gradient(name):
     model, batch, _ = model_and_batch(name, "sdpa", "right")
     expected = model(**batch).logits
     run = compiled(model, batch)
     torch.testing.assert_close(run.output.logits, expected, rtol=0, atol=1e-12)
-    assert not run.output.logits.requires_grad
+    with pytest.raises(tokenseek_fx.GraphNotSupported, match="carry none"):
+        run.output.logits.sum().backward()
 
 
 def test_dropped_logits_have_length_0_and_change_nothing_else():
@@ -121,11 +122,13 @@ def test_num_items_in_batch_gives_the_scale_of_the_full_loss():
     assert_matches(model, {**batch, "num_items_in_batch": torch.tensor(50)}, tol)
 
 
-def test_use_cache_outputs_are_detached():
+def test_use_cache_outputs_carry_no_gradient():
     model, batch, tol = model_and_batch("llama", "sdpa", None)
     run = assert_matches(model, {**batch, "use_cache": True}, tol)
     keys = run.output.past_key_values.layers[0].keys
-    assert keys.shape[-2] == T and not keys.requires_grad
+    assert keys.shape[-2] == T
+    with pytest.raises(tokenseek_fx.GraphNotSupported, match="carry none"):
+        keys.sum().backward()
 
 
 def test_keys_and_values_are_saved_before_head_repetition():

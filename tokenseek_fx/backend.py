@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 
 from . import compat, recording
-from .config import Config
+from .config import Config, ConfigError
+from .outputs import without_gradient
 from .passes.audit import partitioning
 from .passes.ditch import Ditch
 from .passes.errors import GraphNotSupported, NothingToSelect, TokenSeekError
@@ -19,7 +20,7 @@ from .passes.factors import same_size
 from .passes.geometry import device_of, example_sizes, runtime_sizes
 from .passes.pipeline import Pipeline, analysis
 from .passes.program import Program, source_line
-from .passes.rules.op import is_tensor
+from .passes.rules.op import hint, is_tensor
 from .passes.seek import Signals
 from .passes.select import Scorer, Select, kept_tokens, method_of, needs_of
 from .passes.streams import weighted_losses
@@ -45,6 +46,11 @@ def tokenseek(
 
 def backend(config: Config | None = None) -> Callable[[fx.GraphModule, Sequence[Any]], Compiled]:
     """The backend as a callable, for ``torch.compile(model, backend=tokenseek_fx.backend(Config(...)))``."""
+    if not isinstance(config, Config | None):
+        raise ConfigError(
+            f"backend(...) is given a {type(config).__name__}: expected a Config. Options as a dict go to "
+            'torch.compile(model, backend="tokenseek", options={...}).'
+        )
     chosen = config or Config()
     return lambda gm, inputs: compile_graph(gm, inputs, chosen)
 
@@ -54,17 +60,22 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> 
 
     Raises:
         GraphNotSupported: the graph can't be rewritten exactly and ``config.strict``.
+        ConfigError: an option has no effect, or the scorer fails.
     """
+    _refuse_second_compile()
     compile_inner = inner_compiler(config)
     if not trains(inputs) or _is_continued(inputs):
         return compile_inner(gm, inputs)
     try:
         refuse_split(gm)
         program = analysis().run(Program(gm, tuple(inputs)))
+        refuse_middle(program, inputs)
         if not _keeps_all(program, config):
             program = Pipeline((ditch(config, program),)).run(program)
     except NothingToSelect:
         return compile_inner(gm, inputs)
+    except ConfigError:
+        raise
     except Exception as error:
         if config.strict:
             raise
@@ -82,8 +93,9 @@ def ditch(config: Config, program: Program) -> Ditch:
     """The rewrite of a program that a config asks for.
 
     Raises:
-        GraphNotSupported: the scorer needs a loss, the graph has none, and ``config.strict``.
+        GraphNotSupported: the options ask for what the graph doesn't have, and ``config.strict``.
     """
+    _say_what_has_no_effect(config, program)
     signals = Signals(_layers(config), config.gradient_of, tuple(config.pinned))
     main, *others = (
         _select(config, i, _scorer(config, program, signals, axis), program)
@@ -136,6 +148,33 @@ def _instead(fact: str, name: str) -> Scorer:
     return scorer_named(name, {})
 
 
+def _say_what_has_no_effect(config: Config, program: Program) -> None:
+    """Tell of options that this graph has no use for, or raise where ``config.strict``."""
+    for fact, remedy in _no_use(config, program):
+        if config.strict:
+            raise GraphNotSupported(fact, remedy)
+        warnings.warn(f"tokenseek: {fact} {remedy}", TokenSeekWarning, stacklevel=2)
+
+
+def _no_use(config: Config, program: Program) -> Iterator[tuple[str, str]]:
+    """Facts and remedies: what the loss, the token axes and the length of the example leave no use for."""
+    losses, axes = program.activity.losses, program.axes.tokens
+    for name, given in {"logits": config.logits == "drop", "report_loss": config.report_loss is not None}.items():
+        if given and not losses:
+            option = f"{name}={getattr(config, name)!r}"
+            yield f"The graph has no loss, so {option} has no effect.", "Compute the loss inside the model."
+    if isinstance(config.keep_ratio, Sequence) and len(config.keep_ratio) > len(axes):
+        yield f"keep_ratio={config.keep_ratio}: token axes of the model: {len(axes)}.", "Give one ratio for each."
+    tokens = hint(example_sizes(program, axes[0])[1])
+    there = {i % tokens for i in config.pinned if -tokens <= i < tokens}
+    if missing := [i for i in config.pinned if not -tokens <= i < tokens]:
+        fact = f"pinned={missing}: no such position, tokens of a sequence: {tokens}."
+        yield fact, "Number them from 0, or from -1 at the end."
+    kept = kept_tokens(tokens, config.ratio_of(0), config.keep_tokens)
+    if len(there) > kept:
+        yield f"pinned={list(config.pinned)}: not all are kept, kept tokens: {kept}.", "Keep more, or pin fewer."
+
+
 def _layers(config: Config) -> str | tuple[int, ...]:
     return config.attention_layers if isinstance(config.attention_layers, str) else tuple(config.attention_layers)
 
@@ -154,7 +193,7 @@ class Rewritten:
 
     def __init__(self, compiled: Compiled, program: Program, seed: int | None) -> None:
         self.compiled, self.noise, self.names = compiled, _noise(program, seed), program.rewrite.names
-        self.instances = fingerprints(program)
+        self.instances, self.marked = fingerprints(program), without_gradient(program)
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         outputs = self.compiled(*args, *self.noise(args))
@@ -163,7 +202,7 @@ class Rewritten:
             told = iter(outputs[count:])
             first, *others = ({name: next(told) for name in names} for names in self.names)
             recording.note({**first, **self.instances(args)}, *others)
-        return outputs[:count]
+        return self.marked(outputs[:count])
 
 
 class KeepAll:
@@ -219,8 +258,7 @@ def trains(inputs: Sequence[Any]) -> bool:
 
 def _is_continued(inputs: Sequence[Any]) -> bool:
     """True for the rest of a model that Dynamo split, which was reported with its first part."""
-    activations = any(isinstance(x, torch.Tensor) and x.requires_grad and not x.is_leaf for x in inputs)
-    return activations and compat.continues_a_split_model()
+    return any(_is_activation(x) for x in inputs) and compat.continues_a_split_model()
 
 
 def refuse_split(gm: fx.GraphModule) -> None:
@@ -238,6 +276,28 @@ def refuse_split(gm: fx.GraphModule) -> None:
         )
 
 
+def refuse_middle(program: Program, inputs: Sequence[Any]) -> None:
+    """Raise ``GraphNotSupported`` for a compiled part of a model: a block between others would choose tokens of its own."""
+    if not program.activity.losses and any(_is_activation(x) for x in inputs):
+        raise GraphNotSupported(
+            "The compiled module is a part of a model: what it gets carries gradient and it returns no loss, so it would "
+            "cut the gradient of the others at tokens of its own choice.",
+            "Compile the whole model.",
+        )
+
+
+def _refuse_second_compile() -> None:
+    if compat.compiled_twice():
+        raise ConfigError(
+            "The model is compiled twice: model.compile(...) compiles it, and torch.compile(model, ...) around it has no "
+            "effect. Use one of them; calling model.compile(...) again replaces its options."
+        )
+
+
+def _is_activation(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.requires_grad and not x.is_leaf
+
+
 def _keeps_all(program: Program, config: Config) -> bool:
     lengths = [example_sizes(program, axis)[1] for axis in program.axes.tokens]
     kept = [kept_tokens(tokens, config.ratio_of(i), config.keep_tokens) for i, tokens in enumerate(lengths)]
@@ -245,6 +305,9 @@ def _keeps_all(program: Program, config: Config) -> bool:
 
 
 def _warn(gm: fx.GraphModule, error: Exception) -> None:
-    reason = str(error) if isinstance(error, TokenSeekError) else f"internal error, {type(error).__name__}: {error}"
+    notes = getattr(error, "__notes__", ())
+    internal = " ".join((f"internal error, {type(error).__name__}: {error}", *notes))
+    reason = str(error) if isinstance(error, TokenSeekError) else internal
     place = next((place for node in gm.graph.nodes if (place := source_line(node))), "")
-    warnings.warn(f"tokenseek: {reason} Compiled without token selection {place}.", TokenSeekWarning, stacklevel=2)
+    here = f"Compiled without token selection {place}".strip()
+    warnings.warn(f"tokenseek: {reason} {here}.", TokenSeekWarning, stacklevel=2)

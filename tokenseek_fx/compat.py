@@ -70,6 +70,18 @@ def module_outside() -> torch.nn.Module | None:
     return outside if frame is not None else None
 
 
+def compiled_twice() -> bool:
+    """True where two ``torch.compile`` of one module stand on the stack: of them only the inner one compiles anything."""
+    frame, contexts = sys._getframe(1), {}
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper":
+            module, context = getattr(frame.f_locals["fn"], "__self__", None), frame.f_locals["self"]
+            if isinstance(module, torch.nn.Module) and contexts.setdefault(module, context) is not context:
+                return True
+        frame = frame.f_back
+    return False
+
+
 def inductor(mode: str | None, options: dict[str, Any] | None) -> Any:
     """Inductor as ``torch.compile(mode=..., options=...)`` would call it."""
     return torch._TorchCompileInductorWrapper(mode, options, None)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeGuard
 
-from .passes.errors import TokenSeekError
-from .passes.select import METHODS, Scorer
-from .scorers import scorer_named, scorer_names
+from .passes.errors import ConfigError
+from .passes.select import METHODS, Scorer, method_of, needs_of
+from .scorers import parameters_of, scorer_named, scorer_names
 
 _INNER = ("inductor", "aot_eager", "eager")
 _LOGITS = ("keep", "drop")
@@ -23,10 +23,6 @@ _CHOICES = {
 _LAYERS = ("last", "first", "all")
 _REPORTS = ("full", "kept")
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-
-
-class ConfigError(TokenSeekError, ValueError):
-    """An unknown or bad option."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ class Config:
         report_loss: "full" returns the loss of all tokens, "kept" that of the kept ones; ``None``: the full one where the
             scores need it anyway. The gradient is that of the kept tokens.
         inner: what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
-        logits: "keep" returns the logits of all tokens (detached) beside the loss; "drop" returns them with length 0 and
+        logits: "keep" returns the logits of all tokens (without gradient) beside the loss; "drop" returns them with length 0 and
             never builds them.
         strict: raise ``GraphNotSupported`` where the model can't be rewritten, instead of compiling it as it is.
         seed: seed of the scorer's noise, apart from torch's generator (None: torch's own generator).
@@ -105,6 +101,7 @@ class Config:
         if self.seed is not None and not _is_int(self.seed):
             raise ConfigError(f"seed={self.seed!r}: expected an integer or None.")
         self._check_inductor_options()
+        self._check_effect()
 
     @classmethod
     def paper(cls, **options: Any) -> Config:
@@ -131,6 +128,10 @@ class Config:
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Config:
         """A config from the ``options`` and ``mode`` of ``torch.compile``."""
+        if not isinstance(options, Mapping | None):
+            raise ConfigError(
+                f"options is a {type(options).__name__}: expected a dict. A Config goes to backend=tokenseek_fx.backend(config)."
+            )
         options = dict(options or {})
         for name in options:
             if name not in (known := [field.name for field in fields(cls)]):
@@ -198,6 +199,30 @@ class Config:
         for name in self.inductor_options:
             if name.replace("-", "_") not in known:
                 raise ConfigError(f"inductor_options: unknown Inductor option {name!r}.{_nearest(name, known)}")
+
+    def _check_effect(self) -> None:
+        """An option that is given but that nothing reads is a mistake."""
+        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        for name, reason in self._without_effect(given):
+            raise ConfigError(f"{name}={getattr(self, name)!r} has no effect: {reason}.")
+
+    def _without_effect(self, given: set[str]) -> Iterator[tuple[str, str]]:
+        """Those of the given options that have no effect, and why."""
+        if self.inner != "inductor":
+            yield from ((name, f"inner={self.inner!r}") for name in ("mode", "inductor_options") if name in given)
+        for name in given & {"alpha", "beta"}:
+            if name not in self._factors():
+                yield name, f"the scorer has no {name}"
+        if "attention_layers" in given and not needs_of(self.scoring) - {"noise"}:
+            yield "attention_layers", "the scorer needs no attention"
+        if "gradient_of" in given and not needs_of(self.scoring) & {"gradient", "loss"}:
+            yield "gradient_of", "the scorer needs no gradient"
+        for name in given & {"mix", "weight_clip"}:
+            if (self.select or method_of(self.scoring)) != "sample":
+                yield name, "no tokens are drawn (select='topk')"
+
+    def _factors(self) -> Collection[str]:
+        return parameters_of(self.scorer) if isinstance(self.scorer, str) else ()
 
 
 def _is_int(value: Any) -> bool:

@@ -13,10 +13,10 @@ from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import compat
-from .backend import ditch, refuse_split, trains
+from .backend import ditch, refuse_middle, refuse_split, trains
 from .config import Config
 from .passes.audit import Audit, AuditSaved, saved_edges
-from .passes.errors import TokenSeekError
+from .passes.errors import ConfigError, TokenSeekError
 from .passes.fake import fake_mode_of
 from .passes.geometry import example_sizes
 from .passes.pipeline import analysis
@@ -129,7 +129,10 @@ def _explain_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) ->
     try:
         refuse_split(gm)
         plain = analysis().run(Program(gm, tuple(inputs)))
+        refuse_middle(plain, inputs)
         rewritten = AuditSaved().run(ditch(config, plain).run(plain))
+    except ConfigError:
+        raise
     except TokenSeekError as error:
         return Explanation(str(error))
     return _described(plain, rewritten, config)

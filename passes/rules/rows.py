@@ -12,8 +12,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 
 from ..errors import GraphNotSupported
+from ..factors import same_size
 
 if TYPE_CHECKING:
     from ..call import Call
@@ -192,13 +194,20 @@ def elementwise_loss(call: Call) -> Any:
     """A loss without labels: every kept position counts."""
     if call["reduction"] not in (MEAN, SUM):
         return _refuse_weights(call) or rerun(call)
-    if any(call.streams.axes.token_dims(weight) for weight in call.operands[2:]):
+    if any(_is_by_token(call, weight) for weight in call.operands[2:]):
         raise GraphNotSupported("A loss is weighted by token inside its own call.", "Multiply it outside.", call.node)
     if call.geometry.weights is not None and call.streams.axes.row_dim(call.operands[0]) is not None:
         return _weighted_elementwise_loss(call)
     options = call.arguments_but("self", "target")
     scale = 1 if call["reduction"] == MEAN else call.geometry.tokens / call.geometry.kept
     return call.target(self=call.own_rows(0), target=call.own_rows(1), **options) * scale
+
+
+def _is_by_token(call: Call, weight: fx.Node) -> bool:
+    """True where a weight of a loss has more than one entry along the tokens of its input."""
+    dim, shape = call.streams.axes.row_dim(call.operands[0]), weight.meta["val"].shape
+    at = -1 if dim is None else dim - call.rank(0) + len(shape)
+    return at >= 0 and not same_size(shape[at], 1)
 
 
 def _weighted_elementwise_loss(call: Call) -> Any:

@@ -53,6 +53,14 @@ def scorer_names() -> list[str]:
 
 def scorer_named(name: str, options: Mapping[str, Any]) -> Scorer:
     """The scorer of a name, given those of ``options`` that its factory has parameters for."""
-    factory = SCORERS[name] if name in SCORERS else entry_points(group=ENTRY_POINTS)[name].load()
-    known = inspect.signature(factory).parameters
-    return factory(**{option: value for option, value in options.items() if option in known})
+    known = parameters_of(name)
+    return _factory(name)(**{option: value for option, value in options.items() if option in known})
+
+
+def parameters_of(name: str) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a scorer's factory."""
+    return inspect.signature(_factory(name)).parameters
+
+
+def _factory(name: str) -> Callable[..., Scorer]:
+    return SCORERS[name] if name in SCORERS else entry_points(group=ENTRY_POINTS)[name].load()

@@ -1,0 +1,642 @@
+"""What goes wrong in a user's hands: one small function for each case, what it comes to, and ``docs/errors.md`` made of them.
+
+``python tests/misuse.py`` prints the page. A case takes options of the backend, so that each can be tried with ``strict=True``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import zoo
+from test_custom_op import model_and_batch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import tokenseek_fx
+from tokenseek_fx import Config, GraphNotSupported, ScoreInputs, TokenSeekWarning, needs
+
+VOCAB, WIDTH, B, T = 11, 8, 2, 6
+Provoke = Callable[..., object]
+
+
+@dataclass(frozen=True)
+class Misuse:
+    """``what`` the user did; ``provoke(**options)`` does it; the ``remedy``."""
+
+    section: str
+    what: str
+    remedy: str
+    provoke: Provoke
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The class and the text of what was raised or, where nothing was, warned or told by ``explain``; empty: nothing is said."""
+
+    kind: str = ""
+    text: str = ""
+
+
+CASES: list[Misuse] = []
+
+
+def misuse(section: str, what: str, remedy: str) -> Callable[[Provoke], Provoke]:
+    """List a function as a case."""
+
+    def register(provoke: Provoke) -> Provoke:
+        CASES.append(Misuse(section, what, remedy, provoke))
+        return provoke
+
+    return register
+
+
+@functools.cache
+def outcome(case: Misuse, strict: bool = False) -> Outcome:
+    """What comes of a case."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            told = case.provoke(**({"strict": True} if strict else {}))
+        except Exception as error:
+            cause = getattr(error, "inner_exception", error)
+            return Outcome(type(cause).__name__, _portable(str(cause)))
+    said = [str(warning.message) for warning in caught if warning.category is TokenSeekWarning]
+    if said:
+        return Outcome(TokenSeekWarning.__name__, _portable(" ".join(said)))
+    return Outcome("explain", _portable(told)) if isinstance(told, str) else Outcome()
+
+
+def _portable(text: str) -> str:
+    """The first paragraph on one line, without what differs between machines."""
+    paragraph = " ".join(re.split(r"\n\s*\n", text.strip())[0].split())
+    return re.sub(r"[^\s(]*(misuse|test_custom_op)\.py:\d+", "FILE:LINE", paragraph)
+
+
+# -- the models -------------------------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    """A language model: its loss and its logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, VOCAB)
+        self.block = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=True)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Any:
+        logits = self.head(self.hidden(self.embed(ids)))
+        return self.loss(logits, labels), logits
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+class WithoutLoss(Model):
+    def forward(self, ids: Tensor, labels: Tensor | None = None) -> Any:
+        return self.head(self.hidden(self.embed(ids)))
+
+
+def ids() -> Tensor:
+    return torch.arange(B * T).view(B, T) % VOCAB
+
+
+def compiled(model: nn.Module, **options: Any) -> Any:
+    return torch.compile(model, backend="tokenseek", options={"inner": "eager", **options})
+
+
+def forward(model: nn.Module, **options: Any) -> tuple[Tensor, Tensor]:
+    return compiled(model, **options)(ids(), ids())
+
+
+def selections(run: Callable[[], object]) -> list[tokenseek_fx.Selection]:
+    with tokenseek_fx.record() as recording:
+        run()
+    return recording
+
+
+def train(model: nn.Module, **options: Any) -> None:
+    forward(model, **options)[0].backward()
+
+
+# -- options ----------------------------------------------------------------------------------------------------------
+
+
+def option(what: str, remedy: str, **options: Any) -> None:
+    """A case of bad options."""
+    misuse("Options", what, remedy)(lambda **strict: Config.from_options({**options, **strict}))
+
+
+option("an option that doesn't exist", "take the name that is meant", keep_ration=0.1)
+option("a ratio that keeps nothing", "a ratio above 0; at least one token is kept of every sequence", keep_ratio=0)
+option("a ratio above 1", "a share, not a percentage", keep_ratio=10)
+option("a ratio that is no number", "a number", keep_ratio="10%")
+option("a number of tokens that keeps nothing", "1 or more", keep_tokens=0)
+option("two options that contradict each other", "give one of them", keep_ratio=0.5, keep_tokens=64)
+option("a scorer that doesn't exist", "take one of the list, or `register_scorer`", scorer="randon")
+option("a word that an option doesn't take", "take one of the list", logits="none")
+option("a switch that is neither True nor False", "True or False", keep_label="yes")
+option("a number out of its range", "a number in the range", mix=1.5)
+option("positions that are no list", "a list", pinned=3)
+option("nothing left of a score", "at least one factor above 0", scorer="tokenseek", alpha=0, beta=0)
+option(
+    "an option of Inductor with another compiler",
+    'leave it out, or `inner="inductor"`',
+    inner="eager",
+    mode="max-autotune",
+)
+option("an option of another scorer", "leave it out, or choose the scorer", scorer="random", alpha=2.0)
+option("an option of another choice of rows", 'leave it out, or `select="sample"`', select="topk", mix=0.5)
+option(
+    "an option of Inductor that doesn't exist", "take the name that is meant", inductor_options={"max_autotun": True}
+)
+
+
+@misuse("Options", "a `Config` in place of the dict of options", "`backend=tokenseek_fx.backend(config)`")
+def _(**options):
+    torch.compile(Model(), backend="tokenseek", options=Config())(ids(), ids())
+
+
+@misuse("Options", "a dict in place of the `Config`", "`options={...}`, or a `Config`")
+def _(**options):
+    tokenseek_fx.backend({"keep_ratio": 0.1})  # type: ignore[arg-type]
+
+
+@misuse("Options", "`backend=tokenseek_fx.backend`, not called", "`tokenseek_fx.backend()`")
+def _(**options):
+    torch.compile(Model(), backend=tokenseek_fx.backend)(ids(), ids())
+
+
+@misuse("Options", "`mode` and `options` of `torch.compile`", 'the mode among the options: `{"mode": ...}`')
+def _(**options):
+    torch.compile(Model(), backend="tokenseek", mode="max-autotune", options={"keep_ratio": 0.1})
+
+
+@misuse("Options", "a backend that doesn't exist", '`backend="tokenseek"`')
+def _(**options):
+    torch.compile(Model(), backend="tokenseeker")(ids(), ids())
+
+
+@misuse("Options", "attentions that the model doesn't have", "numbers that it has")
+def _(**options):
+    forward(Model(), scorer="attention", attention_layers=[7], **options)
+
+
+@misuse("Options", "more ratios than the model has token axes", "one ratio, or one for each axis")
+def _(**options):
+    forward(Model(), keep_ratio=[0.5, 0.25], **options)
+
+
+@misuse("Options", "a pinned position behind the end", "a position in the sequence")
+def _(**options):
+    forward(Model(), pinned=[0, 99], **options)
+
+
+@misuse("Options", "more pinned positions than kept tokens", "keep more tokens; those with the highest scores are kept")
+def _(**options):
+    forward(Model(), pinned=[0, 1, 2], keep_tokens=2, **options)
+
+
+# -- scorers ----------------------------------------------------------------------------------------------------------
+
+
+def scorer(what: str, remedy: str) -> Callable[[Any], Any]:
+    """A case of a bad scorer."""
+
+    def register(score: Any) -> Any:
+        misuse("Scorers", what, remedy)(lambda **options: forward(Model(), scorer=score, **options))
+        return score
+
+    return register
+
+
+@scorer("a scorer that returns another shape", "`scores.expand(inputs.batch, inputs.tokens)`")
+def _(inputs: ScoreInputs):
+    return torch.zeros(inputs.tokens)
+
+
+@scorer("a scorer that returns integers", "`scores.float()`")
+def _(inputs: ScoreInputs):
+    return torch.arange(inputs.tokens).expand(inputs.batch, -1)
+
+
+@scorer("a scorer that returns no tensor", "return the scores")
+def _(inputs: ScoreInputs):
+    return None
+
+
+@scorer("a scorer on another device", "make tensors with `device=inputs.device`")
+def _(inputs: ScoreInputs):
+    return torch.zeros(inputs.batch, inputs.tokens, device="meta")
+
+
+@scorer("a scorer that reads a signal it didn't ask for", '`@needs("loss")`')
+def _(inputs: ScoreInputs):
+    return inputs.loss.log()
+
+
+@scorer("a scorer that branches on a value", "`torch.where`")
+def _(inputs: ScoreInputs):
+    labelled = inputs.mask("labelled").float()
+    return labelled if labelled.sum() > 3 else -labelled
+
+
+scorer("a factory in place of its scorer", "its name, or call it")(tokenseek_fx.scorers.SCORERS["random"])
+
+
+@misuse("Scorers", "a scorer that needs a signal which doesn't exist", "one of the list")
+def _(**options):
+    needs("entropy")
+
+
+@misuse("Scorers", "`@needs` without its signals", '`@needs("loss")`')
+def _(**options):
+    needs(lambda inputs: inputs.loss)  # type: ignore[arg-type]
+
+
+@misuse("Scorers", "a name registered twice", "another name")
+def _(**options):
+    tokenseek_fx.register_scorer("random", tokenseek_fx.scorers.SCORERS["first"])
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+@misuse("Models", "a model without attention", "plain training; a selection needs a transformer")
+def _(**options):
+    compiled(nn.Sequential(nn.Linear(3, 3)), **options)(torch.randn(2, 3)).sum().backward()
+
+
+@torch.library.custom_op("tokenseek_misuse::flash", mutates_args=())
+def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+flash.register_fake(lambda q, k, v: torch.empty_like(q))
+flash.register_autograd(lambda ctx, grad: (grad, grad, grad))  # what it computes doesn't matter here
+
+
+@misuse(
+    "Models", "an attention that is one operation of a package, as those of flash-attn", "`sdpa` or `eager` attention"
+)
+def _(**options):
+    class Flash(Model):
+        def hidden(self, x):
+            return flash(x, x, x)
+
+    train(Flash(), **options)
+
+
+@misuse("Models", '`attn_implementation="flash_attention_2"` without its package', "`sdpa` or `eager` attention")
+def _(**options):
+    zoo.build("llama").set_attn_implementation("flash_attention_2")
+
+
+@misuse("Models", "an attention that Dynamo can't trace", "`sdpa` or `eager` attention")
+def _(**options):
+    class Untraceable(Model):
+        def hidden(self, x):
+            return torch.compiler.disable(self.block)(x)
+
+    train(Untraceable(), **options)
+
+
+@misuse("Models", "a graph break", "remove what breaks it, here `.item()`")
+def _(**options):
+    class Broken(Model):
+        def forward(self, ids, labels):
+            x = self.hidden(self.embed(ids))
+            self.norm = x.norm().item()
+            return self.loss(self.head(x), labels), x
+
+    train(Broken(), **options)
+
+
+@misuse("Models", "a `torch.func` transform in the forward", "batched operations")
+def _(**options):
+    class Mapped(Model):
+        def hidden(self, x):
+            return torch.func.vmap(torch.sin)(self.block(x))
+
+    train(Mapped(), **options)
+
+
+@misuse("Models", "the token axis split before attention", "attention over all tokens, with a mask")
+def _(**options):
+    class Halves(Model):
+        def hidden(self, x):
+            return torch.cat([self.block(x[:, :2]), self.block(x[:, 2:])], 1)
+
+    train(Halves(), **options)
+
+
+@misuse("Models", "windows cut out of the tokens before attention", "attention over all tokens, with a mask")
+def _(**options):
+    class Windows(Model):
+        def hidden(self, x):
+            return self.block(x.reshape(2 * B, T // 2, WIDTH)).reshape(B, T, WIDTH)
+
+    train(Windows(), scorer="random", **options)
+
+
+@misuse("Models", "a forward that writes to a parameter", "a buffer")
+def _(**options):
+    class Writing(Model):
+        def hidden(self, x):
+            with torch.no_grad():
+                self.head.bias.mul_(0.9)
+            return self.block(x)
+
+    train(Writing(), **options)
+
+
+@misuse("Models", "parts of a model compiled one by one", "compile the model")
+def _(**options):
+    model = Model()
+    model.block = compiled(model.block, **options)
+    model(ids(), ids())
+
+
+@misuse("Models", "model and batch on different devices", "move the batch")
+def _(**options):
+    forward(Model().to("meta"))
+
+
+@misuse(
+    "Models",
+    "a custom operation without a rule",
+    "right as it is, it runs over all tokens; [two rules](add-an-operation.md) save more",
+)
+def _(**options):
+    model, batch = model_and_batch("gate")
+    with contextlib.redirect_stdout(None):
+        return str(tokenseek_fx.explain(model, **batch, options={"scorer": "random"}).barriers[0])
+
+
+# -- losses -----------------------------------------------------------------------------------------------------------
+
+
+@misuse("Losses", "no loss in the model", "a loss in the model, or a scorer without one")
+def _(**options):
+    forward(WithoutLoss(), **options).sum().backward()
+
+
+@misuse("Losses", "no loss in the model, rows drawn and weighted", '`select="topk"`, or the loss in the model')
+def _(**options):
+    forward(WithoutLoss(), scorer="attention", select="sample", **options).sum().backward()
+
+
+@misuse("Losses", "no loss in the model, logits dropped", "the loss in the model")
+def _(**options):
+    forward(WithoutLoss(), scorer="attention", logits="drop", **options).sum().backward()
+
+
+@misuse("Losses", "a loss of sequences, tokens drawn by their loss", '`scorer="gradient"`')
+def _(**options):
+    class Classifier(Model):
+        def loss(self, logits, labels):
+            return F.cross_entropy(logits.mean(1), labels[:, 0])
+
+    train(Classifier(), **options)
+
+
+@misuse("Losses", "a loss over a part of the tokens", "`ignore_index` in the labels of the others")
+def _(**options):
+    class Part(Model):
+        def loss(self, logits, labels):
+            return F.cross_entropy(logits[:, ::2].flatten(0, 1), labels[:, ::2].flatten())
+
+    train(Part(), scorer="random", **options)
+
+
+@misuse("Losses", "a loss over the labelled tokens, indexed by a mask", "`ignore_index` in the labels")
+def _(**options):
+    class Masked(Model):
+        def loss(self, logits, labels):
+            return F.cross_entropy(logits[labels > 0], labels[labels > 0])
+
+    train(Masked(), **options)
+
+
+@misuse("Losses", "a weight for every token in the call of the loss", '`reduction="none"`, then multiply and reduce')
+def _(**options):
+    class Weighted(Model):
+        def loss(self, logits, labels):
+            weight = (labels > 0).float().unsqueeze(-1)
+            return F.binary_cross_entropy_with_logits(logits, torch.ones_like(logits), weight)
+
+    train(Weighted(), scorer="random", **options)
+
+
+# -- backward ---------------------------------------------------------------------------------------------------------
+
+
+@misuse("Backward", "backward twice", "`retain_graph=True`, or another forward")
+def _(**options):
+    loss, _ = forward(Model())
+    loss.backward()
+    loss.backward()
+
+
+@misuse(
+    "Backward", "a term of the logits beside the loss of the model", "the term in the model, or no loss in the model"
+)
+def _(**options):
+    loss, logits = forward(Model())
+    (loss + logits.square().mean()).backward()
+
+
+@misuse("Backward", "backward of a forward under `no_grad`", "the forward outside of `no_grad`")
+def _(**options):
+    with torch.no_grad():
+        loss, _ = forward(Model())
+    loss.backward()
+
+
+@misuse("Backward", "a gradient of the gradient (`create_graph=True`)", "plain PyTorch for this term")
+def _(**options):
+    model = Model()
+    loss, _ = forward(model, inner="aot_eager")
+    (grad,) = torch.autograd.grad(loss, model.head.bias, create_graph=True)
+    grad.sum().backward()
+
+
+# -- compilers --------------------------------------------------------------------------------------------------------
+
+
+@misuse("Compilers", "compiled twice, `model.compile()` then `torch.compile(model)`", "one of them")
+def _(**options):
+    model = Model()
+    model.compile(backend="tokenseek", options={"inner": "eager", "keep_tokens": 2})
+    forward(model, keep_tokens=3)
+
+
+@misuse("Compilers", "`torch.jit.trace` of a compiled model", "trace the model that is not compiled")
+def _(**options):
+    torch.jit.trace(compiled(Model()), (ids(), ids()))
+
+
+@misuse("Compilers", "`torch.jit.script` of a compiled model", "script the model that is not compiled")
+def _(**options):
+    torch.jit.script(compiled(Model()))
+
+
+@misuse("Compilers", "`torch.fx` or `make_fx` of a compiled model", "trace the model that is not compiled")
+def _(**options):
+    make_fx(compiled(Model()))(ids(), ids())
+
+
+# -- nothing is said --------------------------------------------------------------------------------------------------
+
+SILENT = "Nothing is said"
+
+
+@misuse(SILENT, "`eval`, `no_grad` or nothing that requires grad", "the model's own forward: selection is for training")
+def _(**options):
+    assert not selections(lambda: forward(Model().requires_grad_(False)))
+    with torch.no_grad():
+        assert not selections(lambda: forward(Model().eval()))
+
+
+@misuse(SILENT, "a batch in which all is padding, or nothing has a label", "loss 0 and gradient 0, not NaN")
+def _(**options):
+    model = zoo.build("llama")
+    batch = {**zoo.batch(model, B, T), "attention_mask": torch.zeros(B, T, dtype=torch.int64)}
+    loss = compiled(model)(**{**batch, "labels": torch.full((B, T), zoo.IGNORED)}).loss
+    loss.backward()
+    assert loss == 0 and all((p.grad == 0).all() for p in model.parameters())
+
+
+@misuse(SILENT, "`keep_tokens` above the length", "all tokens: plain training")
+def _(**options):
+    assert selections(lambda: forward(Model(), keep_tokens=99))[0].indices.shape == (B, T)
+
+
+@misuse(SILENT, "a compiled submodule in a compiled model", "the options of the whole model count")
+def _(**options):
+    model = Model()
+    model.block.compile(backend="tokenseek", options={"keep_tokens": 2})
+    assert selections(lambda: forward(model, keep_tokens=3))[0].indices.shape == (B, 3)
+
+
+@misuse(SILENT, "`torch.export` of a compiled model", "the model's own forward is exported")
+def _(**options):
+    exported = torch.export.export(compiled(Model()), (ids(), ids()))
+    assert not selections(lambda: exported.module()(ids(), ids()))
+
+
+@misuse(
+    SILENT,
+    "a function around a compiled model compiled by another backend",
+    "**trains on all tokens**: PyTorch compiles the whole function by its backend; compile the function with tokenseek",
+)
+def _(**options):
+    model = Model()
+    model.compile(backend="tokenseek", options={"inner": "eager"})
+    step = torch.compile(lambda: model(ids(), ids()), backend="eager")
+    assert not selections(step)
+
+
+@misuse(
+    SILENT,
+    "a scripted or traced (`torch.jit`) model compiled",
+    "**trains on all tokens**: Dynamo passes it by; compile the model itself",
+)
+def _(**options):
+    traced = torch.jit.trace(Model(), (ids(), ids()), check_trace=False)
+    assert not selections(lambda: forward(traced))
+
+
+@misuse(
+    SILENT,
+    "a `torch.func` transform around a compiled model",
+    "**trains on all tokens**: Dynamo passes it by; take the gradient by `backward` or `torch.autograd.grad`",
+)
+def _(**options):
+    model = compiled(Model())
+    weights = dict(model.named_parameters())
+    call = lambda weights: torch.func.functional_call(model, weights, (ids(), ids()))[0]  # noqa: E731
+    assert not selections(lambda: torch.func.grad(call)(weights))
+
+
+@misuse(
+    SILENT,
+    "a module of `torch.nn` itself compiled in place",
+    "**trains on all tokens**: Dynamo passes it by; `torch.compile(module)`, or a module of your own around it",
+)
+def _(**options):
+    model = nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True)
+    model.compile(backend="tokenseek", options={"inner": "eager"})
+    assert not selections(lambda: model(torch.randn(B, T, WIDTH)))
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+TABLE = "| what was done | what comes | its text | what to do |\n|---|---|---|---|"
+SILENT_TABLE = """\
+Where PyTorch never asks the backend, the backend can't say so. `tokenseek_fx.record()` around one training step tells: the
+recording is empty where nothing was selected.
+
+| what was done | what happens, what to do |
+|---|---|"""
+HEAD = """\
+# Errors
+
+What goes wrong, and what is said. This page is generated from [`tests/misuse.py`](../tests/misuse.py) by
+[`tests/test_errors.py`](../tests/test_errors.py), which does each of these things and compares class and text.
+
+- `ConfigError`: an option or a scorer is wrong; it is always raised.
+- `TokenSeekWarning`: the graph can't be rewritten exactly, or something asked for is not there. The model is compiled without
+  token selection, or otherwise as the warning says. Where `strict` stands beside it, `strict=True` raises `GraphNotSupported` with
+  the same fact instead.
+- What the compiler raises while it compiles is in the `inner_exception` of Dynamo's `BackendCompilerFailed`. All classes of this
+  package derive from `tokenseek_fx.TokenSeekError`.
+- Other classes are those of PyTorch, transformers or Python. Of their texts the first paragraph is shown.
+
+`FILE:LINE` stands for a place in your code.
+"""
+
+
+def page(row: Callable[[Misuse], str] | None = None) -> str:
+    """The text of ``docs/errors.md``; ``row`` gives the line of a case in its table."""
+    sections = dict.fromkeys(case.section for case in CASES)
+    return HEAD + "".join(_section(section, row or row_of) for section in sections)
+
+
+def _section(section: str, row: Callable[[Misuse], str]) -> str:
+    rows = "\n".join(row(case) for case in CASES if case.section == section)
+    return f"\n## {section}\n\n{SILENT_TABLE if section == SILENT else TABLE}\n{rows}\n"
+
+
+def row_of(case: Misuse) -> str:
+    """The line of a case, from what comes of it."""
+    found = outcome(case)
+    if not found.kind:
+        return f"| {case.what} | {case.remedy} |"
+    fence = "``" if "`" in found.text else "`"
+    strict = ", `strict`" if strictly(case) else ""
+    return f"| {case.what} | `{found.kind}`{strict} | {fence}{found.text}{fence} | {case.remedy} |"
+
+
+def strictly(case: Misuse) -> Outcome | None:
+    """What ``strict=True`` raises in place of a warning."""
+    if outcome(case).kind != TokenSeekWarning.__name__:
+        return None
+    found = outcome(case, strict=True)
+    return found if found.kind == GraphNotSupported.__name__ else None
+
+
+if __name__ == "__main__":
+    print(page())

@@ -1,0 +1,41 @@
+"""Outputs beside the loss: the model's values, and an error where a gradient comes to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .passes.errors import GraphNotSupported
+from .passes.program import Program
+
+
+def without_gradient(program: Program) -> Callable[[Sequence[Any]], list[Any]]:
+    """What marks the outputs of a rewritten program that carry gradient in the model, but none beside its loss."""
+    losses, live = program.activity.losses, program.activity.live
+    cut = {i for i, out in enumerate(program.outputs) if losses and out in live and out not in losses}
+    return lambda outputs: [_cut(x) if i in cut else x for i, x in enumerate(outputs)]
+
+
+def _cut(value: Tensor) -> Tensor:
+    """``value``, which requires grad as it does in the model, with a backward that raises: a term that is made of a detached
+    one would drop out of the gradient without a word."""
+    return _NoGradient.apply(value, torch.ones((), requires_grad=True))
+
+
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, _: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None]:
+        if grads[0] is not None:
+            raise GraphNotSupported(
+                f"A gradient came to an output of shape {list(grads[0].shape)}, but beside a loss inside the model other outputs carry none.",
+                "Add the term to the loss inside the model, or detach() the output.",
+            )
+        return None, None
