@@ -8,6 +8,7 @@ that reads or has been given the number of the tokens.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils import _pytree as pytree
 
@@ -155,7 +157,16 @@ def custom_function_on_rows(call: Call) -> Any:
     shapes = [call.geometry.row_shape(x.shape, call.dim) for x in call.streams.seek[call.node]]
     if example is None or [list(x.shape) for x in example] != shapes:
         return NotImplemented
-    return record_opaque(call.target, call.args, call.kwargs, example)
+    bodies, operands = call.args[:2], call.args[2:]
+    return record_opaque(call.target, (*map(_tagged, bodies), *operands), call.kwargs, example)
+
+
+def _tagged(body: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose operations carry the kind of value that is being traced, for the audit of saved tensors."""
+    graph, kind = copy.deepcopy(body.graph), fx_traceback.current_meta.get("custom", {})
+    for node in graph.nodes:
+        node.meta["custom"] = {**node.meta.get("custom", {}), **kind}
+    return fx.GraphModule(body, graph)
 
 
 def _run_fake(call: Call) -> Sequence[torch.Tensor] | None:
