@@ -135,13 +135,13 @@ def record_opaque(target: Any, args: tuple, kwargs: dict, example: Any) -> Any:
             mode.tracer.root.register_module(mode.tracer.get_fresh_qualname("body_"), body)
     proxy_args, proxy_kwargs = pytree.tree_map(mode.tracer.unwrap_proxy, (plain_args, plain_kwargs))
     proxy = mode.tracer.create_proxy("call_function", target, proxy_args, proxy_kwargs)
-    result = track_tensor_tree(_like(example, plain_args), proxy, constant=None, tracer=mode.tracer)
+    result = track_tensor_tree(fresh_like(example, plain_args), proxy, constant=None, tracer=mode.tracer)
     if any(isinstance(leaf, FunctionalTensor) for leaf in pytree.tree_leaves((args, kwargs))):
         result = pytree.tree_map_only(torch.Tensor, FunctionalTensor.to_functional, result)
     return result
 
 
-def _like(example: Any, args: Any) -> Any:
+def fresh_like(example: Any, args: Any) -> Any:
     """Fresh fake tensors with the shapes of ``example`` in the fake mode of ``args``."""
     with disable_functional_mode(), disable_proxy_modes_tracing(), fake_mode_of(args):
         return pytree.tree_map_only(

@@ -153,8 +153,7 @@ class Streams:
     def _for_all_tokens(self, node: fx.Node) -> Any:
         if node.target is operator.getitem:
             return self._context[node.args[0]][node.args[1]]
-        args, kwargs = Call(node, self, None).in_context
-        return node.target(*args, **kwargs)
+        return _applied(node, *Call(node, self, None).in_context)
 
     # -- one node -----------------------------------------------------------------------------------------------------
 
@@ -208,10 +207,7 @@ class Streams:
             self._refuse_partial_loss(node)
         if self._meets_rows(node):
             self._report(node)
-        args, kwargs = call.in_full
-        if isinstance(node.target, torch._ops.HigherOrderOperator):
-            return record_opaque(node.target, args, kwargs, node.meta["val"])
-        return node.target(*args, **kwargs)
+        return _applied(node, *call.in_full)
 
     def _refuse_partial_loss(self, node: fx.Node) -> None:
         """A loss per instance, or over what a decoder makes of the tokens (an image), is an ordinary loss; one over some part of
@@ -255,6 +251,13 @@ class Streams:
             return node.target(*args, **kwargs)
         dim = self.axes.row_dim(node)
         return self.geometry_of(node).put(self.seek[node], self._rows[node], self.axes.of(node), dim)
+
+
+def _applied(node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """The operation of a node on other values of all tokens; a higher-order one stays one node."""
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return record_opaque(node.target, args, kwargs, node.meta["val"])
+    return node.target(*args, **kwargs)
 
 
 @contextmanager

@@ -1,1 +1,5 @@
 """Rule tables."""
+
+from . import axes, custom, rows
+
+__all__ = ["axes", "custom", "rows"]

@@ -6,12 +6,8 @@ import operator
 
 import torch
 from torch import fx
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
 from ..factors import Axes, Dim, Space, same_size
-from ..fake import fake_mode_of
-from ..program import attribute
 from .op import AXES_RULES, AxesRule, Flow, Op, axes_rule, is_tensor, tensors_in
 
 aten = torch.ops.aten
@@ -36,8 +32,9 @@ def rule_for(target: object) -> AxesRule | None:
     """The axes rule of an operation: its own, or that of the pointwise family, or None."""
     if target in AXES_RULES:
         return AXES_RULES[target]
-    is_pointwise = isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
-    return elementwise if is_pointwise else None
+    if not isinstance(target, torch._ops.OpOverload):
+        return None
+    return AXES_RULES.get(target.name(), elementwise if torch.Tag.pointwise in target.tags else None)
 
 
 def _register(names: str, rule: AxesRule) -> None:
@@ -73,6 +70,14 @@ def matmul(op: Op) -> Flow:
     terms = ["k" if left == 1 else "... i k", "k" if right == 1 else "... k j"]
     out = "..." + (" i" if left > 1 else "") + (" j" if right > 1 else "")
     return op.formula(", ".join(terms) + " -> " + out)
+
+
+# Products with a packed weight, whose rows are not a dim of it.
+axes_rule(
+    "bitsandbytes::gemm_4bit",
+    "bitsandbytes::gemv_4bit",
+    rule=lambda op: op.along([len(op.axes(op.operands[0])) - 1]),
+)
 
 
 @axes_rule(aten.addmm.default, aten.baddbmm.default)
@@ -364,20 +369,6 @@ def elementwise_loss(op: Op) -> Flow:
     for left, right in zip(reversed(op.axes(a)), reversed(op.axes(b)), strict=False):
         op.space.equate(left, right)
     return op.reduce(range(len(op.axes(a))))
-
-
-@axes_rule(torch.ops.higher_order.autograd_function_apply)
-def custom_function(op: Op) -> Flow:
-    """A custom autograd function: the axes of its results are those of its forward body. Nothing is carried, since its
-    backward is its own: it stays a barrier, behind which the token axis is still known."""
-    body = attribute(op.node.graph.owning_module, op.node.args[0].target)
-    with fake_mode_of(op.results):
-        graph = make_fx(body, pre_dispatch=True)(*(arg.meta["val"] for arg in op.node.args[2:])).graph
-    axes = dict(zip(graph.find_nodes(op="placeholder"), (op._axes[arg] for arg in op.node.args[2:]), strict=True))
-    for node in graph.nodes:
-        axes.setdefault(node, flow_of(node, op.space, axes).outputs)
-    results = pytree.tree_leaves(graph.output_node().args[0][0])
-    return Flow(tuple(axes[node][0] for node in results if is_tensor(node)), tuple({} for _ in op.operands))
 
 
 def flow_of(node: fx.Node, space: Space, axes: dict[fx.Node, tuple[Axes, ...]]) -> Flow:

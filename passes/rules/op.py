@@ -40,7 +40,10 @@ AXES_RULES: dict[Any, AxesRule] = {}
 
 
 def axes_rule(*targets: Any, rule: AxesRule | None = None) -> Any:
-    """Register an axes rule for operations: as a decorator, or ``axes_rule(op, rule=formula("... i, o i -> ... o"))``."""
+    """Register an axes rule for operations: as a decorator, or ``axes_rule(op, rule=formula("... i, o i -> ... o"))``.
+
+    An operation of a library that may not be imported is given by its name, ``"library::operation"``.
+    """
 
     def register(function: AxesRule) -> AxesRule:
         AXES_RULES.update(dict.fromkeys(targets, function))

@@ -61,9 +61,12 @@ def rows_rule(*targets: Any) -> Callable[[RowsRule], RowsRule]:
 
 def rerun(call: Call) -> Any:
     """The default: the same call on operands restricted where they carry the row, in full elsewhere."""
-    return (
-        call.target(*call.args, **call.kwargs) if call.carries_rows and _instances_stay_apart(call) else NotImplemented
-    )
+    return call.target(*call.args, **call.kwargs) if restricts(call) else NotImplemented
+
+
+def restricts(call: Call) -> bool:
+    """True when the operation can run on rows: some operand carries them, and instances may have different ones."""
+    return call.carries_rows and _instances_stay_apart(call)
 
 
 def _instances_stay_apart(call: Call) -> bool:
@@ -108,7 +111,7 @@ def expand(call: Call) -> Any:
 @rows_rule(aten.scaled_dot_product_attention.default)
 def attention(call: Call) -> Any:
     """Query rows attend to all keys; a causal flag becomes a comparison of positions."""
-    if not (call.carries_rows and _instances_stay_apart(call)):
+    if not restricts(call):
         return NotImplemented
     if call.dim != call.rank(0) - 2:
         return _attention_beside(call)

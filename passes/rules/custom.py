@@ -1,0 +1,179 @@
+"""Custom autograd functions: one opaque operation whose two bodies are read by the axes rules of what they do.
+
+A dim of the results is carried where every operation of the forward body carries it and every operation of the backward body
+brings the rows of the gradient back to the same rows of the operands. Everything else leaves the function a barrier: rows that
+meet in either body, an operand without rows that gets a gradient (how it sums over the tokens is the function's own), a body
+that reads or has been given the number of the tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+from torch.fx import traceback as fx_traceback
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.utils import _pytree as pytree
+
+from ..canonicalize import Canonicalize, fresh_like, record_opaque
+from ..errors import GraphNotSupported
+from ..factors import Axes, Space
+from ..fake import fake_mode_of
+from ..program import Program, attribute
+from .axes import flow_of
+from .op import Carry, Flow, Op, axes_rule, is_tensor, operands_of, tensors_in
+from .rows import restricts, rows_rule
+
+if TYPE_CHECKING:
+    from ..call import Call
+
+CUSTOM_FUNCTION = torch.ops.higher_order.autograd_function_apply
+#: The dim along which a value is cut to its rows; the values that are not in it are whole.
+RowDims = dict[fx.Node, int]
+
+
+@dataclass(frozen=True)
+class Body:
+    """One of the two graphs of a custom function, functional, with the axes of its values."""
+
+    inputs: list[fx.Node]
+    outputs: list[Any]
+    axes: dict[fx.Node, tuple[Axes, ...]]
+    flows: dict[fx.Node, Flow]
+
+    def carried(self, dims: RowDims) -> RowDims | None:
+        """Where the rows of some inputs stand in the other values; ``None`` where they meet, or their number is read."""
+        dims = dict(dims)
+        for node in self.flows:
+            if any(arg in dims for arg in node.all_input_nodes):
+                dim = dims[node.args[0]] if node.target is operator.getitem else self._dim_of(node, dims)
+                if dim is None:
+                    return None
+                dims[node] = dim
+        return dims
+
+    def _dim_of(self, node: fx.Node, dims: RowDims) -> int | None:
+        """The dim to which the operands with rows carry them, and the whole operands nothing."""
+        flow, rows = self.flows[node], [dims.get(operand) for operand in operands_of(node)]
+        if not tensors_in(node.meta["val"]) or len(flow.carries) != len(rows):
+            return None
+        return next((to for to in range(len(flow.outputs[0])) if [c.get(to) for c in flow.carries] == rows), None)
+
+
+@axes_rule(CUSTOM_FUNCTION)
+def custom_function(op: Op) -> Flow:
+    """The axes of its results are those of its forward body."""
+    forward_graph, backward_graph, *args = op.node.args
+    axes = [op._axes.get(arg, ((),)) for arg in args]
+    forward = _body(op, forward_graph, [arg.meta["val"] for arg in args], axes)
+    count = len(pytree.tree_leaves(op.node.meta["val"]))
+    if forward is None or count != len(op.results) or not all(map(is_tensor, forward.outputs[:count])):
+        return op.unknown()
+    outputs = tuple(forward.axes[node][0] for node in forward.outputs[:count])
+    carries: list[Carry] = [{} for _ in op.operands]
+    fixed = any(_reads_sizes(_module(op, graph).graph) for graph in (forward_graph, backward_graph))
+    backward = None if fixed else _backward(op, backward_graph, forward)
+    for to, dims in _row_dims(op.space, forward, outputs) if backward is not None else ():
+        if _returns_rows(forward, backward, count, to, dims):
+            for carry, operand in zip(carries, filter(is_tensor, forward.inputs), strict=True):
+                carry.update({to: dims[operand]} if operand in dims else {})
+    return Flow(outputs, tuple(carries))
+
+
+def _body(op: Op, graph: fx.Node, values: Sequence[Any], axes: Sequence[tuple[Axes, ...]]) -> Body | None:
+    """A body, traced on ``values`` with ``axes``; ``None`` where it can't be, or writes to its inputs."""
+    step, inputs = Canonicalize(), tuple(fresh_like(value, op.results) for value in values)  # no two may be the same
+    try:
+        program = step.run(Program(_module(op, graph), inputs))
+        step.check(program)
+    except GraphNotSupported:
+        return None
+    known, flows = dict(zip(program.placeholders, axes, strict=True)), {}
+    for node in program.graph.nodes:
+        if node not in known and node.op != "output":
+            flows[node] = flow_of(node, op.space, known)
+            known[node] = flows[node].outputs
+    return None if program.mutated else Body(program.placeholders, program.outputs, known, flows)
+
+
+def _module(op: Op, graph: fx.Node) -> fx.GraphModule:
+    return attribute(op.node.graph.owning_module, graph.target)
+
+
+def _reads_sizes(graph: fx.Graph) -> bool:
+    """True where something is computed from a dynamic size: on the rows it might be another number."""
+    unused: set[fx.Node] = set()
+    for node in (node for node in reversed(graph.nodes) if node.op.startswith("call")):
+        values = pytree.tree_leaves(node.meta.get("example_value"))
+        if all(user in unused for user in node.users) and not tensors_in(values):
+            unused.add(node)
+        elif any(isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) for value in values):
+            return True
+    return False
+
+
+def _backward(op: Op, graph: fx.Node, forward: Body) -> Body | None:
+    """The backward body: of the gradients of the results and of the values that the forward one saved."""
+    given = [node.meta["val"] if isinstance(node, fx.Node) else node for node in forward.outputs]
+    axes = [forward.axes[node] if isinstance(node, fx.Node) else ((),) for node in forward.outputs]
+    return _body(op, graph, given, axes)
+
+
+def _row_dims(space: Space, forward: Body, outputs: Sequence[Axes]) -> Iterator[tuple[int, RowDims]]:
+    """For every dim of the first result: where its axis stands in the operands, and so in all values of the forward."""
+    for to, label in enumerate(map(space.resolve, outputs[0])):
+        at = {node: [space.resolve(dim) for dim in forward.axes[node][0]] for node in forward.inputs}
+        found = forward.carried({node: labels.index(label) for node, labels in at.items() if label and label in labels})
+        if found and all(found.get(node) == to for node in forward.outputs[: len(outputs)]):
+            yield to, found
+
+
+def _returns_rows(forward: Body, backward: Body, count: int, to: int, dims: RowDims) -> bool:
+    """True where every gradient of an operand has the rows of that operand."""
+    gradients = dict.fromkeys(backward.inputs[:count], to)
+    saved = {
+        new: dims[old]
+        for new, old in zip(backward.inputs[count:], forward.outputs[count:], strict=True)
+        if isinstance(old, fx.Node) and old in dims
+    }
+    found = backward.carried({**gradients, **saved})
+    pairs = zip(forward.inputs, backward.outputs, strict=True)
+    return found is not None and all(
+        gradient is None or (operand in dims and found.get(gradient) == dims[operand]) for operand, gradient in pairs
+    )
+
+
+@rows_rule(CUSTOM_FUNCTION)
+def custom_function_on_rows(call: Call) -> Any:
+    """The same two bodies on the rows."""
+    if not restricts(call):
+        return NotImplemented
+    example = _run_fake(call)
+    shapes = [call.geometry.row_shape(x.shape, call.dim) for x in call.streams.seek[call.node]]
+    if example is None or [list(x.shape) for x in example] != shapes:
+        return NotImplemented
+    bodies, operands = call.args[:2], call.args[2:]
+    return record_opaque(call.target, (*map(_tagged, bodies), *operands), call.kwargs, example)
+
+
+def _tagged(body: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose operations carry the kind of value that is being traced, for the audit of saved tensors."""
+    graph, kind = copy.deepcopy(body.graph), fx_traceback.current_meta.get("custom", {})
+    for node in graph.nodes:
+        node.meta["custom"] = {**node.meta.get("custom", {}), **kind}
+    return fx.GraphModule(body, graph)
+
+
+def _run_fake(call: Call) -> Sequence[torch.Tensor] | None:
+    """The results on the rows, run for their shapes; ``None`` for a body that was traced for all tokens' shapes."""
+    body, _, *args = call.args
+    with disable_proxy_modes_tracing(), fake_mode_of(args), torch.no_grad():
+        try:
+            return body(*(fresh_like(arg, args) for arg in args))[0]
+        except (RuntimeError, ValueError):
+            return None
