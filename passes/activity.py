@@ -12,7 +12,21 @@ from .errors import GraphNotSupported
 from .program import Program, attribute
 from .rules.op import tensors_in
 
-_CUT = (torch.ops.aten.detach.default,)
+aten = torch.ops.aten
+#: Operations whose result carries no gradient: new values take the dtype and device of their operand alone.
+_CUT = (
+    aten.detach.default,
+    aten.new_empty.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_full.default,
+    aten.empty_like.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.full_like.default,
+    aten.rand_like.default,
+    aten.randn_like.default,
+)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ Where all that the sort leads to fits, the region runs on any rows as it does on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -30,16 +30,15 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 _SORTS = (aten.sort.default, aten.sort.stable)
 _CASTS = (aten._to_copy.default, aten.to.dtype, aten.clone.default, aten.detach.default)
-_LIKE = (aten.empty_like.default, aten.zeros_like.default, aten.arange.default)
+_BLANKS = (aten.empty_like.default, aten.zeros_like.default)
 #: Products of groups of rows: the operand with the rows and the one with the ends of the groups.
 GROUPED = {"aten::_grouped_mm": ("self", "offs"), "transformers::grouped_mm_fallback": ("input", "offs")}
 
 
 @dataclass(frozen=True)
 class Route:
-    """A region that runs on the rows of the kept tokens by itself: its nodes, those that rows come back in among them."""
+    """A region that runs on the rows of the kept tokens by itself: its nodes, and those of them in which rows come back."""
 
-    sort: fx.Node
     nodes: frozenset[fx.Node]
     exits: frozenset[fx.Node]
 
@@ -72,7 +71,7 @@ class _Proof:
         return ("keys", "order")[node.args[1]] if node.args and node.args[0] is self.sort else None
 
     def _cast(self, node: fx.Node, kinds: list) -> str | None:
-        if node.target in _LIKE[:2] and kinds[0] == "order":
+        if node.target in _BLANKS and kinds[0] == "order":
             return "blank"
         return kinds[0] if node.target in _CASTS and kinds[0] != "sorted" else None
 
@@ -105,8 +104,8 @@ class _Proof:
             return "counts"
         if node.target is aten.cumsum.default and kinds == ["counts"]:
             return "ends"
-        names = GROUPED.get(getattr(node.target, "_schema", None) and node.target._schema.name)
-        if not names:
+        names = GROUPED.get(node.target.name()) if isinstance(node.target, torch._ops.OpOverload) else None
+        if names is None:
             return None
         rows, ends = (self.kinds.get(bind(node)[name]) for name in names)
         return "sorted" if (rows, ends) == ("sorted", "ends") and kinds.count(None) <= 1 else None
@@ -166,24 +165,17 @@ def _route(sort: fx.Node, axes: TokenAxes) -> Iterator[Route]:
     if rest or order is None or axes.axis_at(label) is None:
         return
     proof = _Proof(axes, sort, label, axes.of(order)[0])
-    exits, pending = set(), [sort]
-    region = {sort}
+    region, exits = {sort}, set()
     for node in sort.graph.nodes:
-        if node is sort or not any(arg in region for arg in node.all_input_nodes):
+        if node is sort or not region.intersection(node.all_input_nodes):
             continue
         kind = proof.kind_of(node)
-        if kind is None or node.op == "output":
+        if kind is None or (kind == "out" and axes.axis_at(axes.of(node)[0]) is None):
             return
         if kind == "out":
             exits.add(node)
         else:
             proof.kinds[node] = kind
             region.add(node)
-    del pending
-    numbers = {n.args[2] for n in region if n.target is aten.index_put.default}
-    yield Route(sort, frozenset({*region, *exits, *numbers}), frozenset(exits))
-
-
-def routed(routes: Iterable[Route]) -> Mapping[fx.Node, Route]:
-    """The nodes of routes."""
-    return {node: route for route in routes for node in route.nodes}
+    numbers = {node.args[2] for node in region if node.target is aten.index_put.default}
+    yield Route(frozenset({*region, *exits, *numbers}), frozenset(exits))

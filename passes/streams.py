@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx import traceback as fx_traceback
+from torch.utils import _pytree as pytree
 
 from .call import Call, pad_left
 from .canonicalize import Retrace, is_autocast, record_opaque
@@ -79,9 +80,13 @@ class Streams:
 
     def run(self) -> None:
         classes = class_factors(self.program)
+        routed = {node for route in self.axes.routes if route.exits & self.live for node in route.nodes}
         for node in self.program.graph.nodes:
             if is_autocast(node):
                 self._switches.env[node] = self._switches.run_node(node)
+            elif node in routed:
+                with tagged("rows", node):
+                    self._rows[node] = self._in_route(node, routed)
             elif node in self.live:
                 kind = kind_of(self.program, node, classes)
                 with tagged("rows" if kind in ("activations", "keys/values") else kind, node), located(node):
@@ -171,6 +176,21 @@ class Streams:
             self._rows[node] = self.take(value, self.axes.of(node), self.axes.row_dim(node))
         else:
             self._whole[node] = value
+
+    def _in_route(self, node: fx.Node, routed: set[fx.Node]) -> Any:
+        """A step of a region that sorts rows, on the kept ones: what it gets from outside is restricted to them."""
+
+        def restricted(arg: Any) -> Any:
+            if not isinstance(arg, fx.Node) or arg in routed:
+                return self._rows[arg] if isinstance(arg, fx.Node) else arg
+            dim = self.axes.row_dim(arg) if is_tensor(arg) else None
+            return self.full(arg) if dim is None else self.rows(arg, dim)
+
+        if node.target is aten.arange.default:  # the numbers of all rows
+            (places,) = (user for user in node.users if user in routed)
+            return torch.arange(self._rows[places.args[0]].shape[0], device=node.meta["val"].device)
+        args, kwargs = pytree.tree_map(restricted, (node.args, node.kwargs))
+        return node.target(*args, **kwargs)
 
     def _getitem(self, node: fx.Node) -> None:
         source, index = node.args

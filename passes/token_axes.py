@@ -17,6 +17,7 @@ from torch import fx
 from .errors import GraphNotSupported, InvariantBroken, NothingToSelect
 from .factors import Axes, Dim, Space, same_size
 from .program import Program
+from .routes import Route, find_routes
 from .rules.axes import flow_of
 from .rules.op import Flow, is_tensor, operands_of
 from .rules.rows import LABEL_LOSSES
@@ -58,7 +59,8 @@ class TokenAxis:
 class TokenAxes:
     """Axes of every value, and which of them are token axes: ``tokens``, first the one that the loss runs over.
 
-    ``pooling``: the scores of a single query (attention pooling): their tokens are keys, so they have no rows.
+    ``pooling``: the scores of a single query (attention pooling): their tokens are keys, so they have no rows. ``routes``:
+    regions that sort rows and bring them back.
     """
 
     space: Space
@@ -67,6 +69,7 @@ class TokenAxes:
     attentions: tuple[Attention, ...]
     tokens: tuple[TokenAxis, ...] = ()
     pooling: frozenset[fx.Node] = frozenset()
+    routes: tuple[Route, ...] = ()
 
     @property
     def main(self) -> TokenAxis:
@@ -119,12 +122,13 @@ class TokenAxes:
     def _regrouped_dim(self, source: fx.Node, node: fx.Node, dim: int) -> int | None:
         before, after = self.of(source), self.of(node)
         axis = self.axis_at(after[dim])
-        if axis is None or sum(before, ()) != sum(after, ()):
+        wanted = axis.token if axis is not None else after[dim]
+        if sum(before, ()) != sum(after, ()):
             return None
-        start = len(sum(after[:dim], ())) + (find(axis.token, after[dim]) or 0)
+        start = len(sum(after[:dim], ())) + (find(wanted, after[dim]) or 0)
         ends = [len(sum(before[: i + 1], ())) for i in range(len(before))]
-        found = next(i for i, end in enumerate(ends) if start < end)
-        return found if find(axis.token, before[found]) is not None else None
+        found = next((i for i, end in enumerate(ends) if start < end), None)
+        return found if found is not None and find(wanted, before[found]) is not None else None
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,8 @@ class FindTokenAxes:
         found = replace(found, attentions=tuple(_attentions(program.graph, found)))
         single = [a for a in found.attentions if a.node.target is not SDPA and not space.resolve(a.query)]
         pooling = frozenset(node for a in single for node in _scores(a, found))
-        return replace(program, axes=replace(found, tokens=_tokens(program, found), pooling=pooling))
+        found = replace(found, tokens=_tokens(program, found), pooling=pooling)
+        return replace(program, axes=replace(found, routes=find_routes(program.graph, found)))
 
     def check(self, program: Program) -> None:
         """Every value has as many labelled dims as it has dims, and factor sizes multiply to its sizes."""

@@ -64,6 +64,13 @@ _register("bmm.default", formula("b i k, b k j -> b i j"))
 _register("embedding.default", formula("v d, ... -> ... d"))
 
 
+@axes_rule("aten::_grouped_mm", "transformers::grouped_mm_fallback")
+def grouped_product(op: Op) -> Flow:
+    """Rows in groups, each group by a matrix of its own."""
+    ranks = [len(op.axes(node)) for node in op.operands]
+    return op.formula("s i, e i o, e -> s o") if ranks == [2, 3, 1] else op.unknown()
+
+
 @axes_rule(aten.matmul.default)
 def matmul(op: Op) -> Flow:
     left, right = (len(op.axes(node)) for node in op.operands)
@@ -175,7 +182,7 @@ def group_norm(op: Op) -> Flow:
 @axes_rule(aten._native_batch_norm_legit_functional.default, aten._native_batch_norm_legit.no_stats)
 def batch_norm(op: Op) -> Flow:
     """In training it mixes everything; then come statistics."""
-    normalized, *statistics = op.results
+    statistics = op.results[1:]
     axes = op.axes(op.operands[0])
     return Flow((axes, *(op.space.fresh_axes(x.shape) for x in statistics)), tuple({} for _ in op.operands))
 
@@ -243,7 +250,16 @@ def slice_(op: Op) -> Flow:
 _register(
     "split.Tensor split_with_sizes.default chunk.default tensor_split.sections", lambda op: op.along(op.dims("dim"))
 )
-_register("topk.default sort.default sort.stable argsort.default argsort.stable", lambda op: op.along(op.dims("dim")))
+_register("argsort.default argsort.stable", lambda op: op.along(op.dims("dim")))
+
+
+def ordered(op: Op) -> Flow:
+    """Values and where they stood have the same axes."""
+    flow = op.along(op.dims("dim"))
+    return Flow((flow.outputs[0],) * len(flow.outputs), flow.carries)
+
+
+_register("topk.default sort.default sort.stable", ordered)
 _register("glu.default", lambda op: op.along(op.dims("dim")))
 _register("flip.default roll.default", lambda op: op.along(op.dims("dims")))
 _register("index_select.default repeat_interleave.self_int", lambda op: _along_optional(op))
@@ -267,6 +283,34 @@ def index(op: Op) -> Flow:
         for place, label in zip(range(1, last - first + 1), reversed(op.axes(where)), strict=False):
             found[-place] = op.join(found[-place], label)
     return Flow(((*source[:first], *found, *source[after:]),), tuple({} for _ in op.operands))
+
+
+@axes_rule(aten.gather.default)
+def gather(op: Op) -> Flow:
+    """``x[i][index[i, j]]``: every row by its own index, along the other dims."""
+    source, where = op["self"], op["index"]
+    (dim,) = op.dims("dim")
+    rank, sizes = op.results[0].ndim, source.meta["val"].shape
+    same = [i for i in range(rank) if i != dim and same_size(sizes[i], op.results[0].shape[i])]
+    for i in same:
+        op.space.equate(op.axes(source)[i], op.axes(where)[i])
+    return Flow((op.axes(where),), ({i: i for i in same}, {i: i for i in range(rank)}))
+
+
+@axes_rule(
+    aten.scatter.value, aten.scatter.src, aten.scatter_add.default, aten.scatter.value_reduce, aten.scatter.reduce
+)
+def scatter(op: Op) -> Flow:
+    """A value with some places along one dim replaced, every row by its own index."""
+    whole, *parts = op.operands
+    (dim,) = op.dims("dim")
+    rows = [i for i in range(op.results[0].ndim) if i != dim]
+    for part in parts:
+        if any(not same_size(part.meta["val"].shape[i], op.results[0].shape[i]) for i in rows):
+            return op.unknown()
+        for i in rows:
+            op.space.equate(op.axes(whole)[i], op.axes(part)[i])
+    return Flow((op.axes(whole),), tuple({i: i for i in rows} for _ in op.operands))
 
 
 def _counts(node: fx.Node, size: object) -> bool:
