@@ -258,7 +258,7 @@ def test_chunks_are_positive_and_add_up():
 
 def test_lengths_that_change_under_chunks(monkeypatch):
     def four(self: tail.Tail, budget: int) -> list[Any]:
-        _, length = example_sizes(self.program)
+        _, length = example_sizes(self.program, self.program.axes.main)
         return tail.cut(length, min(4, hint(length)))
 
     monkeypatch.setattr(tail.Tail, "chunks", four)
