@@ -194,10 +194,8 @@ class Streams:
 
     def _getitem(self, node: fx.Node) -> None:
         source, index = node.args
-        if source in self._rows:
-            self._rows[node] = self._rows[source][index]
-        else:
-            self._whole[node] = self._whole[source][index]
+        results = self._rows[source] if source in self._rows else self._whole[source]
+        (self._rows if self.axes.has_rows(node) else self._whole)[node] = results[index]
 
     def _operation(self, node: fx.Node) -> None:
         has_rows = self.axes.has_rows(node)
@@ -253,9 +251,13 @@ class Streams:
         if isinstance(result, torch.Tensor):
             return self.take(result, self.axes.of(node), self.axes.row_dim(node))
         return tuple(
-            self.take(x, self.axes.resolved(axes), self.axes.row_dim(node)) if isinstance(x, torch.Tensor) else x
-            for x, axes in zip(result, self.axes.axes[node], strict=True)
+            self._taken(x, self.axes.resolved(axes)) for x, axes in zip(result, self.axes.axes[node], strict=True)
         )
+
+    def _taken(self, value: Any, labels: Axes) -> Any:
+        """One result of several; it may have no rows (statistics)."""
+        dim = next((i for i, label in enumerate(labels) if self.axes.axis_at(label) is not None), None)
+        return value if dim is None or not isinstance(value, torch.Tensor) else self.take(value, labels, dim)
 
     def _check_shape(self, call: Call, result: Any) -> None:
         """The rows of a result have the shape of its rows (a rule that lies about an axis would broadcast silently)."""

@@ -112,6 +112,30 @@ CONVOLUTIONS = [
 ]  # fmt: skip
 
 
+def _resized(*rest):
+    return lambda n, x: (x, [n.t + 3, n.w + 2], *rest)
+
+
+def _statistics(n, x, weight, bias):
+    return x, weight, bias, True, 0.1, 1e-5
+
+
+def _running(n, x, weight, bias, mean, var):
+    return x, weight, bias, mean, var, True, 0.1, 1e-5
+
+
+IMAGES = [
+    *each("upsample_bilinear2d.vec upsample_bicubic2d.vec", "b c t w", "b c", _resized(False, None)),
+    *each("upsample_nearest2d.vec", "b c t w", "b c", _resized(None)),
+    *each("upsample_nearest1d.vec", "b c t", "b c", lambda n, x: (x, [n.t + 3], None)),
+    *each("upsample_linear1d.vec", "b c t", "b c", lambda n, x: (x, [n.t + 3], False, None)),
+    *each("avg_pool2d.default max_pool2d.default adaptive_avg_pool2d.default", "b c t w", "b c", first([2, 2])),
+    *each("group_norm.default", "b c t, c, c", "b", lambda n, x, w, b: (x, 1, w, b)),
+    *each("_native_batch_norm_legit.no_stats", "b c t, c, c", "", _statistics),
+    *each("_native_batch_norm_legit_functional.default", "b c t, c, c, const c, const c", "", _running),
+]
+
+
 def _causal(n, q, k, v):
     return q, k, v, None, 0.0, True
 
@@ -159,6 +183,12 @@ MIXING_ALONG = [
     *each("cat.default", "b t d, b t e", "b t", lambda n, x, y: ([x, y], -1)),
     *each("slice_scatter.default", "b t d, b 1 d", "b d", lambda n, x, y: (x, y, 1, 0, 1)),
     *each("select_scatter.default", "b t d, b d", "b d", lambda n, x, y: (x, y, 1, -1)),
+    *each("gather.default", "b t d, <d b t q", "b t q", lambda n, x, at: (x, 2, at)),
+    *each("gather.default", "b t d, <t b q d", "b q d", lambda n, x, at: (x, 1, at)),
+    *each("gather.default", "b t d, <d 1 1 q", "q", lambda n, x, at: (x, 2, at)),
+    *each("scatter.value", "b t d, <d b t q", "b t", lambda n, x, at: (x, 2, at, 1.5)),
+    *each("scatter.src", "b t d, <d b t 1, b t 1", "b t", lambda n, x, at, y: (x, 2, at, y)),
+    *each("scatter_add.default", "b t d, <t b q d, b q d", "b d", lambda n, x, at, y: (x, 1, at, y)),
     *each("repeat.default", "b t d", "b d", first([1, 2, 1])),
     *each("repeat.default", "t d", "t", first([3, 1, 2])),
 ]
@@ -236,6 +266,7 @@ TABLE = [
     *(replace(case, shares="b") for case in ATTENTIONS),
     *CONTRACTIONS,
     *CONVOLUTIONS,
+    *IMAGES,
     *MIXING_ALONG,
     *REDUCTIONS,
     *LAYOUT,

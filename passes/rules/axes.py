@@ -66,9 +66,10 @@ _register("embedding.default", formula("v d, ... -> ... d"))
 
 @axes_rule("aten::_grouped_mm", "transformers::grouped_mm_fallback")
 def grouped_product(op: Op) -> Flow:
-    """Rows in groups, each group by a matrix of its own."""
-    ranks = [len(op.axes(node)) for node in op.operands]
-    return op.formula("s i, e i o, e -> s o") if ranks == [2, 3, 1] else op.unknown()
+    """Rows in groups, each group by a matrix of its own. No row is carried: where the groups end depends on all of them."""
+    if [len(op.axes(node)) for node in op.operands] != [2, 3, 1]:
+        return op.unknown()
+    return Flow(op.formula("s i, e i o, e -> s o").outputs, ({}, {}, {}))
 
 
 @axes_rule(aten.matmul.default)
@@ -297,9 +298,7 @@ def gather(op: Op) -> Flow:
     return Flow((op.axes(where),), ({i: i for i in same}, {i: i for i in range(rank)}))
 
 
-@axes_rule(
-    aten.scatter.value, aten.scatter.src, aten.scatter_add.default, aten.scatter.value_reduce, aten.scatter.reduce
-)
+@axes_rule(aten.scatter.value, aten.scatter.src, aten.scatter_add.default)
 def scatter(op: Op) -> Flow:
     """A value with some places along one dim replaced, every row by its own index."""
     whole, *parts = op.operands
