@@ -14,12 +14,22 @@ import transformers
 import zoo
 from torch import Tensor, nn
 
-B, HIDDEN, HEADS, INNER, VOCAB, CLASSES = 7, 32, 4, 48, 97, 5
+B, HIDDEN, HEADS, INNER, VOCAB, CLASSES = 7, 32, 4, 112, 97, 5
 Built = tuple[nn.Module, dict[str, Any]]
 
 ARCHITECTURES: dict[str, Callable[[int], Built]] = {}
+#: Those for which transformers has no ``scaled_dot_product_attention``, and those that are not of transformers.
+EAGER_ONLY = {"gemma2", "gpt_neo", "gptj", "bloom", "mpt", "mamba", "mamba2"}
+OTHERS = {"torch_encoder", "torch_transformer"}
 #: Those that run a hook-installing first forward, which Dynamo can't trace, before they are compiled.
 WARMED = {"segformer", "dpt"}
+
+
+def forms(name: str) -> tuple[str, ...]:
+    """The forms of attention that an architecture has."""
+    if name in OTHERS:
+        return ("torch",)
+    return ("eager",) if name in EAGER_ONLY or name.startswith("deberta") else ("sdpa", "eager")
 
 
 def build(name: str, attn: str, tokens: int, dtype: torch.dtype = torch.float64) -> Built:

@@ -395,7 +395,7 @@ class _Ditching(TorchFunctionMode):
 
     def _check_grown(self, func: Function, sources: list[Tensor], y: Tensor, descent: Tensor) -> None:
         """A reshape or slice of token rows may show a new dim of size T only if that is the token axis."""
-        if func in _BROADCASTS or func in _JOINS:
+        if func in _BROADCASTS or func in _JOINS or not y.numel():
             return
         grown = self._tokens_in(y.shape) - self._tokens_in(sources[0].shape)
         if grown > self._token_dims(descent) - self._token_dims(self.rows[sources[0]]):

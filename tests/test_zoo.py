@@ -1,0 +1,103 @@
+"""Every architecture of the zoo: exact against the reference, or refused with a reason. ``docs/support.md`` says which.
+
+A third of the cases runs a day, in turn; ``TOKENSEEK_ZOO=all`` runs them all, ``EXPECTTEST_ACCEPT=1`` writes their rows anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from architectures import ARCHITECTURES, build, forms
+from compare import by_reference, compiled, error
+
+import tokenseek_fx
+from tokenseek_fx import GraphNotSupported
+
+PAGE = Path(__file__).parents[1] / "docs" / "support.md"
+SHORT, LONG, KEEP = 13, 256, 0.1
+CASES = [(name, attn) for name in ARCHITECTURES for attn in forms(name)]
+TODAY = datetime.date.today().toordinal() % 3
+TODAYS = CASES if os.environ.get("TOKENSEEK_ZOO") == "all" else CASES[TODAY::3]
+#: The product of groups of rows has no float64 on CPUs.
+SINGLE = {"mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"}
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    transformers.logging.set_verbosity_error()
+    yield
+    transformers.logging.set_verbosity_warning()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "attn"), TODAYS)
+def test_what_the_page_says_of_an_architecture(name, attn):
+    row = " | ".join((name, attn, *result(name, attn)))
+    if os.environ.get("EXPECTTEST_ACCEPT"):
+        write(name, attn, f"| {row} |")
+    assert f"| {row} |" in PAGE.read_text().splitlines()
+
+
+def test_the_page_has_every_architecture():
+    rows = [tuple(cell.strip() for cell in line.split("|")[1:3]) for line in PAGE.read_text().splitlines()]
+    assert [row for row in rows if row in CASES] == CASES
+
+
+def result(name: str, attn: str) -> tuple[str, ...]:
+    """The cells of a row: exact or the reason why not, saved bytes, barriers, cost."""
+    try:
+        check_exact(name, attn)
+    except GraphNotSupported as refusal:
+        return (f"refused: {refusal.args[0].split('. ')[0].rstrip('.')}", "", "", "", "")
+    return ("exact", *sizes(name, attn))
+
+
+def check_exact(name: str, attn: str) -> None:
+    """Loss and every gradient equal the reference for the kept rows of every token axis."""
+    single = name in SINGLE
+    model, batch = build(name, attn, SHORT, torch.float32 if single else torch.float64)
+    run = graph_refusal(lambda: compiled(model, batch, report_loss="kept", inner="eager"))
+    chosen = run.selection
+    expected = by_reference(model, batch, run.indices, chosen.scores.shape[1], others=chosen.others)
+    tolerance = 1e-5 if single else 1e-6  # transformers computes losses and norms in float32
+    torch.testing.assert_close(run.loss.detach(), expected.loss.detach(), rtol=tolerance, atol=1e-9)
+    assert error(run.grads, expected.grads) <= tolerance
+
+
+def graph_refusal(run):
+    """What ``run`` returns; a refusal is raised as it is, without what Dynamo wraps it in."""
+    try:
+        return run()
+    except torch._dynamo.exc.BackendCompilerFailed as failed:
+        raise failed.inner_exception from None
+
+
+def sizes(name: str, attn: str) -> tuple[str, ...]:
+    """Bytes saved for backward, plain and rewritten, barriers, and cost in forwards a step."""
+    torch._dynamo.reset()
+    model, batch = build(name, attn, LONG, torch.float32)
+    options = {"keep_ratio": KEEP, "logits": "drop", "scorer": "random", "select": "topk"}
+    with contextlib.redirect_stdout(io.StringIO()):
+        told = tokenseek_fx.explain(model, **batch, options=options)
+    assert told.refusal is None
+    plain, rewritten = told.plain.bytes, told.rewritten.bytes
+    saved = f"{plain / 1024:.0f} -> {rewritten / 1024:.0f}"
+    return saved, f"{rewritten / plain:.2f}", str(len(told.barriers)), f"{told.forwards:.2f}"
+
+
+def write(name: str, attn: str, row: str) -> None:
+    """Put a row in its place in the table of the page."""
+    head, table, tail = PAGE.read_text().partition("| --- | --- | --- | ---: | ---: | ---: | ---: |\n")
+    rows, rest = tail.split("\n\n", 1)
+    known = {tuple(cell.strip() for cell in line.split("|")[1:3]): line for line in rows.splitlines()}
+    known[name, attn] = row
+    ordered = [known[case] for case in CASES if case in known]
+    PAGE.write_text("".join((head, table, "\n".join(ordered), "\n\n", rest)))
