@@ -24,18 +24,19 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .canonicalize import is_autocast
 from .errors import InvariantBroken
 from .fake import fake_mode_of
-from .geometry import Geometry, device_of, example_sizes
+from .geometry import Geometry, device_of, example_sizes, sizes_of
 from .program import Program
 from .rules.op import is_tensor
 from .seek import Seek, Signals
 from .select import ScoreInputs, Select, Selected
 from .streams import Barrier, Streams, class_factors, refuse_unweighted, tagged, weighted_losses
+from .tail import Traced
 
 
 @dataclass(frozen=True)
 class Rewrite:
     """The rewritten forward ``module(*inputs) -> (*outputs, *what was selected)``, the latter by ``names``. ``inputs`` are
-    those of the program, then the noise if the selection needs any."""
+    those of the program, then the rows that were given, or the noise if the selection needs any."""
 
     module: fx.GraphModule
     inputs: tuple[Any, ...]
@@ -50,7 +51,9 @@ class Ditch:
     ``select``: how tokens are scored and chosen. ``signals``: what scores are made of. ``logits``: "keep" returns them in
     full, "drop" with length 0. ``report_loss``: "full" returns the loss of all tokens (with the gradient of the kept ones),
     "kept" that of the kept ones, ``None`` the full one where the scores need it anyway. ``kv_grad``: "selected" cuts keys
-    and values of the other tokens, "all" keeps their own projections live.
+    and values of the other tokens, "all" keeps their own projections live. ``given``: examples of the rows [B, k] (and their
+    weights) that are inputs of the rewritten graph; ``select`` then chooses nothing. ``part``: the graph is a part of a model,
+    all that it returns stays live in the kept rows.
     """
 
     select: Select
@@ -58,34 +61,32 @@ class Ditch:
     logits: str = "keep"
     report_loss: str | None = None
     kv_grad: str = "selected"
+    given: tuple[Tensor, ...] = ()
+    part: bool = False
     name: str = "ditch"
 
     def run(self, program: Program) -> Program:
         assert program.axes is not None and program.activity is not None and program.blocks is not None
-        if self.select.method == "sample":
+        if self.select.method == "sample" and not self.given:
             refuse_unweighted(program)
         barriers: list[Barrier] = []
         names: list[str] = []
-        tail = self.signals.tail(program, self.select.needs, self._builds_no_logits(program))
+        tail = None if self.given else self._tail(program)
 
         def forward(*args: Any) -> tuple:
-            inputs, noise = args[: len(program.inputs)], (*args[len(program.inputs) :], None)[0]
+            inputs, extra = args[: len(program.inputs)], args[len(program.inputs) :]
             seek = Seek(program, inputs)
-            known = seek.look(self.signals, self.select.needs, tail, noise)
-            with tagged("select"):
-                chosen = self.select(known)
-                chosen = chosen if weighted_losses(program) else chosen._replace(weights=None)
-            geometry = Geometry(program.axes, chosen.indices, known.batch, known.tokens, chosen.weights)
+            choose = self._take if self.given else self._choose
+            geometry, selection = choose(seek, tail, *extra)
             streams = Streams(program, seek.values, geometry, inputs, barriers, self.kv_grad)
             streams.run()
             outputs = tuple(self._outputs(program, streams))
             for index, update in zip(program.mutated, program.updates, strict=True):
                 inputs[index].copy_(seek.values[update])
-            selection = _selection(known, chosen)
             names[:] = selection
             return (*outputs, *selection.values())
 
-        inputs = (*program.inputs, *self._noise(program))
+        inputs = (*program.inputs, *(self.given or self._noise(program)))
         with warnings.catch_warnings(), fx_traceback.preserve_node_meta(), fake_mode_of(inputs):
             warnings.filterwarnings("ignore", message=".*pre-dispatch.*")
             module = make_fx(forward, pre_dispatch=True, tracing_mode="real")(*inputs)
@@ -102,9 +103,29 @@ class Ditch:
         if len(graph.output_node().args[0]) != len(program.outputs) + len(program.rewrite.names):
             raise InvariantBroken("The rewritten graph lost an output.")
 
+    def _choose(
+        self, seek: Seek, tail: Traced | None, noise: Tensor | None = None
+    ) -> tuple[Geometry, dict[str, Tensor]]:
+        """The rows by their scores, and what is told of them."""
+        program = seek.program
+        known = seek.look(self.signals, self.select.needs, tail, noise)
+        with tagged("select"):
+            chosen = self.select(known)
+            chosen = chosen if weighted_losses(program) else chosen._replace(weights=None)
+        geometry = Geometry(program.axes, chosen.indices, known.batch, known.tokens, chosen.weights)
+        return geometry, _selection(known, chosen)
+
+    def _take(self, seek: Seek, tail: None, *given: Tensor) -> tuple[Geometry, dict[str, Tensor]]:
+        """The rows that were given, of which there is nothing to tell."""
+        indices, *weights = given if weighted_losses(seek.program) else given[:1]
+        return Geometry(seek.program.axes, indices, *sizes_of(seek.program, seek.values), *weights), {}
+
+    def _tail(self, program: Program) -> Traced | None:
+        return self.signals.tail(program, self.select.needs, self._builds_no_logits(program))
+
     @property
     def _reports_full(self) -> bool:
-        scored = bool(self.select.needs & {"gradient", "loss"})
+        scored = bool(self.select.needs & {"gradient", "loss"}) and not self.given
         return (self.report_loss or ("full" if scored else "kept")) == "full"
 
     def _builds_no_logits(self, program: Program) -> bool:
@@ -129,7 +150,7 @@ class Ditch:
                 yield streams.seek[out]
             elif out in program.activity.losses:
                 yield self._loss(streams, out)
-            elif not program.activity.losses:
+            elif self.part or not program.activity.losses:
                 yield streams.full(out)
             elif self.logits == "drop" and is_tensor(out) and classes & set(sum(program.axes.of(out), ())):
                 yield _without_tokens(streams, out)

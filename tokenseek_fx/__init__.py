@@ -4,6 +4,7 @@ from . import passes, reference, stats
 from .backend import backend
 from .config import Config, ConfigError
 from .explain import Explanation, explain
+from .given import SelectionError, selecting
 from .passes.errors import GraphNotSupported, TokenSeekError
 from .passes.select import ScoreInputs, needs
 from .recording import Recording, Selection, record
@@ -18,6 +19,7 @@ __all__ = [
     "Recording",
     "ScoreInputs",
     "Selection",
+    "SelectionError",
     "TokenSeekError",
     "TokenSeekWarning",
     "backend",
@@ -27,6 +29,7 @@ __all__ = [
     "record",
     "reference",
     "register_scorer",
+    "selecting",
     "stats",
 ]
 __version__ = "0.1.0"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,19 +13,22 @@ from torch._dynamo.backends.registry import lookup_backend
 
 from . import compat, recording
 from .config import Config
+from .given import Given, given
 from .passes.audit import partitioning
 from .passes.ditch import Ditch
 from .passes.errors import GraphNotSupported, NothingToSelect, TokenSeekError
 from .passes.factors import same_size
+from .passes.fake import fake_inputs
 from .passes.geometry import device_of, example_sizes, runtime_sizes
 from .passes.pipeline import Pipeline, analysis
 from .passes.program import Program, source_line
-from .passes.rules.op import is_tensor
+from .passes.rules.op import hint, is_tensor
 from .passes.seek import Signals
 from .passes.select import Scorer, Select, kept_tokens, method_of, needs_of
 from .passes.streams import weighted_losses
 from .passes.tail import has_token_loss
 from .scorers import scorer_named
+from .variants import Variants
 from .warnings import TokenSeekWarning
 
 Compiled = Callable[..., Any]
@@ -49,14 +53,41 @@ def backend(config: Config | None = None) -> Callable[[fx.GraphModule, Sequence[
 
 
 def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Compiled:
-    """Rewrite one graph of Dynamo and compile it; compile it as it is where nothing is to be selected.
+    """Compile one graph of Dynamo: as it is where nothing is trained, else to train on rows of its own choice, or on those given.
 
     Raises:
         GraphNotSupported: the graph can't be rewritten exactly and ``config.strict``.
     """
+    return Trained(gm, inputs, config) if trains(inputs) else inner_compiler(config)(gm, inputs)
+
+
+class Trained:
+    """A compiled training graph: for rows of its own choice, or (under ``selecting``) for given ones, each when it is needed."""
+
+    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> None:
+        continued = _is_continued(inputs)
+        part = continued or _is_part(gm, inputs)
+        examples = fake_inputs(gm, inputs)
+
+        def own(inputs: Sequence[Any]) -> Compiled:
+            return inner_compiler(config)(gm, inputs) if continued else _compile_own(gm, inputs, config)
+
+        def with_rows(count: int) -> Variants:
+            return Variants(
+                examples, lambda fakes: _compile_with_rows(gm, fakes[:-count], fakes[-count:], config, part)
+            )
+
+        self.own = own(inputs) if given() is None else Variants(examples, own)
+        self.with_rows = {count: with_rows(count) for count in (1, 2)}  # indices; indices and weights
+
+    def __call__(self, *args: Any) -> Any:
+        rows = given()
+        return self.own(*args) if rows is None else self.with_rows[len(rows.tensors)](*args, *rows.tensors)
+
+
+def _compile_own(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Compiled:
+    """The graph for rows of its own choice, or as it is where it can't be rewritten."""
     compile_inner = inner_compiler(config)
-    if not trains(inputs) or _is_continued(inputs):
-        return compile_inner(gm, inputs)
     try:
         refuse_split(gm)
         program = analysis().run(Program(gm, tuple(inputs)))
@@ -72,9 +103,30 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> 
     rewrite = program.rewrite
     if rewrite is None:
         return KeepAll(compile_inner(gm, inputs), program)
+    return Rewritten(_compiled(program, config), program, config.seed)
+
+
+def _compile_with_rows(
+    gm: fx.GraphModule, inputs: Sequence[Any], rows: tuple[Any, ...], config: Config, part: bool
+) -> Compiled:
+    """The graph for given rows.
+
+    Raises:
+        GraphNotSupported: the graph can't be rewritten exactly.
+    """
+    try:
+        program = analysis().run(Program(gm, tuple(inputs)))
+    except NothingToSelect:
+        return AsItIs(inner_compiler(config)(gm, inputs), len(inputs))
+    _check_rows(program, tuple(map(hint, example_sizes(program))))
+    program = Pipeline((replace(ditch(config, program), given=rows, part=part),)).run(program)
+    return WithRows(_compiled(program, config), program, part)
+
+
+def _compiled(program: Program, config: Config) -> Compiled:
+    assert program.rewrite is not None
     with partitioning():
-        compiled = inner_compiler(config, _REWRITTEN)(rewrite.module, rewrite.inputs)
-    return Rewritten(compiled, program, config.seed)
+        return inner_compiler(config, _REWRITTEN)(program.rewrite.module, program.rewrite.inputs)
 
 
 def ditch(config: Config, program: Program) -> Ditch:
@@ -149,6 +201,46 @@ class Rewritten:
         return outputs[:count]
 
 
+class WithRows:
+    """The compiled graph rewritten for given rows, called with the inputs of Dynamo's graph and the rows."""
+
+    def __init__(self, compiled: Compiled, program: Program, part: bool) -> None:
+        self.compiled, self.program, self.part = compiled, program, part
+        self.shape, self.instances = runtime_sizes(program), fingerprints(program)
+        self.weighs = bool(weighted_losses(program))
+
+    def __call__(self, *args: Any) -> Sequence[Any]:
+        inputs = args[: len(self.program.inputs)]
+        batch, tokens = self.shape(inputs)
+        rows = _check_rows(self.program, (batch, tokens))
+        rows.used, rows.weighed = True, rows.weighed or self.weighs
+        if recording.is_open() and not self.part:
+            scores = torch.zeros(batch, tokens, device=rows.indices.device).scatter(1, rows.indices, 1.0)
+            recording.note(**rows.named, scores=scores, **self.instances(inputs))
+        return self.compiled(*args)
+
+
+def _check_rows(program: Program, sizes: tuple[int, int]) -> Given:
+    """The given rows, which fit a batch of these sizes."""
+    rows = given()
+    assert rows is not None and program.activity is not None
+    rows.check_fits(*sizes, program.activity.trainable[0].meta["val"].device)
+    return rows
+
+
+class AsItIs:
+    """A graph that given rows change nothing in."""
+
+    def __init__(self, compiled: Compiled, inputs: int) -> None:
+        self.compiled, self.inputs = compiled, inputs
+
+    def __call__(self, *args: Any) -> Any:
+        rows = given()
+        assert rows is not None
+        rows.used = True
+        return self.compiled(*args[: self.inputs])
+
+
 class KeepAll:
     """The plain graph where every token is kept: the rewrite would only repeat it."""
 
@@ -202,6 +294,12 @@ def _is_continued(inputs: Sequence[Any]) -> bool:
     """True for the rest of a model that Dynamo split, which was reported with its first part."""
     activations = any(isinstance(x, torch.Tensor) and x.requires_grad and not x.is_leaf for x in inputs)
     return activations and compat.continues_a_split_model()
+
+
+def _is_part(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    """True where other graphs, or plain Python, may compute something of the model before or after this one."""
+    activations = any(isinstance(x, torch.Tensor) and x.requires_grad and not x.is_leaf for x in inputs)
+    return activations or compat.graph_break(gm) is not None or compat.module_outside() is not None
 
 
 def refuse_split(gm: fx.GraphModule) -> None:

@@ -1,0 +1,215 @@
+"""Rows given from outside: the gradient of the reference for these very rows, in whole graphs and in parts of models."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import pytest
+import torch
+import zoo
+from compare import by_reference, error, grads_of, loss_of
+from test_backend import Model, compile_eager, data
+from torch import Tensor, nn
+
+import tokenseek_fx
+from tokenseek_fx import SelectionError, TokenSeekWarning, selecting
+from tokenseek_fx.given import Given
+
+B, T = 2, 11
+
+
+def rows(k: int, batch: int = B, tokens: int = T, seed: int = 0) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, tokens, generator=draw).argsort(-1)[:, :k].sort(-1).values
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TokenSeekWarning)
+        yield
+
+
+def train(step, model: nn.Module, batch, indices: Tensor, weights: Tensor | None = None) -> dict[str, Tensor]:
+    """The gradients of one step under ``selecting``."""
+    model.zero_grad()
+    with selecting(indices, weights):
+        loss_of(step(**batch)).backward()
+    return grads_of(model)
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> list[int]:
+    """The numbers of inputs of the graphs that were compiled."""
+    found: list[int] = []
+    module = sys.modules["tokenseek_fx.backend"]
+    plain = module.inner_compiler
+
+    def counting(*args, **kwargs):
+        compile = plain(*args, **kwargs)
+        return lambda gm, inputs: (found.append(len(inputs)), compile(gm, inputs))[1]
+
+    monkeypatch.setattr(module, "inner_compiler", counting)
+    return found
+
+
+# -- whole graphs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"scorer": "loss", "select": None}, {"kv_grad": "all"}, {"keep_ratio": 1.0}])
+@pytest.mark.parametrize("first", ["own", "given"])
+def test_whole_graphs_match_the_reference(options, first):
+    model, batch = Model(), data()
+    step = compile_eager(model, strict=True, **options)
+    if first == "own":
+        step(**batch).backward()
+    indices = rows(4)
+    blocks = "blocks" if "kv_grad" in options else None
+    expected = by_reference(model, batch, indices, length=T, open_blocks=blocks)
+    assert error(train(step, model, batch, indices), expected.grads) < 1e-9
+
+
+def test_the_value_is_the_loss_of_the_rows_unless_the_full_one_is_asked_for():
+    model, batch, indices = Model(), data(), rows(4)
+    with selecting(indices):
+        kept = compile_eager(model, scorer="loss")(**batch)
+        torch._dynamo.reset()
+        full = compile_eager(model, report_loss="full")(**batch)
+    assert abs(kept - by_reference(model, batch, indices, length=T).loss) < 1e-9
+    assert abs(full - model(**batch)) < 1e-9
+
+
+def test_weights_are_those_of_the_reference():
+    model, batch, indices = Model(), data(), rows(4)
+    weights = torch.rand(B, 4, generator=torch.Generator().manual_seed(2)).double() + 0.5
+    expected = by_reference(model, batch, indices, T, weights)
+    assert error(train(compile_eager(model), model, batch, indices, weights), expected.grads) < 1e-9
+
+
+def test_entering_and_leaving_never_meets_a_stale_graph(graphs):
+    """The choice is made at every call: own rows, given rows, others, own rows again; each graph is compiled once."""
+    model, batch = Model(), data()
+    step = compile_eager(model, scorer="first", keep_ratio=None, keep_tokens=4)
+    own = by_reference(model, batch, torch.arange(4).expand(B, -1), length=T).grads
+    for seed in range(3):
+        model.zero_grad()
+        step(**batch).backward()
+        assert error(grads_of(model), own) < 1e-9
+        indices = rows(4, seed=seed)
+        assert error(train(step, model, batch, indices), by_reference(model, batch, indices, T).grads) < 1e-9
+    assert len(graphs) == 2
+
+
+def test_another_number_of_rows_compiles_twice_at_most(graphs):
+    model, batch = Model(), data()
+    step = compile_eager(model)
+    for k in (4, 4, 7, 2, 9, 4, 1, 11, 1):
+        indices = rows(k)
+        assert error(train(step, model, batch, indices), by_reference(model, batch, indices, T).grads) < 1e-9
+    # the first number as it is; then any; and one row, which is never a dynamic size
+    assert len(graphs) == 3
+
+
+def test_lengths_that_change(graphs):
+    model = Model()
+    model.position = nn.Parameter(torch.randn(1, 1, 12, dtype=torch.float64))
+    step = compile_eager(model, strict=True)
+    draw = torch.Generator().manual_seed(3)
+    for batch, length, k in [(2, 11, 4), (2, 7, 3), (3, 10, 4), (4, 5, 2), (2, 9, 2), (3, 6, 1), (5, 8, 3)]:
+        inputs = {name: torch.randint(29, (batch, length), generator=draw) for name in ("ids", "labels")}
+        indices = rows(k, batch, length)
+        expected = by_reference(model, inputs, indices, length)
+        assert error(train(step, model, inputs, indices), expected.grads) < 1e-9
+    assert len(graphs) == 4  # static; dynamic length; dynamic batch too; and one row
+
+
+def test_evaluation_is_untouched():
+    model = Model().eval()
+    with torch.no_grad(), selecting(rows(4)):
+        assert compile_eager(model)(**data()) == model(**data())
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_real_models(inner):
+    model = zoo.build("llama")
+    batch, indices = zoo.batch(model, 3, 13, padding="right"), rows(5, 3, 13)
+    expected = by_reference(model, batch, indices)
+    step = torch.compile(model, backend="tokenseek", options={"inner": inner, "strict": True})
+    assert error(train(step, model, batch, indices), expected.grads) < 1e-6
+
+
+def test_a_recording_holds_what_was_given():
+    indices, weights = rows(4), torch.ones(B, 4)
+    with tokenseek_fx.record() as rec, selecting(indices, weights):
+        compile_eager(Model())(**data())
+    (selection,) = rec
+    assert torch.equal(selection.indices, indices) and torch.equal(selection.weights, weights)
+    assert torch.equal(selection.scores, torch.zeros(B, T).scatter(1, indices, 1.0))
+
+
+def test_the_innermost_rows_count():
+    model, batch, indices = Model(), data(), rows(4)
+    step = compile_eager(model)
+    with tokenseek_fx.record() as rec, selecting(rows(3, seed=1)):
+        with selecting(indices):
+            step(**batch)
+        step(**batch)
+    assert [selection.indices.shape[1] for selection in rec] == [4, 3]
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("indices", "weights"),
+    [
+        ([[0, 1]], None),
+        (torch.tensor([0, 1]), None),
+        (torch.tensor([[0, 1]], dtype=torch.int32), None),
+        (torch.tensor([[1, 0]]), None),
+        (torch.tensor([[1, 1]]), None),
+        (torch.tensor([[-1, 0]]), None),
+        (torch.empty(2, 0, dtype=torch.int64), None),
+        (torch.tensor([[0, 1]]), torch.ones(1, 3)),
+        (torch.tensor([[0, 1]]), torch.ones(1, 2, dtype=torch.int64)),
+        (torch.tensor([[0, 1]]), torch.ones(1, 2, requires_grad=True)),
+    ],
+)
+def test_malformed_rows_are_refused_at_once(indices, weights):
+    with pytest.raises(SelectionError, match=r"^selecting: (expected|weights can't)"), selecting(indices, weights):
+        pass
+
+
+@pytest.mark.parametrize("compiled_before", [False, True])
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        (rows(4, 3), "indices of 3 sequences, but the batch has 2"),
+        (torch.tensor([[0, 11]] * 2), "index 11, but a sequence has 11 tokens"),
+    ],
+)
+def test_rows_that_do_not_fit_the_batch_are_refused(indices, message, compiled_before):
+    step = compile_eager(Model())
+    if compiled_before:
+        with selecting(rows(indices.shape[1])):
+            step(**data())
+    with pytest.raises(SelectionError, match=message), selecting(indices):
+        step(**data())
+
+
+def test_rows_on_another_device_are_refused():
+    with pytest.raises(SelectionError, match="indices on meta, but the model is on cpu"):
+        Given(rows(4).to("meta"), None, last=9).check_fits(B, T, torch.device("cpu"))
+
+
+def test_rows_that_nothing_takes_are_told_of():
+    with pytest.warns(TokenSeekWarning, match="no graph compiled for training ran under it"), selecting(rows(4)):
+        Model()(**data())
+
+
+def test_weights_that_no_loss_takes_are_told_of():
+    step = compile_eager(Model(lambda self, x, labels: self.lm_head(x)))
+    with pytest.warns(TokenSeekWarning, match="no loss took the weights"), selecting(rows(4), torch.ones(B, 4)):
+        step(**data())
