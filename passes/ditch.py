@@ -12,7 +12,7 @@ The pass is an interpreter with a table of rules, traced back to a graph.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -87,13 +87,22 @@ class Ditch:
             return (*outputs, *selection.values())
 
         inputs = (*program.inputs, *(self.given or self._noise(program)))
-        with warnings.catch_warnings(), fx_traceback.preserve_node_meta(), fake_mode_of(inputs):
-            warnings.filterwarnings("ignore", message=".*pre-dispatch.*")
-            module = make_fx(forward, pre_dispatch=True, tracing_mode="real")(*inputs)
-        _name_placeholders(module, program)
-        module.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or is_autocast(node))
-        module.recompile()
+        module = _traced(forward, inputs, program)
         return replace(program, rewrite=Rewrite(module, inputs, tuple(barriers), tuple(names)))
+
+    def choice(self, program: Program) -> Program:
+        """The choice alone as the rewrite: ``module(*inputs) -> what is selected``; it writes to no input."""
+        names: list[str] = []
+        tail = self._tail(program)
+
+        def choose(*args: Any) -> tuple:
+            _, selection = self._choose(Seek(program, args[: len(program.inputs)]), tail, *args[len(program.inputs) :])
+            names[:] = selection
+            return tuple(selection.values())
+
+        inputs = (*program.inputs, *self._noise(program))
+        module = _traced(choose, inputs, program)
+        return replace(program, rewrite=Rewrite(module, inputs, (), tuple(names)))
 
     def check(self, program: Program) -> None:
         """The graph is well-formed and has every output of the model and of the selection."""
@@ -177,6 +186,16 @@ def _without_tokens(streams: Streams, node: fx.Node) -> torch.Tensor:
     sizes = {axes.token: 0, axes.batch: geometry.batch}
     shape = [sizes.get(label, size) if label else size for label, size in zip(axes.of(node), value.shape, strict=True)]
     return torch.empty(shape, dtype=value.dtype, device=value.device)
+
+
+def _traced(function: Callable[..., tuple], inputs: tuple[Any, ...], program: Program) -> fx.GraphModule:
+    with warnings.catch_warnings(), fx_traceback.preserve_node_meta(), fake_mode_of(inputs):
+        warnings.filterwarnings("ignore", message=".*pre-dispatch.*")
+        module = make_fx(function, pre_dispatch=True, tracing_mode="real")(*inputs)
+    _name_placeholders(module, program)
+    module.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or is_autocast(node))
+    module.recompile()
+    return module
 
 
 def _name_placeholders(module: fx.GraphModule, program: Program) -> None:

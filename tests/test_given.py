@@ -9,11 +9,11 @@ import pytest
 import torch
 import zoo
 from compare import by_reference, error, grads_of, loss_of
-from test_backend import Model, compile_eager, data
+from test_backend import Model, NoAttention, Split, compile_eager, data
 from torch import Tensor, nn
 
 import tokenseek_fx
-from tokenseek_fx import SelectionError, TokenSeekWarning, selecting
+from tokenseek_fx import GraphNotSupported, SelectionError, TokenSeekWarning, selecting
 from tokenseek_fx.given import Given
 
 B, T = 2, 11
@@ -44,14 +44,14 @@ def train(step, model: nn.Module, batch, indices: Tensor, weights: Tensor | None
 def graphs(monkeypatch) -> list[int]:
     """The numbers of inputs of the graphs that were compiled."""
     found: list[int] = []
-    module = sys.modules["tokenseek_fx.backend"]
-    plain = module.inner_compiler
+    plain = sys.modules["tokenseek_fx.backend"].inner_compiler
 
     def counting(*args, **kwargs):
         compile = plain(*args, **kwargs)
         return lambda gm, inputs: (found.append(len(inputs)), compile(gm, inputs))[1]
 
-    monkeypatch.setattr(module, "inner_compiler", counting)
+    for name in ("backend", "scoring"):
+        monkeypatch.setattr(sys.modules[f"tokenseek_fx.{name}"], "inner_compiler", counting)
     return found
 
 
@@ -157,6 +157,94 @@ def test_the_innermost_rows_count():
             step(**batch)
         step(**batch)
     assert [selection.indices.shape[1] for selection in rec] == [4, 3]
+
+
+# -- seek -------------------------------------------------------------------------------------------------------------
+
+
+def of_training(step, batch) -> tokenseek_fx.Selection:
+    with tokenseek_fx.record() as rec:
+        step(**batch)
+    return rec[0]
+
+
+@pytest.mark.parametrize("compiled", [False, "in place", True])
+@pytest.mark.parametrize(
+    "options", [{"scorer": "loss"}, {"scorer": "tokenseek"}, {"scorer": "random", "seed": 5}, {"keep_ratio": 1.0}]
+)
+def test_seek_chooses_what_training_would(options, compiled):
+    model, batch, options = Model(), data(), {"inner": "eager", "keep_ratio": 0.4, **options}
+    torch.manual_seed(0)
+    expected = of_training(torch.compile(model, backend="tokenseek", options=options), batch)
+    torch._dynamo.reset()
+    if compiled == "in place":
+        model.compile(backend="tokenseek", options={"inner": "eager"})
+    torch.manual_seed(0)
+    found = tokenseek_fx.seek(torch.compile(model) if compiled is True else model, options=options, **batch)
+    for name, value in vars(expected).items():
+        torch.testing.assert_close(getattr(found, name), value, rtol=1e-9, atol=1e-12, msg=name)
+    assert not grads_of(model)
+
+
+def test_seek_then_train_on_it():
+    model, batch = zoo.build("llama"), zoo.batch(zoo.build("llama"), 3, 13, padding="right")
+    found = tokenseek_fx.seek(model, **batch, options={"inner": "aot_eager", "keep_ratio": 0.4})
+    expected = by_reference(model, batch, found.indices, weights=found.weights)
+    model.compile(backend="tokenseek", options={"inner": "aot_eager"})
+    assert error(train(model, model, batch, found.indices, found.weights), expected.grads) < 1e-6
+
+
+def test_seek_compiles_once(graphs):
+    model, options = Model(), {"inner": "eager", "scorer": "tokenseek"}
+    for seed in range(3):
+        tokenseek_fx.seek(model, options=options, **data(seed=seed))
+    assert len(graphs) == 1
+
+
+def test_seek_sees_what_changed_in_the_model():
+    model = Model(lambda self, x, labels: self.loss(x * (1 + self.training * x), labels))
+
+    def scores() -> Tensor:
+        return tokenseek_fx.seek(model, options={"inner": "eager"}, **data()).scores
+
+    first = scores()
+    model.eval()
+    assert not torch.equal(first, scores())
+    model.train()
+    assert torch.equal(first, scores())
+    with torch.no_grad():
+        model.embed.weight.mul_(2)
+    assert not torch.equal(first, scores())
+
+
+def test_seek_writes_to_no_buffer():
+    class Counts(Model):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+        def forward(self, ids, labels=None):
+            self.steps += 1
+            return super().forward(ids, labels)
+
+    model = Counts()
+    tokenseek_fx.seek(model, options={"inner": "eager"}, **data())
+    assert model.steps == 0
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Model().requires_grad_(False), "Nothing requires grad"),
+        (Split, "Dynamo split the model at .*test_backend.py:"),
+        (NoAttention, "No attention was found"),
+    ],
+)
+def test_seek_refuses_what_it_can_not_score(build, message):
+    batch = {"x": torch.randn(3, 4)} if build is NoAttention else data()
+    for _ in range(2):
+        with pytest.raises(GraphNotSupported, match=message):
+            tokenseek_fx.seek(build(), options={"inner": "eager"}, **batch)
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from .passes.errors import GraphNotSupported, TokenSeekError
 from .passes.select import ScoreInputs, needs
 from .recording import Recording, Selection, record
 from .scorers import register_scorer
+from .scoring import seek
 from .warnings import TokenSeekWarning
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "record",
     "reference",
     "register_scorer",
+    "seek",
     "selecting",
     "stats",
 ]

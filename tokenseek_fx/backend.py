@@ -91,7 +91,7 @@ def _compile_own(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> C
     try:
         refuse_split(gm)
         program = analysis().run(Program(gm, tuple(inputs)))
-        if not _keeps_all(program, config):
+        if not keeps_all(program, config):
             program = Pipeline((ditch(config, program),)).run(program)
     except NothingToSelect:
         return compile_inner(gm, inputs)
@@ -190,7 +190,7 @@ class Rewritten:
     """The compiled rewritten graph, called with the inputs of Dynamo's graph."""
 
     def __init__(self, compiled: Compiled, program: Program, seed: int | None) -> None:
-        self.compiled, self.noise, self.names = compiled, _noise(program, seed), program.rewrite.names
+        self.compiled, self.noise, self.names = compiled, noise_for(program, seed), program.rewrite.names
         self.instances = fingerprints(program)
 
     def __call__(self, *args: Any) -> Sequence[Any]:
@@ -250,11 +250,18 @@ class KeepAll:
 
     def __call__(self, *args: Any) -> Any:
         if recording.is_open():
-            batch, tokens = self.shape(args)
-            everything = torch.arange(tokens, device=self.device).repeat(batch, 1)
-            scores = torch.ones_like(everything, dtype=torch.float32)
-            recording.note(indices=everything, scores=scores, **self.instances(args))
+            recording.note(**self.selection(args))
         return self.compiled(*args)
+
+    def selection(self, args: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """Every token, by the fields of ``Selection``."""
+        batch, tokens = self.shape(args)
+        everything = torch.arange(tokens, device=self.device).repeat(batch, 1)
+        return {
+            "indices": everything,
+            "scores": torch.ones_like(everything, dtype=torch.float32),
+            **self.instances(args),
+        }
 
 
 def fingerprints(program: Program) -> Callable[[Sequence[Any]], dict[str, torch.Tensor]]:
@@ -275,7 +282,7 @@ def _hashed(ids: torch.Tensor, salt: int) -> torch.Tensor:
     return ((mixed ^ (mixed >> 29)) * 0x3C6EF372FE94F82).sum(-1)
 
 
-def _noise(program: Program, seed: int | None) -> Callable[[Sequence[Any]], tuple[torch.Tensor, ...]]:
+def noise_for(program: Program, seed: int | None) -> Callable[[Sequence[Any]], tuple[torch.Tensor, ...]]:
     """What draws the scorer's noise, uniform float32 [B, T], for a call with given arguments."""
     assert program.rewrite is not None
     if len(program.rewrite.inputs) == len(program.inputs):
@@ -317,7 +324,7 @@ def refuse_split(gm: fx.GraphModule) -> None:
         )
 
 
-def _keeps_all(program: Program, config: Config) -> bool:
+def keeps_all(program: Program, config: Config) -> bool:
     _, tokens = example_sizes(program)
     return config.logits == "keep" and same_size(kept_tokens(tokens, config.keep_ratio, config.keep_tokens), tokens)
 
