@@ -58,7 +58,11 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> 
     Raises:
         GraphNotSupported: the graph can't be rewritten exactly and ``config.strict``.
     """
-    return Trained(gm, inputs, config) if trains(inputs) else inner_compiler(config)(gm, inputs)
+    if not trains(inputs):
+        return inner_compiler(config)(gm, inputs)
+    if limit := compat.reaches_recompile_limit():
+        _warn_of_limit(limit)
+    return Trained(gm, inputs, config)
 
 
 class Trained:
@@ -333,3 +337,13 @@ def _warn(gm: fx.GraphModule, error: Exception) -> None:
     reason = str(error) if isinstance(error, TokenSeekError) else f"internal error, {type(error).__name__}: {error}"
     place = next((place for node in gm.graph.nodes if (place := source_line(node))), "")
     warnings.warn(f"tokenseek: {reason} Compiled without token selection {place}.", TokenSeekWarning, stacklevel=2)
+
+
+def _warn_of_limit(limit: int) -> None:
+    warnings.warn(
+        f"tokenseek: Dynamo compiled this forward {limit} times, its recompile limit: what no compiled graph fits will run as plain "
+        "PyTorch, without token selection. Compile with dynamic=True, pad to fewer lengths, or raise "
+        "torch._dynamo.config.recompile_limit.",
+        TokenSeekWarning,
+        stacklevel=2,
+    )
