@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from .errors import GraphNotSupported, InvariantBroken, NothingToSelect
+from .errors import GraphNotSupported, InvariantBroken, NoAttention, NothingToSelect
 from .factors import Axes, Dim, Space, same_size
 from .program import Program
 from .rules.axes import flow_of
@@ -25,6 +25,10 @@ _SOFTMAX = (aten.softmax.int, aten._softmax.default)
 _CONTRACTIONS = (aten.matmul.default, aten.bmm.default, aten.einsum.default, aten.baddbmm.default)
 #: Operations that read their second operand at all positions.
 ATTENDING = (SDPA, *_CONTRACTIONS)
+
+
+#: The batch dim (``None``: one instance) and the token dim of a value.
+Place = tuple[int | None, int]
 
 
 @dataclass(frozen=True)
@@ -88,18 +92,19 @@ class TokenAxes:
 
 @dataclass(frozen=True)
 class FindTokenAxes:
-    """Infer the axes of every value and name the token axis. Reads ``module``; writes ``axes``."""
+    """Infer the axes of every value and name the token axis. Reads ``module``; writes ``axes``.
 
+    ``passed``: the batch dim (``None``: one instance) and the token dim of inputs, by position, where they are known from
+    another part of the model; they name the token axis of a graph without attention.
+    """
+
+    passed: tuple[tuple[int, Place], ...] = ()
     name: str = "token axes"
 
     def run(self, program: Program) -> Program:
-        space, axes, flows = Space(), {}, {}
-        for node in program.graph.nodes:
-            flow = flow_of(node, space, axes)
-            axes[node], flows[node] = flow.outputs, flow
-        found = TokenAxes(space, axes, flows, ())
-        found = replace(found, attentions=tuple(_attentions(program.graph, found)))
-        found = replace(found, attentions=_between_tokens(found))
+        found = inferred(program)
+        if self.passed:
+            return replace(program, axes=_named(program, found, self.passed))
         token = _token(found)
         return replace(program, axes=replace(found, token=token, batch=_batch(program, found, token)))
 
@@ -115,6 +120,39 @@ class FindTokenAxes:
             )
             if not sizes_agree:
                 raise InvariantBroken(f"{node.name}: shape {tuple(shape)} but axes {axes}")
+
+
+def inferred(program: Program) -> TokenAxes:
+    """The axes of every value and the attentions; no axis has a name yet."""
+    space, axes, flows = Space(), {}, {}
+    for node in program.graph.nodes:
+        flow = flow_of(node, space, axes)
+        axes[node], flows[node] = flow.outputs, flow
+    found = TokenAxes(space, axes, flows, ())
+    found = replace(found, attentions=tuple(_attentions(program.graph, found)))
+    return replace(found, attentions=_between_tokens(found))
+
+
+def place_in(axes: TokenAxes, node: fx.Node) -> Place | None:
+    """Where the batch and the token axis are dims of their own; ``None``: they are not."""
+    labels, dim = axes.of(node), axes.row_dim(node)
+    if dim is None or not axes.has_rows(node) or labels[dim] != axes.token:
+        return None
+    batch = axes.batch_dim_of(labels)
+    return (batch, dim) if batch is None or labels[batch] == axes.batch else None
+
+
+def _named(program: Program, found: TokenAxes, passed: tuple[tuple[int, Place], ...]) -> TokenAxes:
+    """Named by the inputs."""
+    nodes = program.placeholders
+    index, (batch, token) = passed[0]
+    labels = found.of(nodes[index])
+    found = replace(found, token=labels[token], batch=() if batch is None else labels[batch])
+    if not found.token:
+        raise NothingToSelect("The sequence has a single token.")
+    if any(place_in(found, nodes[i]) != place for i, place in passed):
+        raise GraphNotSupported("The token axis of this part of the model is not the one of the parts before it.")
+    return found
 
 
 def find(needle: Dim, dim: Dim) -> int | None:
@@ -164,7 +202,7 @@ def _between_tokens(found: TokenAxes) -> tuple[Attention, ...]:
 def _token(found: TokenAxes) -> Dim:
     """The token axis: the class that the queries and the keys of every attention share."""
     if not found.attentions:
-        raise GraphNotSupported("No attention was found in the graph.", "Token selection needs a transformer.")
+        raise NoAttention("No attention was found in the graph.", "Token selection needs a transformer.")
     resolve = found.space.resolve
     classes = {resolve(a.query): a for a in found.attentions} | {resolve(a.key): a for a in found.attentions}
     if () in classes:

@@ -159,6 +159,173 @@ def test_the_innermost_rows_count():
     assert [selection.indices.shape[1] for selection in rec] == [4, 3]
 
 
+# -- modules that are compiled each for itself ------------------------------------------------------------------------
+
+
+def kept_labels(labels: Tensor, indices: Tensor, shift: int) -> Tensor:
+    """The labels of the given rows alone, for a loss that is not compiled."""
+    kept = torch.zeros_like(labels, dtype=torch.bool).scatter(1, indices, True)
+    return labels.where(torch.nn.functional.pad(kept, (shift, 0))[:, : labels.shape[1]], -100)
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    return model.model.layers if hasattr(model, "model") else model.transformer.h
+
+
+@pytest.mark.parametrize("frozen_embedding", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_blocks_compiled_each_for_itself(name, frozen_embedding, graphs):
+    model = zoo.build(name)
+    model.get_input_embeddings().requires_grad_(not frozen_embedding)
+    batch, indices = zoo.batch(model, 3, 13, padding="right"), rows(5, 3, 13)
+    expected = by_reference(model, batch, indices)
+    for block in blocks_of(model):
+        block.compile(backend="tokenseek", options={"inner": "eager", "strict": True})
+    batch["labels"] = kept_labels(batch["labels"], indices, 1)
+    for _ in range(2):
+        assert error(train(model, model, batch, indices), expected.grads) < 1e-6
+    assert len(graphs) <= 1 + frozen_embedding, (
+        "one graph for all blocks, and for the first where its input carries no gradient"
+    )
+
+
+def test_blocks_at_lengths_that_change(graphs):
+    model = zoo.build("llama")
+    for block in blocks_of(model):
+        block.compile(backend="tokenseek", options={"inner": "eager"})
+    for length, k in [(13, 5), (19, 4), (11, 7), (17, 2)]:
+        batch, indices = zoo.batch(model, 3, length), rows(k, 3, length)
+        expected = by_reference(zoo.build("llama"), batch, indices)
+        batch["labels"] = kept_labels(batch["labels"], indices, 1)
+        assert error(train(model, model, batch, indices), expected.grads) < 1e-6
+    assert len(graphs) == 2
+
+
+def test_seek_sees_through_blocks_that_are_compiled():
+    plain, model, batch = zoo.build("llama"), zoo.build("llama"), zoo.batch(zoo.build("llama"), 3, 13)
+    for block in blocks_of(model):
+        block.compile(backend="tokenseek", options={"inner": "eager"})
+    options = {"inner": "eager", "scorer": "tokenseek"}
+    first, second = (tokenseek_fx.seek(m, options=options, **batch) for m in (plain, model))
+    assert torch.equal(first.scores, second.scores)
+
+
+# -- models that Dynamo splits ----------------------------------------------------------------------------------------
+
+
+class Breaks(Model):
+    """Dynamo splits it in the places that are named."""
+
+    def __init__(self, *places: str, head=None) -> None:
+        super().__init__(head)
+        self.places, self.norm = places, nn.LayerNorm(12).double()
+
+    def at(self, place: str) -> None:
+        if place in self.places:
+            torch._dynamo.graph_break()
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None):
+        x = self.embed(ids)
+        self.at("embedding")
+        x = x + self.position
+        self.at("position")
+        x = self.blocks[0](x)
+        self.at("block")
+        x = self.norm(self.blocks[1](x))
+        self.at("norm")
+        logits = self.lm_head(x)
+        self.at("head")
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+PLACES = ["embedding", "position", "block", "norm", "head"]
+
+
+@pytest.mark.parametrize("places", [[place] for place in PLACES] + [PLACES], ids="+".join)
+def test_split_models(places):
+    model, batch = Breaks(*places), data()
+    step = compile_eager(model)
+    for indices in (rows(4), rows(4, seed=1), rows(6)):
+        expected = by_reference(model, batch, indices, length=T)
+        assert error(train(step, model, batch, indices), expected.grads) < 1e-9
+
+
+def test_split_models_with_weights():
+    model, batch, indices = Breaks("block"), data(), rows(4)
+    weights = torch.tensor([[1.0, 2, 3, 4], [0.5, 1, 2, 0.1]]).double()
+    expected = by_reference(model, batch, indices, T, weights)
+    assert error(train(compile_eager(model), model, batch, indices, weights), expected.grads) < 1e-9
+
+
+def test_a_split_model_at_lengths_that_change():
+    model = Breaks("embedding", "block", "head")
+    model.position = nn.Parameter(torch.randn(1, 1, 12, dtype=torch.float64))
+    step, draw = compile_eager(model), torch.Generator().manual_seed(3)
+    for batch, length, k in [(2, 11, 4), (2, 7, 3), (5, 10, 4), (7, 9, 2), (2, 8, 8)]:
+        inputs = {name: torch.randint(29, (batch, length), generator=draw) for name in ("ids", "labels")}
+        indices = rows(k, batch, length)
+        expected = by_reference(model, inputs, indices, length)
+        assert error(train(step, model, inputs, indices), expected.grads) < 1e-9
+
+
+class Mixes(Breaks):
+    """Mixes tokens before its first attention."""
+
+    def __init__(self) -> None:
+        super().__init__("embedding", "mixed")
+
+    def forward(self, ids: Tensor, labels: Tensor):
+        x = self.embed(ids)
+        x = x + x.cumsum(1)
+        self.at("mixed")
+        return self.loss(self.blocks[0](x), labels)
+
+
+class EagerBetween(Breaks):
+    """Plain Python computes on what goes from one part to the next."""
+
+    def forward(self, ids: Tensor, labels: Tensor):
+        x = self.outside(self.blocks[0](self.embed(ids)))
+        return torch.nn.functional.cross_entropy(self.lm_head(x).flatten(0, 1), labels.flatten())
+
+    @torch._dynamo.disable
+    def outside(self, x: Tensor) -> Tensor:
+        return x * 2
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (Mixes, "before its first attention mixes tokens.*Compile it together with the first attention"),
+        (EagerBetween, "has a loss, but neither an attention nor an input from a part that has one"),
+    ],
+)
+def test_parts_that_would_be_wrong_are_refused(build, message):
+    with pytest.raises(GraphNotSupported, match=message), selecting(rows(4)):
+        compile_eager(build())(**data())
+
+
+class Pair(nn.Module):
+    """A head of its own behind a body that is not compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = Model(lambda self, x, labels: x), nn.Linear(12, 29).double()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.body(ids))
+
+
+def test_a_compiled_head_behind_plain_python_is_refused():
+    model = Pair()
+    model.head.compile(backend="tokenseek", options={"inner": "eager"})
+    with (
+        pytest.raises(GraphNotSupported, match="has an input with gradient, but neither an attention"),
+        selecting(rows(4)),
+    ):
+        model(data()["ids"])
+
+
 # -- seek -------------------------------------------------------------------------------------------------------------
 
 

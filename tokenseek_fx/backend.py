@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,24 +14,31 @@ from torch._dynamo.backends.registry import lookup_backend
 from . import compat, recording
 from .config import Config
 from .given import Given, given
+from .passes.activity import FindActivity
 from .passes.audit import partitioning
+from .passes.blocks import FindBlocks
+from .passes.canonicalize import Canonicalize
 from .passes.ditch import Ditch
-from .passes.errors import GraphNotSupported, NothingToSelect, TokenSeekError
+from .passes.errors import GraphNotSupported, NoAttention, NothingToSelect, TokenSeekError
 from .passes.factors import same_size
 from .passes.fake import fake_inputs
 from .passes.geometry import device_of, example_sizes, runtime_sizes
+from .passes.parallel import parallel_dims
 from .passes.pipeline import Pipeline, analysis
 from .passes.program import Program, source_line
 from .passes.rules.op import hint, is_tensor
 from .passes.seek import Signals
 from .passes.select import Scorer, Select, kept_tokens, method_of, needs_of
+from .passes.shift import UnshiftLabels
 from .passes.streams import weighted_losses
 from .passes.tail import has_token_loss
+from .passes.token_axes import FindTokenAxes, Place, place_in
 from .scorers import scorer_named
 from .variants import Variants
 from .warnings import TokenSeekWarning
 
 Compiled = Callable[..., Any]
+Passed = tuple[tuple[int, Place], ...]
 #: Without a backward to save it for, Inductor inlines the residual stream into its readers layer after layer: other
 #: kernels for every layer to compile, and the outputs of several layers alive at once (docs/design/0001).
 _REWRITTEN = {"realize_reads_threshold": 1}
@@ -69,24 +76,55 @@ class Trained:
     """A compiled training graph: for rows of its own choice, or (under ``selecting``) for given ones, each when it is needed."""
 
     def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> None:
-        continued = _is_continued(inputs)
-        part = continued or _is_part(gm, inputs)
-        examples = fake_inputs(gm, inputs)
-
-        def own(inputs: Sequence[Any]) -> Compiled:
-            return inner_compiler(config)(gm, inputs) if continued else _compile_own(gm, inputs, config)
-
-        def with_rows(count: int) -> Variants:
-            return Variants(
-                examples, lambda fakes: _compile_with_rows(gm, fakes[:-count], fakes[-count:], config, part)
-            )
-
-        self.own = own(inputs) if given() is None else Variants(examples, own)
-        self.with_rows = {count: with_rows(count) for count in (1, 2)}  # indices; indices and weights
+        self.gm, self.config, self.examples = gm, config, fake_inputs(gm, inputs)
+        self.continued = _is_continued(inputs)
+        self.part = self.continued or _is_part(gm, inputs)
+        self.own = self._compile_own(inputs) if given() is None else Variants(self.examples, self._compile_own)
+        self.with_rows: dict[Any, Variants] = {}
+        self.attends = True
 
     def __call__(self, *args: Any) -> Any:
         rows = given()
-        return self.own(*args) if rows is None else self.with_rows[len(rows.tensors)](*args, *rows.tensors)
+        if rows is None:
+            return self.own(*args)
+        passed = () if self.attends else rows.passed(args)
+        try:
+            return self._variants(len(rows.tensors), passed)(*args, *rows.tensors)
+        except NoAttention:  # only what other parts passed tells the tokens
+            self.attends = False
+            return self(*args)
+
+    def _variants(self, count: int, passed: Passed) -> Variants:
+        if (count, passed) not in self.with_rows:
+            compile = partial(self._compile_with_rows, count=count, passed=passed)
+            self.with_rows[count, passed] = Variants(self.examples, compile)
+        return self.with_rows[count, passed]
+
+    def _compile_own(self, inputs: Sequence[Any]) -> Compiled:
+        compile = inner_compiler(self.config) if self.continued else partial(_compile_own, config=self.config)
+        return compile(self.gm, inputs)
+
+    def _compile_with_rows(self, inputs: Sequence[Any], count: int, passed: Passed) -> Compiled:
+        """The graph for given rows, the last ``count`` inputs; as it is where that is right for any rows.
+
+        Raises:
+            GraphNotSupported: the graph can't be rewritten exactly.
+        """
+        inputs, rows = tuple(inputs[:-count]), tuple(inputs[-count:])
+        known = Pipeline((Canonicalize(), UnshiftLabels(), FindActivity())).run(Program(self.gm, inputs))
+        try:
+            program = Pipeline((FindTokenAxes(passed), FindBlocks())).run(known)
+        except NothingToSelect:
+            return AsItIs(inner_compiler(self.config)(self.gm, inputs), known, parallel=False)
+        except NoAttention:
+            if self.attends:
+                raise
+            if known.activity.losses:
+                raise _unknown_tokens("a loss") from None
+            return AsItIs(inner_compiler(self.config)(self.gm, inputs), known)
+        _check_rows(program, tuple(map(hint, example_sizes(program))))
+        program = Pipeline((ditch(self.config, program, rows, self.part),)).run(program)
+        return WithRows(_compiled(program, self.config), program, self.part)
 
 
 def _compile_own(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Compiled:
@@ -110,21 +148,11 @@ def _compile_own(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> C
     return Rewritten(_compiled(program, config), program, config.seed)
 
 
-def _compile_with_rows(
-    gm: fx.GraphModule, inputs: Sequence[Any], rows: tuple[Any, ...], config: Config, part: bool
-) -> Compiled:
-    """The graph for given rows.
-
-    Raises:
-        GraphNotSupported: the graph can't be rewritten exactly.
-    """
-    try:
-        program = analysis().run(Program(gm, tuple(inputs)))
-    except NothingToSelect:
-        return AsItIs(inner_compiler(config)(gm, inputs), len(inputs))
-    _check_rows(program, tuple(map(hint, example_sizes(program))))
-    program = Pipeline((replace(ditch(config, program), given=rows, part=part),)).run(program)
-    return WithRows(_compiled(program, config), program, part)
+def _unknown_tokens(what: str) -> GraphNotSupported:
+    return GraphNotSupported(
+        f"A part of the model has {what}, but neither an attention nor an input from a part that has one, so its tokens are not known.",
+        "Compile it together with the last attention, or leave it uncompiled and compute the loss of the given rows.",
+    )
 
 
 def _compiled(program: Program, config: Config) -> Compiled:
@@ -133,13 +161,13 @@ def _compiled(program: Program, config: Config) -> Compiled:
         return inner_compiler(config, _REWRITTEN)(program.rewrite.module, program.rewrite.inputs)
 
 
-def ditch(config: Config, program: Program) -> Ditch:
-    """The rewrite of a program that a config asks for.
+def ditch(config: Config, program: Program, given: tuple[Any, ...] = (), part: bool = False) -> Ditch:
+    """The rewrite of a program that a config asks for; ``given`` and ``part`` as in ``Ditch``.
 
     Raises:
         GraphNotSupported: the scorer needs a loss, the graph has none, and ``config.strict``.
     """
-    scorer = _scorer(config, program)
+    scorer = config.scoring if given else _scorer(config, program)
     return Ditch(
         select=Select(
             scorer=scorer,
@@ -155,6 +183,8 @@ def ditch(config: Config, program: Program) -> Ditch:
         logits=config.logits,
         report_loss=config.report_loss,
         kv_grad=config.kv_grad,
+        given=given,
+        part=part,
     )
 
 
@@ -212,16 +242,33 @@ class WithRows:
         self.compiled, self.program, self.part = compiled, program, part
         self.shape, self.instances = runtime_sizes(program), fingerprints(program)
         self.weighs = bool(weighted_losses(program))
+        axes = program.axes
+        self.inputs = [place_in(axes, node) if is_tensor(node) else None for node in program.placeholders]
+        self.outputs = [place_in(axes, x) if isinstance(x, fx.Node) and is_tensor(x) else None for x in program.outputs]
 
     def __call__(self, *args: Any) -> Sequence[Any]:
-        inputs = args[: len(self.program.inputs)]
+        inputs = args[: len(self.inputs)]
         batch, tokens = self.shape(inputs)
         rows = _check_rows(self.program, (batch, tokens))
+        self._check_passed(rows, inputs)
         rows.used, rows.weighed = True, rows.weighed or self.weighs
         if recording.is_open() and not self.part:
             scores = torch.zeros(batch, tokens, device=rows.indices.device).scatter(1, rows.indices, 1.0)
             recording.note(**rows.named, scores=scores, **self.instances(inputs))
-        return self.compiled(*args)
+        outputs = self.compiled(*args)
+        rows.places.update((x, place) for x, place in zip(outputs, self.outputs, strict=False) if place is not None)
+        return outputs
+
+    def _check_passed(self, rows: Given, inputs: Sequence[Any]) -> None:
+        """Other parts agree on the token axis; one without attention works by rows along it."""
+        for x, place in zip(inputs, self.inputs, strict=True):
+            if isinstance(x, torch.Tensor) and rows.places.get(x, place) != place:
+                raise GraphNotSupported("The token axis of a part of the model is not the one of the parts before it.")
+            if isinstance(x, torch.Tensor) and x in rows.parallel and (not place or place[1] not in rows.parallel[x]):
+                raise GraphNotSupported(
+                    "A part of the model before its first attention mixes tokens, or does so for all that is known.",
+                    "Compile it together with the first attention.",
+                )
 
 
 def _check_rows(program: Program, sizes: tuple[int, int]) -> Given:
@@ -233,16 +280,24 @@ def _check_rows(program: Program, sizes: tuple[int, int]) -> Given:
 
 
 class AsItIs:
-    """A graph that given rows change nothing in."""
+    """A graph that is right as it is for any rows: along the token axis, whichever it is, it works by rows."""
 
-    def __init__(self, compiled: Compiled, inputs: int) -> None:
-        self.compiled, self.inputs = compiled, inputs
+    def __init__(self, compiled: Compiled, program: Program, parallel: bool = True) -> None:
+        self.compiled, self.inputs = compiled, len(program.inputs)
+        self.parallel = parallel_dims(program) if parallel else {}
 
     def __call__(self, *args: Any) -> Any:
         rows = given()
         assert rows is not None
-        rows.used = True
-        return self.compiled(*args[: self.inputs])
+        rows.used, inputs = True, args[: self.inputs]
+        outputs = self.compiled(*inputs)
+        before = {
+            i: rows.parallel[x] for i, x in enumerate(inputs) if isinstance(x, torch.Tensor) and x in rows.parallel
+        }
+        for position, dims in self.parallel.items():
+            right = (dim for dim, at in dims.items() if all(at.get(i) in known for i, known in before.items()))
+            rows.parallel[outputs[position]] = frozenset(right)
+        return outputs
 
 
 class KeepAll:
@@ -303,13 +358,16 @@ def trains(inputs: Sequence[Any]) -> bool:
 
 def _is_continued(inputs: Sequence[Any]) -> bool:
     """True for the rest of a model that Dynamo split, which was reported with its first part."""
-    activations = any(isinstance(x, torch.Tensor) and x.requires_grad and not x.is_leaf for x in inputs)
-    return activations and compat.continues_a_split_model()
+    return any(map(_is_activation, inputs)) and compat.continues_a_split_model()
+
+
+def _is_activation(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad and not value.is_leaf
 
 
 def _is_part(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
     """True where other graphs, or plain Python, may compute something of the model before or after this one."""
-    activations = any(isinstance(x, torch.Tensor) and x.requires_grad and not x.is_leaf for x in inputs)
+    activations = any(map(_is_activation, inputs))
     return activations or compat.graph_break(gm) is not None or compat.module_outside() is not None
 
 

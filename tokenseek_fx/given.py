@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .passes.errors import TokenSeekError
+from .passes.token_axes import Place
 from .warnings import TokenSeekWarning
 
 _given: ContextVar[Given | None] = ContextVar("tokenseek_given", default=None)
@@ -25,13 +27,23 @@ class SelectionError(TokenSeekError, ValueError):
 @dataclass(eq=False)
 class Given:
     """The rows of the forwards under one ``selecting``. ``last``: the highest. ``used``: a graph took the rows.
-    ``weighed``: a loss took the weights."""
+    ``weighed``: a loss took the weights.
+
+    Of values that pass from one graph of a model to the next: ``places``: their batch and token dims. ``parallel``: the dims of
+    which one must be the token axis, as the graph that gave them has no attention and works by rows along those alone.
+    """
 
     indices: Tensor
     weights: Tensor | None
     last: int
     used: bool = False
     weighed: bool = False
+    places: MutableMapping[Tensor, Place] = field(default_factory=WeakTensorKeyDictionary)
+    parallel: MutableMapping[Tensor, frozenset[int]] = field(default_factory=WeakTensorKeyDictionary)
+
+    def passed(self, values: Sequence[Any]) -> tuple[tuple[int, Place], ...]:
+        """The values whose batch and token dims are known, by position."""
+        return tuple((i, self.places[x]) for i, x in enumerate(values) if isinstance(x, Tensor) and x in self.places)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
