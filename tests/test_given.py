@@ -210,6 +210,25 @@ def test_seek_sees_through_blocks_that_are_compiled():
     assert torch.equal(first.scores, second.scores)
 
 
+def test_blocks_without_given_rows_are_not_rewritten_and_say_so():
+    model, plain, batch = zoo.build("llama"), zoo.build("llama"), zoo.batch(zoo.build("llama"), 3, 13)
+    for block in blocks_of(model):
+        block.compile(backend="tokenseek", options={"inner": "eager"})
+    with pytest.warns(
+        TokenSeekWarning, match="part of a model, whose parts would choose different rows.*selecting.*seek"
+    ):
+        model(**batch).loss.backward()
+    plain(**batch).loss.backward()
+    assert error(grads_of(model), grads_of(plain)) < 1e-12
+
+
+def test_the_warning_of_a_split_model_names_place_and_remedy():
+    with pytest.warns(
+        TokenSeekWarning, match=r"split the model at .*test_backend.py:\d+ .*fullgraph=True.*selecting\(indices\)"
+    ):
+        compile_eager(Split())(**data())
+
+
 # -- models that Dynamo splits ----------------------------------------------------------------------------------------
 
 
@@ -305,12 +324,21 @@ def test_parts_that_would_be_wrong_are_refused(build, message):
         compile_eager(build())(**data())
 
 
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 29).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
 class Pair(nn.Module):
     """A head of its own behind a body that is not compiled."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body, self.head = Model(lambda self, x, labels: x), nn.Linear(12, 29).double()
+        self.body, self.head = Model(lambda self, x, labels: x), Head()
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.head(self.body(ids))

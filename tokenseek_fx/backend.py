@@ -43,6 +43,9 @@ Passed = tuple[tuple[int, Place], ...]
 #: kernels for every layer to compile, and the outputs of several layers alive at once (docs/design/0001).
 _REWRITTEN = {"realize_reads_threshold": 1}
 
+_GIVE = "give every part the same rows: `with tokenseek_fx.selecting(indices): ...`"
+_SPLIT = f'Find the cause with torch.compile(model, backend="tokenseek", fullgraph=True), or {_GIVE}.'
+
 compat.ignore_logging_in_forward()
 
 
@@ -133,6 +136,7 @@ def _compile_own(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> C
     try:
         refuse_split(gm)
         program = analysis().run(Program(gm, tuple(inputs)))
+        _refuse_part(program, inputs)
         if not keeps_all(program, config):
             program = Pipeline((ditch(config, program),)).run(program)
     except NothingToSelect:
@@ -290,10 +294,10 @@ class AsItIs:
         rows = given()
         assert rows is not None
         rows.used, inputs = True, args[: self.inputs]
+        before = {i: rows.parallel.get(x, frozenset()) for i, x in enumerate(inputs) if _is_activation(x)}
+        if self.parallel and not all(before.values()):
+            raise _unknown_tokens("an input with gradient")
         outputs = self.compiled(*inputs)
-        before = {
-            i: rows.parallel[x] for i, x in enumerate(inputs) if isinstance(x, torch.Tensor) and x in rows.parallel
-        }
         for position, dims in self.parallel.items():
             right = (dim for dim, at in dims.items() if all(at.get(i) in known for i, known in before.items()))
             rows.parallel[outputs[position]] = frozenset(right)
@@ -361,6 +365,16 @@ def _is_continued(inputs: Sequence[Any]) -> bool:
     return any(map(_is_activation, inputs)) and compat.continues_a_split_model()
 
 
+def _refuse_part(program: Program, inputs: Sequence[Any]) -> None:
+    """Raise ``GraphNotSupported`` for a block that is compiled for itself: other blocks would choose other rows."""
+    if not program.activity.losses and any(map(_is_activation, inputs)):
+        raise GraphNotSupported(
+            "The graph gets an activation that requires grad and has no loss: it is a part of a model, whose parts would choose "
+            "different rows.",
+            f"Compile the whole model, or {_GIVE}, for instance those of tokenseek_fx.seek(model, **batch).",
+        )
+
+
 def _is_activation(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.requires_grad and not value.is_leaf
 
@@ -376,13 +390,13 @@ def refuse_split(gm: fx.GraphModule) -> None:
     if outer := compat.module_outside():
         raise GraphNotSupported(
             f"Dynamo runs the forward of {type(outer).__name__} as plain Python, and a part of a model can't be rewritten.",
-            'Find the cause with torch.compile(model, backend="tokenseek", fullgraph=True).',
+            _SPLIT,
         )
     if found := compat.graph_break(gm):
         reason, file, line = found
         raise GraphNotSupported(
             f"Dynamo split the model at {file}:{line} ({reason}), and a part of a model can't be rewritten.",
-            'Find the cause with torch.compile(model, backend="tokenseek", fullgraph=True).',
+            _SPLIT,
         )
 
 
