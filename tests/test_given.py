@@ -88,10 +88,13 @@ def test_weights_are_those_of_the_reference():
     assert error(train(compile_eager(model), model, batch, indices, weights), expected.grads) < 1e-9
 
 
-def test_entering_and_leaving_never_meets_a_stale_graph(graphs):
+@pytest.mark.parametrize("first", ["own", "given"])
+def test_entering_and_leaving_never_meets_a_stale_graph(first, graphs):
     """The choice is made at every call: own rows, given rows, others, own rows again; each graph is compiled once."""
     model, batch = Model(), data()
     step = compile_eager(model, scorer="first", keep_ratio=None, keep_tokens=4)
+    if first == "given":
+        train(step, model, batch, rows(4))
     own = by_reference(model, batch, torch.arange(4).expand(B, -1), length=T).grads
     for seed in range(3):
         model.zero_grad()
@@ -210,10 +213,14 @@ def test_seek_sees_through_blocks_that_are_compiled():
     assert torch.equal(first.scores, second.scores)
 
 
-def test_blocks_without_given_rows_are_not_rewritten_and_say_so():
+@pytest.mark.parametrize("given_before", [False, True])
+def test_blocks_without_given_rows_are_not_rewritten_and_say_so(given_before):
     model, plain, batch = zoo.build("llama"), zoo.build("llama"), zoo.batch(zoo.build("llama"), 3, 13)
     for block in blocks_of(model):
         block.compile(backend="tokenseek", options={"inner": "eager"})
+    if given_before:
+        train(model, model, batch, rows(4, 3, 13))
+        model.zero_grad()
     with pytest.warns(
         TokenSeekWarning, match="part of a model, whose parts would choose different rows.*selecting.*seek"
     ):

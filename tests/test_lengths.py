@@ -95,10 +95,13 @@ def test_one_row_is_a_graph_of_its_own():
     assert graphs() == 2
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize(
-    ("name", "inner"),
-    [("llama", "aot_eager"), pytest.param("llama", "inductor", marks=pytest.mark.slow), ("gpt2", "aot_eager")],
+    ("name", "inner", "dynamic"),
+    [
+        ("llama", "aot_eager", None),
+        ("gpt2", "aot_eager", True),
+        pytest.param("llama", "inductor", True, marks=pytest.mark.slow),
+    ],
 )
 def test_real_models_at_sizes_that_change(name, inner, dynamic):
     model = zoo.build(name)

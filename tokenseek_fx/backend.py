@@ -80,8 +80,9 @@ class Trained:
 
     def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> None:
         self.gm, self.config, self.examples = gm, config, fake_inputs(gm, inputs)
-        self.continued = _is_continued(inputs)
-        self.part = self.continued or _is_part(gm, inputs)
+        self.continued, self.split = _is_continued(inputs), split_at(gm)
+        #: other graphs, or plain Python, may compute something of the model before or after this one
+        self.part = self.split is not None or any(map(_is_activation, inputs))
         self.own = self._compile_own(inputs) if given() is None else Variants(self.examples, self._compile_own)
         self.with_rows: dict[Any, Variants] = {}
         self.attends = True
@@ -104,8 +105,9 @@ class Trained:
         return self.with_rows[count, passed]
 
     def _compile_own(self, inputs: Sequence[Any]) -> Compiled:
-        compile = inner_compiler(self.config) if self.continued else partial(_compile_own, config=self.config)
-        return compile(self.gm, inputs)
+        if self.continued:
+            return inner_compiler(self.config)(self.gm, inputs)
+        return _compile_own(self.gm, inputs, self.config, self.split)
 
     def _compile_with_rows(self, inputs: Sequence[Any], count: int, passed: Passed) -> Compiled:
         """The graph for given rows, the last ``count`` inputs; as it is where that is right for any rows.
@@ -130,11 +132,14 @@ class Trained:
         return WithRows(_compiled(program, self.config), program, self.part)
 
 
-def _compile_own(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Compiled:
+def _compile_own(
+    gm: fx.GraphModule, inputs: Sequence[Any], config: Config, split: GraphNotSupported | None
+) -> Compiled:
     """The graph for rows of its own choice, or as it is where it can't be rewritten."""
     compile_inner = inner_compiler(config)
     try:
-        refuse_split(gm)
+        if split is not None:
+            raise split
         program = analysis().run(Program(gm, tuple(inputs)))
         _refuse_part(program, inputs)
         if not keeps_all(program, config):
@@ -379,25 +384,26 @@ def _is_activation(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.requires_grad and not value.is_leaf
 
 
-def _is_part(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
-    """True where other graphs, or plain Python, may compute something of the model before or after this one."""
-    activations = any(map(_is_activation, inputs))
-    return activations or compat.graph_break(gm) is not None or compat.module_outside() is not None
-
-
-def refuse_split(gm: fx.GraphModule) -> None:
-    """Raise ``GraphNotSupported`` for a part of a model that Dynamo splits."""
+def split_at(gm: fx.GraphModule) -> GraphNotSupported | None:
+    """What is wrong with a part of a model that Dynamo splits; to be asked while Dynamo compiles it."""
     if outer := compat.module_outside():
-        raise GraphNotSupported(
+        return GraphNotSupported(
             f"Dynamo runs the forward of {type(outer).__name__} as plain Python, and a part of a model can't be rewritten.",
             _SPLIT,
         )
     if found := compat.graph_break(gm):
         reason, file, line = found
-        raise GraphNotSupported(
+        return GraphNotSupported(
             f"Dynamo split the model at {file}:{line} ({reason}), and a part of a model can't be rewritten.",
             _SPLIT,
         )
+    return None
+
+
+def refuse_split(gm: fx.GraphModule) -> None:
+    """Raise ``GraphNotSupported`` for a part of a model that Dynamo splits."""
+    if (error := split_at(gm)) is not None:
+        raise error
 
 
 def keeps_all(program: Program, config: Config) -> bool:
