@@ -12,7 +12,7 @@ The pass is an interpreter with a table of rules, traced back to a graph.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,20 +22,21 @@ from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .canonicalize import is_autocast
-from .errors import InvariantBroken
+from .errors import GraphNotSupported, InvariantBroken
 from .fake import fake_mode_of
-from .geometry import Geometry, device_of, example_sizes
+from .geometry import Geometry, device_of, example_sizes, sizes_of
 from .program import Program
 from .seek import Seek, Signals
 from .select import ScoreInputs, Select, Selected
 from .streams import Barrier, Streams, class_factors, refuse_unweighted, tagged, weighted_losses
+from .tail import Traced
 from .token_axes import TokenAxis
 
 
 @dataclass(frozen=True)
 class Rewrite:
     """The rewritten forward ``module(*inputs) -> (*outputs, *what was selected)``, the latter by ``names``, one tuple of them
-    for each token axis. ``inputs`` are those of the program, then noise for the axes ``noisy`` (numbers)."""
+    for each token axis. ``inputs`` are those of the program, then the rows that were given, or noise for the axes ``noisy`` (numbers)."""
 
     module: fx.GraphModule
     inputs: tuple[Any, ...]
@@ -51,7 +52,9 @@ class Ditch:
     ``select``: how tokens are scored and chosen; ``others``: those of further token axes, in order. ``signals``: what scores are made of. ``logits``: "keep" returns them in
     full, "drop" with length 0. ``report_loss``: "full" returns the loss of all tokens (with the gradient of the kept ones),
     "kept" that of the kept ones, ``None`` the full one where the scores need it anyway. ``kv_grad``: "selected" cuts keys
-    and values of the other tokens, "all" keeps their own projections live.
+    and values of the other tokens, "all" keeps their own projections live. ``given``: examples of the rows [B, k] (and their
+    weights) that are inputs of the rewritten graph; ``select`` then chooses nothing. ``part``: the graph is a part of a model,
+    all that it returns stays live in the kept rows.
     """
 
     select: Select
@@ -60,49 +63,50 @@ class Ditch:
     logits: str = "keep"
     report_loss: str | None = None
     kv_grad: str = "selected"
+    given: tuple[Tensor, ...] = ()
+    part: bool = False
     name: str = "ditch"
 
     def run(self, program: Program) -> Program:
         assert program.axes is not None and program.activity is not None and program.blocks is not None
-        if self.select.method == "sample":
+        if self.select.method == "sample" and not self.given:
             refuse_unweighted(program)
-        selects = self._selects(program)
-        noisy = tuple(i for i, select in enumerate(selects.values()) if "noise" in select.needs)
         barriers: list[Barrier] = []
         names: list[tuple[str, ...]] = []
-        everything = frozenset().union(*(select.needs for select in selects.values()))
-        tail = self.signals.tail(program, everything, self._builds_no_logits(program))
+        tail = None if self.given else self._tail(program)
 
         def forward(*args: Any) -> tuple:
-            written, noise = args[: len(program.inputs)], args[len(program.inputs) :]
+            written, extra = args[: len(program.inputs)], args[len(program.inputs) :]
             inputs = tuple(x.clone() if i in program.mutated else x for i, x in enumerate(written))
-            noise = {program.axes.tokens[i]: x for i, x in zip(noisy, noise, strict=True)}
             seek = Seek(program, inputs)
-            needs = {axis: select.needs for axis, select in selects.items()}
-            known = seek.look(self.signals, needs, tail, noise)
-            with tagged("select"):
-                chosen = {axis: self._choose(program, axis, select, known[axis]) for axis, select in selects.items()}
-            geometries = [
-                Geometry(program.axes, axis, rows.indices, known[axis].batch, known[axis].tokens, rows.weights)
-                for axis, rows in chosen.items()
-            ]
+            choose = self._take if self.given else self._choose
+            geometries, selections = choose(seek, tail, *extra)
             streams = Streams(program, seek.values, geometries, inputs, barriers, self.kv_grad)
             streams.run()
             outputs = tuple(self._outputs(program, streams))
             for index, update in zip(program.mutated, program.updates, strict=True):
                 written[index].copy_(seek.values[update])
-            selections = [_selection(known[axis], chosen[axis]) for axis in selects]
-            names[:] = [tuple(selection) for selection in selections]
-            return (*outputs, *(x for selection in selections for x in selection.values()))
+            names[:] = map(tuple, selections)
+            return (*outputs, *_flat(selections))
 
-        inputs = (*program.inputs, *self._noise(program, noisy))
-        with warnings.catch_warnings(), fx_traceback.preserve_node_meta(), fake_mode_of(inputs):
-            warnings.filterwarnings("ignore", message=".*pre-dispatch.*")
-            module = make_fx(forward, pre_dispatch=True, tracing_mode="real")(*inputs)
-        _name_placeholders(module, program)
-        module.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or is_autocast(node))
-        module.recompile()
-        return replace(program, rewrite=Rewrite(module, inputs, tuple(barriers), tuple(names), noisy))
+        inputs = (*program.inputs, *(self.given or self._noise(program)))
+        module = _traced(forward, inputs, program)
+        return replace(program, rewrite=Rewrite(module, inputs, tuple(barriers), tuple(names), self._noisy(program)))
+
+    def choice(self, program: Program) -> Program:
+        """The choice alone as the rewrite: ``module(*inputs) -> what is selected``; it writes to no input."""
+        names: list[tuple[str, ...]] = []
+        tail = self._tail(program)
+
+        def choose(*args: Any) -> tuple:
+            seek = Seek(program, args[: len(program.inputs)])
+            _, selections = self._choose(seek, tail, *args[len(program.inputs) :])
+            names[:] = map(tuple, selections)
+            return _flat(selections)
+
+        inputs = (*program.inputs, *self._noise(program))
+        module = _traced(choose, inputs, program)
+        return replace(program, rewrite=Rewrite(module, inputs, (), tuple(names), self._noisy(program)))
 
     def check(self, program: Program) -> None:
         """The graph is well-formed and has every output of the model and of the selections."""
@@ -117,25 +121,59 @@ class Ditch:
         ways = (self.select, *self.others)
         return {axis: ways[min(i, len(ways) - 1)] for i, axis in enumerate(program.axes.tokens)}
 
-    def _choose(self, program: Program, axis: TokenAxis, select: Select, known: ScoreInputs) -> Selected:
-        """Weights are for losses over tokens of the axis alone."""
-        chosen = select(known)
-        weighted = axis == program.axes.main and weighted_losses(program)
-        return chosen if weighted else chosen._replace(weights=None)
+    def _noisy(self, program: Program) -> tuple[int, ...]:
+        """The numbers of the token axes whose choice needs noise."""
+        ways = self._selects(program).values()
+        return () if self.given else tuple(i for i, way in enumerate(ways) if "noise" in way.needs)
+
+    def _choose(
+        self, seek: Seek, tail: Traced | None, *noise: Tensor
+    ) -> tuple[list[Geometry], list[dict[str, Tensor]]]:
+        """The rows by their scores, and what is told of them, for every token axis."""
+        program, selects = seek.program, self._selects(seek.program)
+        noisy = [program.axes.tokens[i] for i in self._noisy(program)]
+        needs = {axis: select.needs for axis, select in selects.items()}
+        known = seek.look(self.signals, needs, tail, dict(zip(noisy, noise, strict=True)))
+        geometries, selections = [], []
+        for axis, select in selects.items():
+            with tagged("select"):
+                chosen = select(known[axis])
+                if axis != program.axes.main or not weighted_losses(program):
+                    chosen = chosen._replace(weights=None)
+            sizes = known[axis].batch, known[axis].tokens
+            geometries.append(Geometry(program.axes, axis, chosen.indices, *sizes, chosen.weights))
+            selections.append(_selection(known[axis], chosen))
+        return geometries, selections
+
+    def _take(self, seek: Seek, tail: None, *given: Tensor) -> tuple[list[Geometry], list[dict[str, Tensor]]]:
+        """The rows that were given, of which there is nothing to tell."""
+        program = seek.program
+        if len(program.axes.tokens) > 1:
+            raise GraphNotSupported(
+                f"Rows were given for one token axis, but the graph has {len(program.axes.tokens)}.",
+                "Let the backend choose the rows of an encoder-decoder.",
+            )
+        indices, *weights = given if weighted_losses(program) else given[:1]
+        sizes = sizes_of(program, program.axes.main, seek.values)
+        return [Geometry(program.axes, program.axes.main, indices, *sizes, *weights)], []
+
+    def _tail(self, program: Program) -> Traced | None:
+        needs = frozenset().union(*(select.needs for select in self._selects(program).values()))
+        return self.signals.tail(program, needs, self._builds_no_logits(program))
 
     @property
     def _reports_full(self) -> bool:
         ways = (self.select, *self.others)
-        scored = any(way.needs & {"gradient", "loss"} for way in ways)
+        scored = any(way.needs & {"gradient", "loss"} for way in ways) and not self.given
         return (self.report_loss or ("full" if scored else "kept")) == "full"
 
     def _builds_no_logits(self, program: Program) -> bool:
         """True where the full loss has to come from the chunks of the tail."""
         return self._reports_full and self.logits == "drop" and bool(program.activity.losses)
 
-    def _noise(self, program: Program, noisy: Iterable[int]) -> list[Tensor]:
+    def _noise(self, program: Program) -> list[Tensor]:
         with fake_mode_of(program.inputs):
-            shapes = [example_sizes(program, program.axes.tokens[i]) for i in noisy]
+            shapes = [example_sizes(program, program.axes.tokens[i]) for i in self._noisy(program)]
             return [torch.empty(shape, device=device_of(program)) for shape in shapes]
 
     def _outputs(self, program: Program, streams: Streams) -> Iterator[Any]:
@@ -149,7 +187,7 @@ class Ditch:
                 yield streams.seek[out]
             elif out in program.activity.losses:
                 yield self._loss(streams, out)
-            elif not program.activity.losses:
+            elif self.part or not program.activity.losses:
                 yield streams.full(out)
             elif self.logits == "drop" and program.axes.has_rows(out) and classes & set(sum(program.axes.of(out), ())):
                 yield _without_tokens(streams, out)
@@ -164,6 +202,10 @@ class Ditch:
         return streams.seek[out].detach() + (kept - kept.detach())
 
 
+def _flat(selections: list[dict[str, Tensor]]) -> tuple[Tensor, ...]:
+    return tuple(x for selection in selections for x in selection.values())
+
+
 def _selection(known: ScoreInputs, chosen: Selected) -> dict[str, Tensor]:
     """What is told of a selection, by the names of ``recording.Selection``."""
     signals = {name: getattr(known, name) for name in ("attention", "gradient", "loss", "labelled")}
@@ -176,6 +218,16 @@ def _without_tokens(streams: Streams, node: fx.Node) -> torch.Tensor:
     sizes = {geometry.axis.token: 0, geometry.axis.batch: geometry.batch}
     shape = [sizes.get(label, size) if label else size for label, size in zip(axes.of(node), value.shape, strict=True)]
     return torch.empty(shape, dtype=value.dtype, device=value.device)
+
+
+def _traced(function: Callable[..., tuple], inputs: tuple[Any, ...], program: Program) -> fx.GraphModule:
+    with warnings.catch_warnings(), fx_traceback.preserve_node_meta(), fake_mode_of(inputs):
+        warnings.filterwarnings("ignore", message=".*pre-dispatch.*")
+        module = make_fx(function, pre_dispatch=True, tracing_mode="real")(*inputs)
+    _name_placeholders(module, program)
+    module.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or is_autocast(node))
+    module.recompile()
+    return module
 
 
 def _name_placeholders(module: fx.GraphModule, program: Program) -> None:

@@ -46,5 +46,9 @@ class NothingToSelect(GraphNotSupported):
     """There is nothing to choose from (sequences of one token): plain training is the definition."""
 
 
+class NoAttention(GraphNotSupported):
+    """No attention tells the token axis."""
+
+
 class InvariantBroken(TokenSeekError):
     """A pass left a graph that breaks its stage's invariant: a bug in a pass or in a rule."""

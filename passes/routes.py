@@ -177,5 +177,5 @@ def _route(sort: fx.Node, axes: TokenAxes) -> Iterator[Route]:
         else:
             proof.kinds[node] = kind
             region.add(node)
-    numbers = {node.args[2] for node in region if node.target is aten.index_put.default}
+    numbers = {node.all_input_nodes[-1] for node in region if node.target is aten.index_put.default}
     yield Route(frozenset({*region, *exits, *numbers}), frozenset(exits))

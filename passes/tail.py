@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .call import Call
@@ -358,7 +359,8 @@ def _frozen(nodes: Sequence[fx.Node], values: Sequence[Any]) -> dict[fx.Node, An
 def _traced(function: Callable[..., Any], inputs: Sequence[Any], tail: Tail) -> fx.GraphModule:
     with warnings.catch_warnings(), fake_mode_of(inputs):
         inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]  # no tensor may be two inputs of a trace
-        module = make_fx(function, tracing_mode="real")(*inputs)
+        with enable_python_dispatcher():  # composite operations in Python: in C++ some can't take symbolic sizes
+            module = make_fx(function, tracing_mode="real")(*inputs)
     for node in module.graph.nodes:
         node.meta = {**tail.starts[0].meta, **node.meta, "custom": {"tokenseek": "scoring"}}
     return module

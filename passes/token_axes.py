@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from .errors import GraphNotSupported, InvariantBroken, NothingToSelect
+from .errors import GraphNotSupported, InvariantBroken, NoAttention, NothingToSelect
 from .factors import Axes, Dim, Space, same_size
 from .program import Program
 from .routes import Route, find_routes
@@ -32,6 +32,10 @@ _WANTED = (
 )
 #: Operations that read their second operand at all positions.
 ATTENDING = (SDPA, *_CONTRACTIONS)
+
+
+#: The batch dim (``None``: one instance) and the token dim of a value.
+Place = tuple[int | None, int]
 
 
 @dataclass(frozen=True)
@@ -133,21 +137,19 @@ class TokenAxes:
 
 @dataclass(frozen=True)
 class FindTokenAxes:
-    """Infer the axes of every value and name the token axes. Reads ``module``; writes ``axes``."""
+    """Infer the axes of every value and name the token axes. Reads ``module``; writes ``axes``.
 
+    ``passed``: the batch dim (``None``: one instance) and the token dim of inputs, by position, where they are known from
+    another part of the model; they name the token axis of a graph without attention.
+    """
+
+    passed: tuple[tuple[int, Place], ...] = ()
     name: str = "token axes"
 
     def run(self, program: Program) -> Program:
-        space, axes, flows = Space(), {}, {}
-        for node in program.graph.nodes:
-            flow = flow_of(node, space, axes)
-            axes[node], flows[node] = flow.outputs, flow
-        found = TokenAxes(space, axes, flows, ())
-        found = replace(found, attentions=tuple(_attentions(program.graph, found)))
-        single = [a for a in found.attentions if a.node.target is not SDPA and not space.resolve(a.query)]
-        pooling = frozenset(node for a in single for node in _scores(a, found))
-        found = replace(found, tokens=_tokens(program, found), pooling=pooling)
-        return replace(program, axes=replace(found, routes=find_routes(program.graph, found)))
+        found = inferred(program)
+        named = _passed(program, found, self.passed) if self.passed else replace(found, tokens=_tokens(program, found))
+        return replace(program, axes=replace(named, routes=find_routes(program.graph, named)))
 
     def check(self, program: Program) -> None:
         """Every value has as many labelled dims as it has dims, and factor sizes multiply to its sizes."""
@@ -161,6 +163,40 @@ class FindTokenAxes:
             )
             if not sizes_agree:
                 raise InvariantBroken(f"{node.name}: shape {tuple(shape)} but axes {axes}")
+
+
+def inferred(program: Program) -> TokenAxes:
+    """The axes of every value and the attentions; no axis has a name yet."""
+    space, axes, flows = Space(), {}, {}
+    for node in program.graph.nodes:
+        flow = flow_of(node, space, axes)
+        axes[node], flows[node] = flow.outputs, flow
+    found = TokenAxes(space, axes, flows, ())
+    found = replace(found, attentions=tuple(_attentions(program.graph, found)))
+    single = [a for a in found.attentions if a.node.target is not SDPA and not space.resolve(a.query)]
+    return replace(found, pooling=frozenset(node for a in single for node in _scores(a, found)))
+
+
+def place_in(axes: TokenAxes, node: fx.Node) -> Place | None:
+    """Where the batch and the token axis are dims of their own; ``None``: they are not."""
+    labels, dim, axis = axes.of(node), axes.row_dim(node), axes.axis_of(node)
+    if dim is None or axis is None or not axes.has_rows(node) or labels[dim] != axis.token:
+        return None
+    batch = axis.batch_dim_of(labels)
+    return (batch, dim) if batch is None or labels[batch] == axis.batch else None
+
+
+def _passed(program: Program, found: TokenAxes, passed: tuple[tuple[int, Place], ...]) -> TokenAxes:
+    """Named by the inputs."""
+    nodes = program.placeholders
+    index, (batch, token) = passed[0]
+    labels = found.of(nodes[index])
+    if not labels[token]:
+        raise NothingToSelect("The sequence has a single token.")
+    found = replace(found, tokens=(TokenAxis(labels[token], () if batch is None else labels[batch]),))
+    if any(place_in(found, nodes[i]) != place for i, place in passed):
+        raise GraphNotSupported("The token axis of this part of the model is not the one of the parts before it.")
+    return found
 
 
 def find(needle: Dim, dim: Dim) -> int | None:
@@ -215,7 +251,7 @@ def _left_operand(node: fx.Node) -> fx.Node:
 def _tokens(program: Program, found: TokenAxes) -> tuple[TokenAxis, ...]:
     """The axes of the queries of all attentions, first that of the loss, or else of the last attention."""
     if not found.attentions:
-        raise GraphNotSupported("No attention was found in the graph.", _WANTED)
+        raise NoAttention("No attention was found in the graph.", _WANTED)
     queries = {found.space.resolve(a.query): a for a in reversed(found.attentions)}
     queries.pop((), None)
     if not queries:

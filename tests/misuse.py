@@ -69,7 +69,8 @@ def outcome(case: Misuse, strict: bool = False) -> Outcome:
             told = case.provoke(**({"strict": True} if strict else {}))
         except Exception as error:
             cause = getattr(error, "inner_exception", error)
-            return Outcome(type(cause).__name__, _portable(str(cause)))
+            kind = GraphNotSupported if isinstance(cause, GraphNotSupported) else type(cause)
+            return Outcome(kind.__name__, _portable(str(cause)))
     said = [str(warning.message) for warning in caught if warning.category is TokenSeekWarning]
     if said:
         return Outcome(TokenSeekWarning.__name__, _portable(" ".join(said)))

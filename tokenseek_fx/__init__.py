@@ -4,10 +4,12 @@ from . import passes, reference, stats
 from .backend import backend
 from .config import Config, ConfigError
 from .explain import Explanation, explain
+from .given import SelectionError, selecting
 from .passes.errors import GraphNotSupported, TokenSeekError
 from .passes.select import ScoreInputs, needs
 from .recording import Recording, Selection, record
 from .scorers import register_scorer
+from .scoring import seek
 from .warnings import TokenSeekWarning
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "Recording",
     "ScoreInputs",
     "Selection",
+    "SelectionError",
     "TokenSeekError",
     "TokenSeekWarning",
     "backend",
@@ -27,6 +30,8 @@ __all__ = [
     "record",
     "reference",
     "register_scorer",
+    "seek",
+    "selecting",
     "stats",
 ]
 __version__ = "0.1.0"

@@ -4,35 +4,46 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 from torch._dynamo.backends.registry import lookup_backend
 
-from . import compat, recording
+from . import compat
+from .compiled import AsItIs, Compiled, KeepAll, Rewritten, WithRows, check_rows, is_activation, unknown_tokens
 from .config import Config, ConfigError
-from .outputs import without_gradient
+from .given import given
+from .passes.activity import FindActivity
 from .passes.audit import partitioning
+from .passes.blocks import FindBlocks
+from .passes.canonicalize import Canonicalize
 from .passes.ditch import Ditch
-from .passes.errors import GraphNotSupported, NothingToSelect, TokenSeekError
+from .passes.errors import GraphNotSupported, NoAttention, NothingToSelect, TokenSeekError
 from .passes.factors import same_size
-from .passes.geometry import device_of, example_sizes, runtime_sizes
+from .passes.fake import fake_inputs
+from .passes.geometry import example_sizes
 from .passes.pipeline import Pipeline, analysis
 from .passes.program import Program, source_line
-from .passes.rules.op import hint, is_tensor
+from .passes.rules.op import hint
 from .passes.seek import Signals
 from .passes.select import Scorer, Select, kept_tokens, method_of, needs_of
+from .passes.shift import UnshiftLabels
 from .passes.streams import weighted_losses
 from .passes.tail import has_token_loss
-from .passes.token_axes import TokenAxis
+from .passes.token_axes import FindTokenAxes, Place, TokenAxis
 from .scorers import scorer_named
+from .variants import Variants
 from .warnings import TokenSeekWarning
 
-Compiled = Callable[..., Any]
+Passed = tuple[tuple[int, Place], ...]
 #: Without a backward to save it for, Inductor inlines the residual stream into its readers layer after layer: other
 #: kernels for every layer to compile, and the outputs of several layers alive at once (docs/design/0001).
 _REWRITTEN = {"realize_reads_threshold": 1}
+
+_GIVE = "give every part the same rows: `with tokenseek_fx.selecting(indices): ...`"
+_SPLIT = f'Find the cause with torch.compile(model, backend="tokenseek", fullgraph=True), or {_GIVE}.'
 
 compat.ignore_logging_in_forward()
 
@@ -56,21 +67,88 @@ def backend(config: Config | None = None) -> Callable[[fx.GraphModule, Sequence[
 
 
 def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Compiled:
-    """Rewrite one graph of Dynamo and compile it; compile it as it is where nothing is to be selected.
+    """Compile one graph of Dynamo: as it is where nothing is trained, else to train on rows of its own choice, or on those given.
 
     Raises:
         GraphNotSupported: the graph can't be rewritten exactly and ``config.strict``.
         ConfigError: an option has no effect, or the scorer fails.
     """
     _refuse_second_compile()
+    if not trains(inputs):
+        return inner_compiler(config)(gm, inputs)
+    if limit := compat.reaches_recompile_limit():
+        _warn_of_limit(limit)
+    return Trained(gm, inputs, config)
+
+
+class Trained:
+    """A compiled training graph: for rows of its own choice, or (under ``selecting``) for given ones, each when it is needed."""
+
+    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> None:
+        self.gm, self.config, self.examples = gm, config, fake_inputs(gm, inputs)
+        self.continued, self.split = _is_continued(inputs), split_at(gm)
+        #: other graphs, or plain Python, may compute something of the model before or after this one
+        self.part = self.split is not None or any(map(is_activation, inputs))
+        self.own = self._compile_own(inputs) if given() is None else Variants(self.examples, self._compile_own)
+        self.with_rows: dict[Any, Variants] = {}
+        self.attends = True
+
+    def __call__(self, *args: Any) -> Any:
+        rows = given()
+        if rows is None:
+            return self.own(*args)
+        passed = () if self.attends else rows.passed(args)
+        try:
+            return self._variants(len(rows.tensors), passed)(*args, *rows.tensors)
+        except NoAttention:  # only what other parts passed tells the tokens
+            self.attends = False
+            return self(*args)
+
+    def _variants(self, count: int, passed: Passed) -> Variants:
+        if (count, passed) not in self.with_rows:
+            compile = partial(self._compile_with_rows, count=count, passed=passed)
+            self.with_rows[count, passed] = Variants(self.examples, compile)
+        return self.with_rows[count, passed]
+
+    def _compile_own(self, inputs: Sequence[Any]) -> Compiled:
+        if self.continued:
+            return inner_compiler(self.config)(self.gm, inputs)
+        return _compile_own(self.gm, inputs, self.config, self.split)
+
+    def _compile_with_rows(self, inputs: Sequence[Any], count: int, passed: Passed) -> Compiled:
+        """The graph for given rows, the last ``count`` inputs; as it is where that is right for any rows.
+
+        Raises:
+            GraphNotSupported: the graph can't be rewritten exactly.
+        """
+        inputs, rows = tuple(inputs[:-count]), tuple(inputs[-count:])
+        known = Pipeline((Canonicalize(), UnshiftLabels(), FindActivity())).run(Program(self.gm, inputs))
+        try:
+            program = Pipeline((FindTokenAxes(passed), FindBlocks())).run(known)
+        except NothingToSelect:
+            return AsItIs(inner_compiler(self.config)(self.gm, inputs), known, parallel=False)
+        except NoAttention:
+            if self.attends:
+                raise
+            if known.activity.losses:
+                raise unknown_tokens("a loss") from None
+            return AsItIs(inner_compiler(self.config)(self.gm, inputs), known)
+        check_rows(program, tuple(map(hint, example_sizes(program, program.axes.main))))
+        program = Pipeline((ditch(self.config, program, rows, self.part),)).run(program)
+        return WithRows(_compiled(program, self.config), program, self.part)
+
+
+def _compile_own(
+    gm: fx.GraphModule, inputs: Sequence[Any], config: Config, split: GraphNotSupported | None
+) -> Compiled:
+    """The graph for rows of its own choice, or as it is where it can't be rewritten."""
     compile_inner = inner_compiler(config)
-    if not trains(inputs) or _is_continued(inputs):
-        return compile_inner(gm, inputs)
     try:
-        refuse_split(gm)
+        if split is not None:
+            raise split
         program = analysis().run(Program(gm, tuple(inputs)))
-        refuse_middle(program, inputs)
-        if not _keeps_all(program, config):
+        refuse_part(program, inputs)
+        if not keeps_all(program, config):
             program = Pipeline((ditch(config, program),)).run(program)
     except NothingToSelect:
         return compile_inner(gm, inputs)
@@ -84,21 +162,26 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> 
     rewrite = program.rewrite
     if rewrite is None:
         return KeepAll(compile_inner(gm, inputs), program)
+    return Rewritten(_compiled(program, config), program, config.seed)
+
+
+def _compiled(program: Program, config: Config) -> Compiled:
+    assert program.rewrite is not None
     with partitioning():
-        compiled = inner_compiler(config, _REWRITTEN)(rewrite.module, rewrite.inputs)
-    return Rewritten(compiled, program, config.seed)
+        return inner_compiler(config, _REWRITTEN)(program.rewrite.module, program.rewrite.inputs)
 
 
-def ditch(config: Config, program: Program) -> Ditch:
-    """The rewrite of a program that a config asks for.
+def ditch(config: Config, program: Program, given: tuple[Any, ...] = (), part: bool = False) -> Ditch:
+    """The rewrite of a program that a config asks for; ``given`` and ``part`` as in ``Ditch``.
 
     Raises:
         GraphNotSupported: the options ask for what the graph doesn't have, and ``config.strict``.
     """
-    _say_what_has_no_effect(config, program)
+    if not given:
+        _say_what_has_no_effect(config, program)
     signals = Signals(_layers(config), config.gradient_of, tuple(config.pinned))
     main, *others = (
-        _select(config, i, _scorer(config, program, signals, axis), program)
+        _select(config, i, config.scoring if given else _scorer(config, program, signals, axis), program)
         for i, axis in enumerate(program.axes.tokens)
     )
     return Ditch(
@@ -108,6 +191,8 @@ def ditch(config: Config, program: Program) -> Ditch:
         logits=config.logits,
         report_loss=config.report_loss,
         kv_grad=config.kv_grad,
+        given=given,
+        part=part,
     )
 
 
@@ -159,8 +244,8 @@ def _say_what_has_no_effect(config: Config, program: Program) -> None:
 def _no_use(config: Config, program: Program) -> Iterator[tuple[str, str]]:
     """Facts and remedies: what the loss, the token axes and the length of the example leave no use for."""
     losses, axes = program.activity.losses, program.axes.tokens
-    for name, given in {"logits": config.logits == "drop", "report_loss": config.report_loss is not None}.items():
-        if given and not losses:
+    for name, chosen in {"logits": config.logits == "drop", "report_loss": config.report_loss is not None}.items():
+        if chosen and not losses:
             option = f"{name}={getattr(config, name)!r}"
             yield f"The graph has no loss, so {option} has no effect.", "Compute the loss inside the model."
     if isinstance(config.keep_ratio, Sequence) and len(config.keep_ratio) > len(axes):
@@ -188,69 +273,6 @@ def inner_compiler(
     return lookup_backend(config.inner)  # type: ignore[return-value]
 
 
-class Rewritten:
-    """The compiled rewritten graph, called with the inputs of Dynamo's graph."""
-
-    def __init__(self, compiled: Compiled, program: Program, seed: int | None) -> None:
-        self.compiled, self.noise, self.names = compiled, _noise(program, seed), program.rewrite.names
-        self.instances, self.marked = fingerprints(program), without_gradient(program)
-
-    def __call__(self, *args: Any) -> Sequence[Any]:
-        outputs = self.compiled(*args, *self.noise(args))
-        count = len(outputs) - sum(map(len, self.names))
-        if recording.is_open():
-            told = iter(outputs[count:])
-            first, *others = ({name: next(told) for name in names} for names in self.names)
-            recording.note({**first, **self.instances(args)}, *others)
-        return self.marked(outputs[:count])
-
-
-class KeepAll:
-    """The plain graph where every token is kept: the rewrite would only repeat it."""
-
-    def __init__(self, compiled: Compiled, program: Program) -> None:
-        self.compiled, self.device = compiled, device_of(program)
-        self.shapes = [runtime_sizes(program, axis) for axis in program.axes.tokens]
-        self.instances = fingerprints(program)
-
-    def __call__(self, *args: Any) -> Any:
-        if recording.is_open():
-            first, *others = (self._everything(*shape(args)) for shape in self.shapes)
-            recording.note({**first, **self.instances(args)}, *others)
-        return self.compiled(*args)
-
-    def _everything(self, batch: int, tokens: int) -> dict[str, torch.Tensor]:
-        everything = torch.arange(tokens, device=self.device).repeat(batch, 1)
-        return {"indices": everything, "scores": torch.ones_like(everything, dtype=torch.float32)}
-
-
-def fingerprints(program: Program) -> Callable[[Sequence[Any]], dict[str, torch.Tensor]]:
-    """What names the sequences of a call by their token ids: ``{"instances": [B] int64}``, or nothing without ids."""
-    axes = program.axes
-    layout = (axes.main.batch, axes.main.token)
-    places = [i for i, node in enumerate(program.placeholders) if is_tensor(node) and axes.of(node) == layout]
-    ids = [i for i in places if not program.inputs[i].is_floating_point()]
-    if not ids:
-        return lambda args: {}
-    return lambda args: {"instances": torch.stack([_hashed(args[i].long(), i) for i in ids]).sum(0)}
-
-
-def _hashed(ids: torch.Tensor, salt: int) -> torch.Tensor:
-    """One number per row of [B, T]; integer arithmetic wraps around."""
-    place = torch.arange(1, ids.shape[1] + 1, device=ids.device)
-    mixed = (ids + 1 + salt) * 0x9E3779B97F4A7C1 + place * 0x1F83D9ABFB41BD6
-    return ((mixed ^ (mixed >> 29)) * 0x3C6EF372FE94F82).sum(-1)
-
-
-def _noise(program: Program, seed: int | None) -> Callable[[Sequence[Any]], tuple[torch.Tensor, ...]]:
-    """What draws the noise of the scorers, uniform float32 [B, T] for each, for a call with given arguments."""
-    assert program.rewrite is not None
-    shapes = [runtime_sizes(program, program.axes.tokens[i]) for i in program.rewrite.noisy]
-    device = device_of(program)
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    return lambda args: tuple(torch.rand(shape(args), device=device, generator=generator) for shape in shapes)
-
-
 def trains(inputs: Sequence[Any]) -> bool:
     """True when a graph is compiled for training: gradients are on and some input requires one."""
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
@@ -258,31 +280,16 @@ def trains(inputs: Sequence[Any]) -> bool:
 
 def _is_continued(inputs: Sequence[Any]) -> bool:
     """True for the rest of a model that Dynamo split, which was reported with its first part."""
-    return any(_is_activation(x) for x in inputs) and compat.continues_a_split_model()
+    return any(map(is_activation, inputs)) and compat.continues_a_split_model()
 
 
-def refuse_split(gm: fx.GraphModule) -> None:
-    """Raise ``GraphNotSupported`` for a part of a model that Dynamo splits."""
-    if outer := compat.module_outside():
-        raise GraphNotSupported(
-            f"Dynamo runs the forward of {type(outer).__name__} as plain Python, and a part of a model can't be rewritten.",
-            'Find the cause with torch.compile(model, backend="tokenseek", fullgraph=True).',
-        )
-    if found := compat.graph_break(gm):
-        reason, file, line = found
-        raise GraphNotSupported(
-            f"Dynamo split the model at {file}:{line} ({reason}), and a part of a model can't be rewritten.",
-            'Find the cause with torch.compile(model, backend="tokenseek", fullgraph=True).',
-        )
-
-
-def refuse_middle(program: Program, inputs: Sequence[Any]) -> None:
+def refuse_part(program: Program, inputs: Sequence[Any]) -> None:
     """Raise ``GraphNotSupported`` for a compiled part of a model: a block between others would choose tokens of its own."""
-    if not program.activity.losses and any(_is_activation(x) for x in inputs):
+    if not program.activity.losses and any(map(is_activation, inputs)):
         raise GraphNotSupported(
             "The compiled module is a part of a model: what it gets carries gradient and it returns no loss, so it would "
             "cut the gradient of the others at tokens of its own choice.",
-            "Compile the whole model.",
+            f"Compile the whole model, or {_GIVE}, for instance those of tokenseek_fx.seek(model, **batch).",
         )
 
 
@@ -294,11 +301,29 @@ def _refuse_second_compile() -> None:
         )
 
 
-def _is_activation(x: Any) -> bool:
-    return isinstance(x, torch.Tensor) and x.requires_grad and not x.is_leaf
+def split_at(gm: fx.GraphModule) -> GraphNotSupported | None:
+    """What is wrong with a part of a model that Dynamo splits; to be asked while Dynamo compiles it."""
+    if outer := compat.module_outside():
+        return GraphNotSupported(
+            f"Dynamo runs the forward of {type(outer).__name__} as plain Python, and a part of a model can't be rewritten.",
+            _SPLIT,
+        )
+    if found := compat.graph_break(gm):
+        reason, file, line = found
+        return GraphNotSupported(
+            f"Dynamo split the model at {file}:{line} ({reason}), and a part of a model can't be rewritten.",
+            _SPLIT,
+        )
+    return None
 
 
-def _keeps_all(program: Program, config: Config) -> bool:
+def refuse_split(gm: fx.GraphModule) -> None:
+    """Raise ``GraphNotSupported`` for a part of a model that Dynamo splits."""
+    if (error := split_at(gm)) is not None:
+        raise error
+
+
+def keeps_all(program: Program, config: Config) -> bool:
     lengths = [example_sizes(program, axis)[1] for axis in program.axes.tokens]
     kept = [kept_tokens(tokens, config.ratio_of(i), config.keep_tokens) for i, tokens in enumerate(lengths)]
     return config.logits == "keep" and all(map(same_size, kept, lengths))
@@ -311,3 +336,13 @@ def _warn(gm: fx.GraphModule, error: Exception) -> None:
     place = next((place for node in gm.graph.nodes if (place := source_line(node))), "")
     here = f"Compiled without token selection {place}".strip()
     warnings.warn(f"tokenseek: {reason} {here}.", TokenSeekWarning, stacklevel=2)
+
+
+def _warn_of_limit(limit: int) -> None:
+    warnings.warn(
+        f"tokenseek: Dynamo compiled this forward {limit} times, its recompile limit: what no compiled graph fits will run as plain "
+        "PyTorch, without token selection. Compile with dynamic=True, pad to fewer lengths, or raise "
+        "torch._dynamo.config.recompile_limit.",
+        TokenSeekWarning,
+        stacklevel=2,
+    )

@@ -87,6 +87,14 @@ def inductor(mode: str | None, options: dict[str, Any] | None) -> Any:
     return torch._TorchCompileInductorWrapper(mode, options, None)
 
 
+def reaches_recompile_limit() -> int | None:
+    """Dynamo's recompile limit, inside the last compilation of a function that it allows (``None``: there may be more)."""
+    from torch._guards import CompileContext
+
+    running, limit = CompileContext.current_compile_id(), torch._dynamo.config.recompile_limit
+    return limit if running is not None and (running.frame_compile_id or 0) + 1 == limit else None
+
+
 def unlimited_recompiles() -> Any:
     """Trace once more whatever was compiled before."""
     return torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)

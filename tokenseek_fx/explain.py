@@ -13,7 +13,7 @@ from torch import fx
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import compat
-from .backend import ditch, refuse_middle, refuse_split, trains
+from .backend import ditch, refuse_part, refuse_split, trains
 from .config import Config
 from .passes.audit import Audit, AuditSaved, saved_edges
 from .passes.errors import ConfigError, TokenSeekError
@@ -129,7 +129,7 @@ def _explain_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) ->
     try:
         refuse_split(gm)
         plain = analysis().run(Program(gm, tuple(inputs)))
-        refuse_middle(plain, inputs)
+        refuse_part(plain, inputs)
         rewritten = AuditSaved().run(ditch(config, plain).run(plain))
     except ConfigError:
         raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -59,11 +59,13 @@ def record() -> Iterator[Recording]:
 def note(selected: Mapping[str, torch.Tensor], *others: Mapping[str, torch.Tensor]) -> None:
     """Add a selection, by the fields of ``Selection``, to the open recordings of this thread; ``others``: its ``others``."""
     for recording in _recordings.get():
-        recording.append(replace(_copy(selected), others=tuple(map(_copy, others))))
+        recording.append(selection(selected, *others))
 
 
-def _copy(selected: Mapping[str, torch.Tensor]) -> Selection:
-    return Selection(**{name: value.detach().clone() for name, value in selected.items()})
+def selection(selected: Mapping[str, torch.Tensor], *others: Mapping[str, torch.Tensor]) -> Selection:
+    """A ``Selection`` of copies."""
+    copies = {name: value.detach().clone() for name, value in selected.items()}
+    return Selection(**copies, others=tuple(selection(other) for other in others))
 
 
 def is_open() -> bool:

@@ -314,9 +314,8 @@ def scatter(op: Op) -> Flow:
 
 def _counts(node: fx.Node, size: object) -> bool:
     """True for ``arange(size)``."""
-    start = node.args[0] if node.target is aten.arange.start else 0
-    whole = start == 0 and len(node.meta["val"].shape) == 1 and same_size(node.meta["val"].shape[0], size)
-    return whole and node.target in (aten.arange.default, aten.arange.start)
+    counts = node.target is aten.arange.default or (node.target is aten.arange.start and node.args[0] == 0)
+    return bool(counts) and same_size(node.meta["val"].shape[0], size)
 
 
 def _along_optional(op: Op) -> Flow:

@@ -1,0 +1,172 @@
+"""Compiled graphs as Dynamo calls them: what they take and return beside the inputs and outputs of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from . import recording
+from .given import Given, given
+from .outputs import without_gradient
+from .passes.errors import GraphNotSupported
+from .passes.geometry import device_of, runtime_sizes
+from .passes.parallel import parallel_dims
+from .passes.program import Program
+from .passes.rules.op import is_tensor
+from .passes.streams import weighted_losses
+from .passes.token_axes import place_in
+
+Compiled = Callable[..., Any]
+
+
+class Rewritten:
+    """The compiled rewritten graph, called with the inputs of Dynamo's graph."""
+
+    def __init__(self, compiled: Compiled, program: Program, seed: int | None) -> None:
+        self.compiled, self.noise, self.program = compiled, noise_for(program, seed), program
+        self.instances, self.marked = fingerprints(program), without_gradient(program)
+
+    def __call__(self, *args: Any) -> Sequence[Any]:
+        outputs = self.compiled(*args, *self.noise(args))
+        count = len(outputs) - sum(map(len, self.program.rewrite.names))
+        if recording.is_open():
+            first, *others = told_of(self.program, outputs[count:])
+            recording.note({**first, **self.instances(args)}, *others)
+        return self.marked(outputs[:count])
+
+
+class WithRows:
+    """The compiled graph rewritten for given rows, called with the inputs of Dynamo's graph and the rows."""
+
+    def __init__(self, compiled: Compiled, program: Program, part: bool) -> None:
+        self.compiled, self.program, self.part = compiled, program, part
+        self.shape, self.instances = runtime_sizes(program, program.axes.main), fingerprints(program)
+        self.weighs = bool(weighted_losses(program))
+        self.marked = list if part else without_gradient(program)
+        axes = program.axes
+        self.inputs = [place_in(axes, node) if is_tensor(node) else None for node in program.placeholders]
+        self.outputs = [place_in(axes, x) if isinstance(x, fx.Node) and is_tensor(x) else None for x in program.outputs]
+
+    def __call__(self, *args: Any) -> Sequence[Any]:
+        inputs = args[: len(self.inputs)]
+        batch, tokens = self.shape(inputs)
+        rows = check_rows(self.program, (batch, tokens))
+        self._check_passed(rows, inputs)
+        rows.used, rows.weighed = True, rows.weighed or self.weighs
+        if recording.is_open() and not self.part:
+            scores = torch.zeros(batch, tokens, device=rows.indices.device).scatter(1, rows.indices, 1.0)
+            recording.note({**rows.named, "scores": scores, **self.instances(inputs)})
+        outputs = self.marked(self.compiled(*args))
+        rows.places.update((x, place) for x, place in zip(outputs, self.outputs, strict=False) if place is not None)
+        return outputs
+
+    def _check_passed(self, rows: Given, inputs: Sequence[Any]) -> None:
+        """Other parts agree on the token axis; one without attention works by rows along it."""
+        for x, place in zip(inputs, self.inputs, strict=True):
+            if isinstance(x, Tensor) and rows.places.get(x, place) != place:
+                raise GraphNotSupported("The token axis of a part of the model is not the one of the parts before it.")
+            if isinstance(x, Tensor) and x in rows.parallel and (not place or place[1] not in rows.parallel[x]):
+                raise GraphNotSupported(
+                    "A part of the model before its first attention mixes tokens, or does so for all that is known.",
+                    "Compile it together with the first attention.",
+                )
+
+
+def check_rows(program: Program, sizes: tuple[int, int]) -> Given:
+    """The given rows, which fit a batch of these sizes."""
+    rows = given()
+    assert rows is not None and program.activity is not None
+    rows.check_fits(*sizes, program.activity.trainable[0].meta["val"].device)
+    return rows
+
+
+class AsItIs:
+    """A graph that is right as it is for any rows: along the token axis, whichever it is, it works by rows."""
+
+    def __init__(self, compiled: Compiled, program: Program, parallel: bool = True) -> None:
+        self.compiled, self.inputs = compiled, len(program.inputs)
+        self.parallel = parallel_dims(program) if parallel else {}
+
+    def __call__(self, *args: Any) -> Any:
+        rows = given()
+        assert rows is not None
+        rows.used, inputs = True, args[: self.inputs]
+        before = {i: rows.parallel.get(x, frozenset()) for i, x in enumerate(inputs) if is_activation(x)}
+        if self.parallel and not all(before.values()):
+            raise unknown_tokens("an input with gradient")
+        outputs = self.compiled(*inputs)
+        for position, dims in self.parallel.items():
+            right = (dim for dim, at in dims.items() if all(at.get(i) in known for i, known in before.items()))
+            rows.parallel[outputs[position]] = frozenset(right)
+        return outputs
+
+
+class KeepAll:
+    """The plain graph where every token is kept: the rewrite would only repeat it."""
+
+    def __init__(self, compiled: Compiled, program: Program) -> None:
+        self.compiled, self.device = compiled, device_of(program)
+        self.shapes = [runtime_sizes(program, axis) for axis in program.axes.tokens]
+        self.instances = fingerprints(program)
+
+    def __call__(self, *args: Any) -> Any:
+        if recording.is_open():
+            recording.note(*self.selection(args))
+        return self.compiled(*args)
+
+    def selection(self, args: Sequence[Any]) -> list[dict[str, Tensor]]:
+        """Every token, by the fields of ``Selection``, of every token axis."""
+        first, *others = (self._everything(*shape(args)) for shape in self.shapes)
+        return [{**first, **self.instances(args)}, *others]
+
+    def _everything(self, batch: int, tokens: int) -> dict[str, Tensor]:
+        everything = torch.arange(tokens, device=self.device).repeat(batch, 1)
+        return {"indices": everything, "scores": torch.ones_like(everything, dtype=torch.float32)}
+
+
+def told_of(program: Program, values: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+    """What a rewritten graph returns of its selections, by name, for every token axis."""
+    told = iter(values)
+    return [{name: next(told) for name in names} for names in program.rewrite.names]
+
+
+def fingerprints(program: Program) -> Callable[[Sequence[Any]], dict[str, torch.Tensor]]:
+    """What names the sequences of a call by their token ids: ``{"instances": [B] int64}``, or nothing without ids."""
+    axes = program.axes
+    layout = (axes.main.batch, axes.main.token)
+    places = [i for i, node in enumerate(program.placeholders) if is_tensor(node) and axes.of(node) == layout]
+    ids = [i for i in places if not program.inputs[i].is_floating_point()]
+    if not ids:
+        return lambda args: {}
+    return lambda args: {"instances": torch.stack([_hashed(args[i].long(), i) for i in ids]).sum(0)}
+
+
+def _hashed(ids: torch.Tensor, salt: int) -> torch.Tensor:
+    """One number per row of [B, T]; integer arithmetic wraps around."""
+    place = torch.arange(1, ids.shape[1] + 1, device=ids.device)
+    mixed = (ids + 1 + salt) * 0x9E3779B97F4A7C1 + place * 0x1F83D9ABFB41BD6
+    return ((mixed ^ (mixed >> 29)) * 0x3C6EF372FE94F82).sum(-1)
+
+
+def noise_for(program: Program, seed: int | None) -> Callable[[Sequence[Any]], tuple[torch.Tensor, ...]]:
+    """What draws the noise of the scorers, uniform float32 [B, T] for each, for a call with given arguments."""
+    assert program.rewrite is not None
+    shapes = [runtime_sizes(program, program.axes.tokens[i]) for i in program.rewrite.noisy]
+    device = device_of(program)
+    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
+    return lambda args: tuple(torch.rand(shape(args), device=device, generator=generator) for shape in shapes)
+
+
+def unknown_tokens(what: str) -> GraphNotSupported:
+    return GraphNotSupported(
+        f"A part of the model has {what}, but neither an attention nor an input from a part that has one, so its tokens are not known.",
+        "Compile it together with the last attention, or leave it uncompiled and compute the loss of the given rows.",
+    )
+
+
+def is_activation(value: Any) -> bool:
+    """True for what another graph, or plain Python, has computed with gradient."""
+    return isinstance(value, Tensor) and value.requires_grad and not value.is_leaf

@@ -1,0 +1,89 @@
+"""Graphs compiled outside of Dynamo: at a call, for its arguments, and again for arguments that no compiled graph fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.source import ConstantSource
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+Compiled = Callable[..., Any]
+
+
+class Variants:
+    """What ``compile`` makes of a graph of Dynamo whose inputs are followed by ``extra`` tensors, which Dynamo knows nothing of.
+
+    Dims that Dynamo made dynamic are dynamic here; those of the extra tensors are if any is, and else once they change.
+    Each variant keeps the guards of its own trace: it is used for arguments that they hold for.
+    """
+
+    def __init__(self, examples: Sequence[Any], compile: Callable[[tuple[Any, ...]], Compiled]) -> None:
+        self.compile, self.known = compile, list[tuple[Callable[..., bool], Compiled]]()
+        self.dynamic = [_dynamic_dims(example) for example in examples]
+        self.first: list[torch.Size] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        compiled = next((compiled for fits, compiled in self.known if fits(args)), None)
+        return (compiled or self._add(args))(*args)
+
+    def _add(self, args: tuple[Any, ...]) -> Compiled:
+        env = ShapeEnv()
+        mode = FakeTensorMode(shape_env=env)
+        dynamic = [*self.dynamic, *self._changing(args[len(self.dynamic) :])]
+        fakes = tuple(_fake(mode, x, dims, f"input_{i}") for i, (x, dims) in enumerate(zip(args, dynamic, strict=True)))
+        with tracing(TracingContext(mode)):
+            compiled = self.compile(fakes)
+        self.known.append((_guard(env, fakes, dynamic, args, len(self.dynamic)), compiled))
+        return compiled
+
+    def _changing(self, extra: Sequence[Tensor]) -> list[tuple[bool, ...]]:
+        if any(any(dims) for dims in self.dynamic):
+            return [(True,) * x.ndim for x in extra]
+        if self.first is None:
+            self.first = [x.shape for x in extra]
+        return [
+            tuple(a != b for a, b in zip(x.shape, before, strict=True))
+            for x, before in zip(extra, self.first, strict=True)
+        ]
+
+
+def _dynamic_dims(example: Any) -> tuple[bool, ...]:
+    """For a number: whether it is dynamic."""
+    sizes = example.shape if isinstance(example, Tensor) else (example,)
+    return tuple(isinstance(size, torch.SymInt) for size in sizes)
+
+
+def _fake(mode: FakeTensorMode, x: Any, dynamic: tuple[bool, ...], name: str) -> Any:
+    """``x`` in ``mode``; equal dynamic sizes share a symbol, which the guards then check."""
+    env, source = mode.shape_env, ConstantSource(name)
+    assert env is not None
+    if isinstance(x, Tensor):
+        sizes = [DimDynamic.DUCK if changes else DimDynamic.STATIC for changes in dynamic]
+        context = StatelessSymbolicContext(dynamic_sizes=sizes, constraint_sizes=[None] * x.ndim)
+        return mode.from_tensor(x, static_shapes=False, symbolic_context=context, source=source)
+    if any(dynamic):
+        return env.create_symintnode(env.create_symbol(x, source, DimDynamic.DUCK), hint=x, source=source)
+    return x
+
+
+def _guard(
+    env: ShapeEnv, fakes: Sequence[Any], dynamic: Sequence[tuple[bool, ...]], args: Sequence[Any], known: int
+) -> Callable[[Sequence[Any]], bool]:
+    """True for arguments that what was traced from ``fakes`` is right for. Dynamo looks after static sizes of its inputs."""
+    places = [i for i, dims in enumerate(dynamic) if any(dims)]
+    code = env.produce_guards_expression([fakes[i] for i in places]) if places else None
+    static = {
+        (i, dim): size for i in range(known, len(args)) for dim, size in enumerate(args[i].shape) if not dynamic[i][dim]
+    }
+
+    def fits(args: Sequence[Any]) -> bool:
+        if any(args[i].shape[dim] != size for (i, dim), size in static.items()):
+            return False
+        return code is None or bool(env.evaluate_guards_expression(code, [args[i] for i in places]))
+
+    return fits
