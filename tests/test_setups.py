@@ -18,6 +18,7 @@ from compare import TOPK, assert_matches, by_reference, compiled, error, grads_o
 from peft.tuners.lora import dora
 from peft.tuners.lycoris_utils import LycorisLayer
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers.trainer_pt_utils import LabelSmoother
 
 import tokenseek_fx
@@ -251,6 +252,16 @@ def test_rows_of_a_4_bit_product_stay_apart(nested):
     layer = layer.to("cpu")
     x, rows = torch.randn(3, T, 24), torch.tensor([0, 4, 5])
     torch.testing.assert_close(layer(x)[:, rows], layer(x[:, rows]), rtol=0, atol=1e-6)
+
+
+def test_weights_that_are_tensor_subclasses_are_refused_with_a_reason():
+    """Those of torchao, say; one of torch's own tests stands for them."""
+    model = llama()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    wrapped = TwoTensor(weight.detach(), weight.detach())
+    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(wrapped, requires_grad=False)
+    with pytest.raises(Exception, match="is a TwoTensor, a tensor made of other tensors"):
+        compiled(model, batch(model))
 
 
 # -- mixed precision --------------------------------------------------------------------------------------------------
