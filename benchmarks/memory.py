@@ -1,4 +1,4 @@
-"""Peak memory of one training step: full, LoRA, LoHa and QLoRA, each by torch.compile and with tokenseek, by length.
+"""Peak memory of one training step: full, LoRA, LoHa and QLoRA, each in plain PyTorch and with tokenseek, by length.
 
     python benchmarks/memory.py --lengths 256 512 1024 2048 4096 --out benchmarks/results/memory.json
 
@@ -9,15 +9,16 @@ tokenseek does not use less than full training with tokenseek and than LoRA alon
 """
 
 import argparse
-import ctypes
 import json
-import subprocess
+import multiprocessing
+import os
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # compile in the process that is measured
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import measure
@@ -31,15 +32,14 @@ from torch import nn
 Result = dict[str, Any]
 SIZES = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "vocab_size": 2048}
 HEADS = {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 4096, "use_cache": False}
-M_MMAP_THRESHOLD = -3  # malloc.h
-BATCH, RANK, STEPS, RATE = 2, 8, 4, 1e-3
+BATCH, RANK, STEPS, RATE = 1, 8, 3, 1e-3
 OPTIONS = {"keep_ratio": 0.1, "logits": "drop", "strict": True}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETTINGS = (
     f"Llama with random weights: {SIZES['num_hidden_layers']} layers, hidden {SIZES['hidden_size']}, MLP {SIZES['intermediate_size']}, "
     f"{HEADS['num_attention_heads']} heads, {HEADS['num_key_value_heads']} key/value heads, vocabulary {SIZES['vocab_size']}, float32; "
     f"B = {BATCH}; adapters of rank {RANK} on every linear of the blocks; QLoRA: NF4, double quantisation, computed in float32; "
-    f'AdamW, learning rate {RATE}; tokenseek: keep_ratio 0.1, logits "drop", the default scorer'
+    f'AdamW, learning rate {RATE}, {STEPS} steps on one batch; tokenseek: keep_ratio 0.1, logits "drop", the default scorer'
 )
 
 
@@ -77,31 +77,27 @@ def qlora() -> nn.Module:
 
 
 METHODS: dict[str, Callable[[], nn.Module]] = {"full": base, "LoRA": lora, "LoHa": loha, "QLoRA": qlora}
-BACKENDS: dict[str, dict[str, Any]] = {"plain": {}, "tokenseek": {"backend": "tokenseek", "options": OPTIONS}}
+BACKENDS = ("plain", "tokenseek")
 
 
 def work(method: str, backend: str, length: int) -> Result:
     """One figure, in this process."""
+    for name in EXACT_MEMORY:  # this process has read it; the C++ compiler would be slow under it
+        os.environ.pop(name, None)
     model = METHODS[method]()
     ids = torch.randint(SIZES["vocab_size"], (BATCH, length), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "labels": ids.clone()}
-    model.compile(**BACKENDS[backend])
+    if backend == "tokenseek":
+        model.compile(backend="tokenseek", options=OPTIONS)
     model(**batch).loss.backward()  # compiles
     saved = measure.saved_bytes(model, batch, SIZES["vocab_size"])
     model.zero_grad()
-    return_every_tensor_at_once()
     with measure.PeakMemory() as peak:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], RATE)
-        losses = [step(model, batch, optimizer)]
-    losses += [step(model, batch, optimizer) for _ in range(STEPS)]
+        step(model, batch, optimizer)
+    losses = [step(model, batch, optimizer) for _ in range(STEPS - 1)]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {"peak": peak.bytes, "saved": sum(saved.values()), "losses": losses, "trained": trained}
-
-
-def return_every_tensor_at_once() -> None:
-    """What `step.EXACT_MEMORY` does, from here on: it would slow the compiler down."""
-    (threshold,) = map(int, EXACT_MEMORY.values())
-    ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, threshold)
+    return {"peak": peak.bytes, "saved": sum(saved.values()), "loss": losses[-1], "trained": trained}
 
 
 def step(model: nn.Module, batch: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> float:
@@ -113,26 +109,28 @@ def step(model: nn.Module, batch: dict[str, torch.Tensor], optimizer: torch.opti
 
 
 def spawn(method: str, backend: str, length: int) -> Result:
-    """The same in a process of its own."""
-    command = [sys.executable, __file__, "--worker", method, backend, str(length)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{method}, {backend}, T = {length} failed:\n{done.stderr}")
-    result = json.loads(done.stdout.splitlines()[-1])
+    """The same in a process of its own, forked with everything imported and nothing computed."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        result = pool.apply(work, (method, backend, length))
     console.print(f"{method:6} {backend:10} T = {length:5}: {result['peak'] / 1e6:7.1f} MB", highlight=False)
     return {"method": method, "backend": backend, "length": length, **result}
 
 
-def markdown(results: list[Result], key: str) -> str:
-    """A table of megabytes: a row for every method and backend, a column for every length."""
+def markdown(results: list[Result], key: str, style: str = ".1f", unit: float = 1e6) -> str:
+    """A table: a row for every method and backend, a column for every length."""
     lengths = sorted({result["length"] for result in results})
     rows: dict[str, list[str]] = {}
     for result in results:
         name = result["method"] + (" + tokenseek" if result["backend"] == "tokenseek" else "")
-        rows.setdefault(name, []).append(f"{result[key] / 1e6:.1f}")
+        rows.setdefault(name, []).append(format(result[key] / unit, style))
     head = ["", *(f"T = {length}" for length in lengths)]
     lines = [head, ["---"] * len(head), *([name, *cells] for name, cells in rows.items())]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def tables(results: list[Result]) -> list[str]:
+    """Peak memory and saved bytes in megabytes, and the loss of the last step."""
+    return [markdown(results, "peak"), markdown(results, "saved"), markdown(results, "loss", ".3f", 1)]
 
 
 def broken_claims(results: list[Result]) -> list[str]:
@@ -151,16 +149,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
     parser.add_argument("--out", type=Path, default=Path("out/bench/memory.json"))
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.worker:
-        method, backend, length = options.worker
-        print(json.dumps(work(method, backend, int(length))))
-        return 0
+    if not EXACT_MEMORY.items() <= os.environ.items():  # the allocator reads it at the start of a process
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | EXACT_MEMORY)
     results = [spawn(m, backend, length) for m in METHODS for backend in BACKENDS for length in options.lengths]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"machine": machine(), "settings": SETTINGS, "results": results}, indent=1))
-    console.print(markdown(results, "peak"), *broken_claims(results), sep="\n", highlight=False)
+    console.print(*tables(results), *broken_claims(results), sep="\n", highlight=False)
     return int(bool(broken_claims(results)))
 
 

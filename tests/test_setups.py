@@ -390,6 +390,25 @@ def test_ddp(outside):
     assert error(grads_of(model), by_reference(before, inputs, rec[0].indices).grads) < TOL
 
 
+@pytest.mark.usefixtures("process_group")
+def test_ddp_in_several_buckets_splits_the_graph_outside_and_not_inside():
+    model = zoo.build("llama", vocab=9001, layers=1)
+    inputs, before = batch(model), copy.deepcopy(model)
+    wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1)
+    step = torch.compile(wrapped, backend="tokenseek", options={**OPTIONS, "strict": False, "inner": "eager"})
+    with pytest.warns(TokenSeekWarning, match=r"DDPOptimizer .*optimize_ddp = False"):
+        step(**inputs).loss.backward()
+    before(**inputs).loss.backward()
+    assert error(grads_of(model), grads_of(before)) < TOL
+    model.zero_grad()
+    torch._dynamo.reset()
+    model.compile(backend="tokenseek", options=OPTIONS)
+    with tokenseek_fx.record() as rec:
+        wrapped(**inputs).loss.backward()
+    before.zero_grad()
+    assert error(grads_of(model), by_reference(before, inputs, rec[0].indices).grads) < TOL
+
+
 # -- losses outside of the graph --------------------------------------------------------------------------------------
 
 
