@@ -24,6 +24,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTens
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .emit import emit
 from .errors import GraphNotSupported, InvariantBroken
@@ -52,6 +53,7 @@ class Canonicalize:
 
     def run(self, program: Program) -> Program:
         _refuse_function_transforms(program.module)
+        _refuse_wrapped_tensors(program)
         fakes = fake_inputs(program.module, program.inputs)
         writes: list[int] = []
         with warnings.catch_warnings(), fx_traceback.preserve_node_meta(), fake_mode_of(fakes):
@@ -182,6 +184,18 @@ def _refuse_function_transforms(module: fx.GraphModule) -> None:
             raise GraphNotSupported(
                 "The model uses a torch.func transform (vmap or grad) in its forward.",
                 "Write it with batched operations.",
+                node,
+            )
+
+
+def _refuse_wrapped_tensors(program: Program) -> None:
+    """A tensor that is made of others (a quantised weight of torchao, a DTensor) has operations of its own."""
+    for node, value in zip(program.placeholders, program.inputs, strict=True):
+        if is_traceable_wrapper_subclass(value):
+            raise GraphNotSupported(
+                f"The input {node.name} is a {type(value).__name__}, a tensor made of other tensors, which can't be traced "
+                "to ATen yet.",
+                "For a base in 4 bits use bitsandbytes.",
                 node,
             )
 
