@@ -20,7 +20,7 @@ Built = tuple[nn.Module, dict[str, Any]]
 ARCHITECTURES: dict[str, Callable[[int], Built]] = {}
 #: Those for which transformers has no ``scaled_dot_product_attention``, and those that are not of transformers.
 EAGER_ONLY = {"gemma2", "gpt_neo", "gptj", "bloom", "mpt", "mamba", "mamba2"}
-OTHERS = {"torch_encoder", "torch_transformer"}
+OTHERS = {"hand_written", "torch_encoder", "torch_transformer"}
 #: Those that run a hook-installing first forward, which Dynamo can't trace, before they are compiled.
 WARMED = {"segformer", "dpt"}
 
@@ -215,11 +215,13 @@ _encoder(
 # -- encoder-decoders: the encoder has four tokens more ----------------------------------------------------------------
 
 
-def _seq2seq(name: str, family: str, batch: Callable[[int], dict[str, Any]], **settings: Any) -> None:
+def _seq2seq(
+    name: str, family: str, batch: Callable[[int], dict[str, Any]], *, model: str = "", **settings: Any
+) -> None:
     def make(tokens: int) -> Built:
         given = {key: value(tokens) if callable(value) else value for key, value in settings.items()}
         config = getattr(transformers, f"{family}Config")(vocab_size=VOCAB, use_cache=False, **given)
-        return getattr(transformers, f"{family}ForConditionalGeneration")(config), batch(tokens)
+        return getattr(transformers, model or f"{family}ForConditionalGeneration")(config), batch(tokens)
 
     ARCHITECTURES[name] = make
 
@@ -242,7 +244,10 @@ _seq2seq(
     decoder_start_token_id=0,
 )  # fmt: skip
 _seq2seq("bart", "Bart", _two_texts, max_position_embeddings=_positions, **_BART)
-_seq2seq("marian", "Marian", _two_texts, max_position_embeddings=_positions, pad_token_id=0, eos_token_id=1, **_BART)
+_seq2seq(
+    "marian", "Marian", _two_texts, model="MarianMTModel", max_position_embeddings=_positions, pad_token_id=0,
+    eos_token_id=1, **_BART,
+)  # fmt: skip
 _seq2seq(
     "whisper", "Whisper", _sound, max_source_positions=lambda tokens: tokens + 4, max_target_positions=_positions,
     num_mel_bins=10, pad_token_id=0, bos_token_id=0, eos_token_id=1, **_BART,
@@ -300,10 +305,10 @@ def swin(tokens: int) -> Built:
 
 @_architecture
 def segformer(tokens: int) -> Built:
-    """64 and 16 tokens for a small image: the sizes of its stages."""
+    """Stages of 100 and 25 tokens for a small image; the keys of the first are summarised to 4."""
     side = 4 * max(10, round(tokens**0.5))
     config = transformers.SegformerConfig(
-        num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[16, 24], patch_sizes=[7, 3], strides=[4, 2],
+        num_encoder_blocks=2, depths=[1, 1], sr_ratios=[5, 1], hidden_sizes=[16, 24], patch_sizes=[5, 3], strides=[4, 2],
         num_attention_heads=[2, 4], mlp_ratios=[2, 2], decoder_hidden_size=16, num_labels=CLASSES, drop_path_rate=0.0,
         classifier_dropout_prob=0.0, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
@@ -416,6 +421,56 @@ class TorchTransformer(nn.Module):
         mask = nn.Transformer.generate_square_subsequent_mask(seen.shape[1], dtype=self.head.weight.dtype)
         hidden = self.blocks(self.embed(input_ids), self.embed(seen), tgt_mask=mask, tgt_is_causal=True)
         return nn.functional.cross_entropy(self.head(hidden).flatten(0, 1), target.flatten())
+
+
+class HandWritten(nn.Module):
+    """A Llama as people write it for themselves: a fused projection of grouped heads, rotary tables as buffers, a loss over a shift."""
+
+    def __init__(self, positions: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCAB, HIDDEN)
+        self.blocks = nn.ModuleList(HandWrittenBlock() for _ in range(2))
+        self.norm, self.head = nn.RMSNorm(HIDDEN), nn.Linear(HIDDEN, VOCAB, bias=False)
+        angles = torch.outer(torch.arange(positions), 1e4 ** -(torch.arange(0, 8, 2) / 8))
+        self.register_buffer("rotary", torch.stack([angles.cos(), angles.sin()], -1))
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        x, rotary = self.embed(input_ids), self.rotary[: input_ids.shape[1]]
+        for block in self.blocks:
+            x = block(x, rotary)
+        logits = self.head(self.norm(x))
+        return nn.functional.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), labels[:, 1:].reshape(-1))
+
+
+class HandWrittenBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.RMSNorm(HIDDEN), nn.RMSNorm(HIDDEN)
+        self.qkv, self.out = nn.Linear(HIDDEN, HIDDEN + 2 * 16, bias=False), nn.Linear(HIDDEN, HIDDEN, bias=False)
+        self.gate, self.up = nn.Linear(HIDDEN, INNER, bias=False), nn.Linear(HIDDEN, INNER, bias=False)
+        self.down = nn.Linear(INNER, HIDDEN, bias=False)
+
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        query, key, value = self.qkv(self.norm1(x)).split([HIDDEN, 16, 16], -1)
+        query, key = (self._rotated(y.view(batch, tokens, -1, 8), rotary).transpose(1, 2) for y in (query, key))
+        value = value.view(batch, tokens, 2, 8).transpose(1, 2)
+        key, value = (y.repeat_interleave(2, 1) for y in (key, value))
+        y = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.out(y.transpose(1, 2).reshape(batch, tokens, HIDDEN))
+        y = self.norm2(x)
+        return x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
+
+    @staticmethod
+    def _rotated(x: Tensor, rotary: Tensor) -> Tensor:
+        pairs, (cos, sin) = x.unflatten(-1, (-1, 2)), rotary.unsqueeze(1).unbind(-1)
+        even, odd = pairs.unbind(-1)
+        return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
+
+
+@_architecture
+def hand_written(tokens: int) -> Built:
+    return HandWritten(_positions(tokens)), _text(tokens)
 
 
 @_architecture
