@@ -159,11 +159,3 @@ def test_a_backward_that_reads_a_dynamic_length_is_a_barrier(reads, barriers):  
         step(**batch()).backward()
     assert barriers == ["autograd_function_apply"] * (2 if reads == "backward" else 0)
     assert error(grads_of(model), by_reference(expected, batch(), rec[0].indices, length=T).grads) < 1e-9
-
-
-def test_what_a_body_saves_is_known_as_rows():
-    """The audit of saved tensors has no edge that it can't explain."""
-    model = Transformer(lambda x, w: SavesItsResult.apply(x))
-    edges = tokenseek_fx.explain(model, **batch(), options=OPTIONS).rewritten
-    assert not edges.unexplained
-    assert [edge.kind for edge in edges.edges if edge.name.startswith("tanh")] == ["rows"] * 2
