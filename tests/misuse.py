@@ -320,7 +320,7 @@ def _(**options):
         def forward(self, ids, labels):
             x = self.hidden(self.embed(ids))
             self.norm = x.norm().item()
-            return self.loss(self.head(x), labels), x
+            return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten()), x
 
     train(Broken(), **options)
 
@@ -548,6 +548,24 @@ def _(**options):
     model.compile(backend="tokenseek", options={"inner": "eager"})
     step = torch.compile(lambda: model(ids(), ids()), backend="eager")
     assert not selections(step)
+
+
+@misuse(
+    SILENT,
+    "a graph break inside a loop of a forward that calls no other function of the user's",
+    "**trains on all tokens**: Dynamo leaves the whole forward to Python, without calling the backend; "
+    "`torch.compile(..., fullgraph=True)` tells the cause, `record()` that nothing was selected",
+)
+def _(**options):
+    class Looped(Model):
+        def forward(self, ids: Tensor, labels: Tensor) -> Any:
+            x = self.embed(ids)
+            for _ in range(2):
+                x = x + x.softmax(1)
+                torch._dynamo.graph_break()
+            return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten()), x
+
+    assert not selections(lambda: compiled(Looped())(ids(), ids())[0])
 
 
 @misuse(
