@@ -82,9 +82,9 @@ def received_in(attention: Attention, values: Mapping[fx.Node, Any], geometry: G
         total = received(given["query"], given["key"], given["attn_mask"], given["is_causal"], given["scale"])
         labels = (*axes.of(node.args[0])[:-2], axes.of(node.args[1])[-2])
         return geometry.by_token(total, labels, len(labels) - 1)
-    shares = values[node].masked_fill(_sees_nothing(values[node.args[0]]), 0.0)
+    shares = values[attention.shares].masked_fill(_sees_nothing(values[node.args[0]]), 0.0)
     shares = shares.to(torch.promote_types(shares.dtype, torch.float32))
-    labels = axes.of(node)
+    labels = axes.of(attention.shares)
     return geometry.by_token(shares, labels, len(labels) - 1)
 
 
@@ -92,8 +92,9 @@ def attended_in(attention: Attention, values: Mapping[fx.Node, Any], geometry: G
     """True for tokens that any query may look at (bool [B, T]), i.e. that are no padding; ``None``: all."""
     node, axes = attention.node, geometry.axes
     if node.target is not SDPA:
-        seen = (values[node] > 0) & ~_sees_nothing(values[node.args[0]])
-        return geometry.by_token(seen, axes.of(node), len(axes.of(node)) - 1)
+        seen = (values[attention.shares] > 0) & ~_sees_nothing(values[node.args[0]])
+        labels = axes.of(attention.shares)
+        return geometry.by_token(seen, labels, len(labels) - 1)
     mask = bind(node)["attn_mask"]
     if mask is None or axes.of(mask)[-1] != geometry.axis.token:
         return None

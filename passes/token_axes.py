@@ -40,12 +40,14 @@ Place = tuple[int | None, int]
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention: ``node`` is the SDPA call or the softmax of an eager one; the dims are those of its scores."""
+    """One attention: ``node`` is the SDPA call or the softmax of an eager one; the dims are those of its ``shares``, what
+    is multiplied by the values (the softmax, without the columns of attention sinks)."""
 
     node: fx.Node
     leading: Axes
     query: Dim
     key: Dim
+    shares: fx.Node
 
 
 @dataclass(frozen=True)
@@ -209,27 +211,30 @@ def _attentions(graph: fx.Graph, found: TokenAxes) -> Iterator[Attention]:
     for node in graph.nodes:
         if node.target is SDPA:
             query, key = found.axes[node.args[0]][0], found.axes[node.args[1]][0]
-            yield Attention(node, query[:-2], query[-2], key[-2])
-        elif node.target in _SOFTMAX and _softmax_is_attention(node, found):
-            scores = found.axes[node][0]
-            yield Attention(node, scores[:-2], scores[-2], scores[-1])
+            yield Attention(node, query[:-2], query[-2], key[-2], node)
+        elif node.target in _SOFTMAX and (shares := _shares(node, found)) is not None:
+            dims = found.axes[shares][0]
+            yield Attention(node, dims[:-2], dims[-2], dims[-1], shares)
 
 
-def _softmax_is_attention(node: fx.Node, found: TokenAxes) -> bool:
-    """A softmax over the last dim whose result is contracted over that dim."""
+def _shares(node: fx.Node, found: TokenAxes) -> fx.Node | None:
+    """What is contracted with the values, of a softmax over the last dim; ``None``: it is no attention."""
     rank = node.meta["val"].ndim
-    return rank >= 3 and node.args[1] % rank == rank - 1 and _reaches_contraction(node, found)
+    return _contracted(node, node, found) if rank >= 3 and node.args[1] % rank == rank - 1 else None
 
 
-def _reaches_contraction(node: fx.Node, found: TokenAxes) -> bool:
-    """Through operations that keep the last two dims, ``node`` becomes the left operand of a matmul-like one."""
+def _contracted(node: fx.Node, shares: fx.Node, found: TokenAxes) -> fx.Node | None:
+    """``shares``, where operations that keep the last two dims make of ``node`` the left operand of a matmul-like one; where they
+    cut the last dim, what is left."""
     for user in node.users:
         if user.target in _CONTRACTIONS and _left_operand(user) is node:
-            return True
-        keeps = is_tensor(user) and len(operands_of(user)) == 1 and found.of(user)[-2:] == found.of(node)[-2:]
-        if keeps and _reaches_contraction(user, found):
-            return True
-    return False
+            return shares
+        kept = is_tensor(user) and len(operands_of(user)) == 1 and found.of(user)[-2:] == found.of(node)[-2:]
+        cut = user.target is aten.slice.Tensor and found.of(user)[:-1] == found.of(node)[:-1]
+        reached = _contracted(user, shares if kept else user, found) if kept or cut else None
+        if reached is not None:
+            return reached
+    return None
 
 
 def _scores(attention: Attention, found: TokenAxes) -> set[fx.Node]:

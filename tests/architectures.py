@@ -19,7 +19,7 @@ Built = tuple[nn.Module, dict[str, Any]]
 
 ARCHITECTURES: dict[str, Callable[[int], Built]] = {}
 #: Those for which transformers has no ``scaled_dot_product_attention``, and those that are not of transformers.
-EAGER_ONLY = {"gemma2", "gpt_neo", "gptj", "bloom", "mpt", "mamba", "mamba2"}
+EAGER_ONLY = {"gemma2", "gpt_oss", "gpt_neo", "gptj", "bloom", "mpt", "mamba", "mamba2"}
 OTHERS = {"hand_written", "torch_encoder", "torch_transformer"}
 #: Those that run a hook-installing first forward, which Dynamo can't trace, before they are compiled.
 WARMED = {"segformer", "dpt"}
@@ -149,6 +149,7 @@ _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size":
 _decoder("mixtral", "Mixtral", num_local_experts=4, num_experts_per_tok=2, sliding_window=None)
 _decoder("qwen2_moe", "Qwen2Moe", shared_expert_intermediate_size=24, **_EXPERTS)
 _decoder("qwen3_moe", "Qwen3Moe", head_dim=8, **_EXPERTS)
+_decoder("gpt_oss", "GptOss", num_local_experts=4, num_experts_per_tok=2, head_dim=8, sliding_window=5)
 _own_names("mamba", "Mamba", hidden_size=HIDDEN, state_size=6, num_hidden_layers=2)
 _own_names(
     "mamba2", "Mamba2", hidden_size=HIDDEN, state_size=6, num_hidden_layers=2, num_heads=8, head_dim=8, n_groups=1,

@@ -703,3 +703,39 @@ def test_embedding_rows_outside_the_selection_get_nothing(name):
     rows = embeds.grad.abs().amax(-1)
     assert not rows[~selected_rows()].any()
     assert (rows[selected_rows()] > 0).sum() >= INDICES.numel() - B  # the last kept row may have no label
+
+
+class CrossAttention(nn.Module):
+    """Two token axes: the keys of one sequence, the queries of another; ``only`` cuts what the definition cuts, by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x, memory, labels, only=lambda value, axis: value):
+        query, key, value = only(self.q(x), 0), only(self.k(memory), 1), only(self.v(memory), 1)
+        attended = only((query @ key.transpose(-1, -2)).softmax(-1) @ value, 0)
+        return nn.functional.cross_entropy(only(self.out(attended), 0).flatten(0, 1), labels.flatten())
+
+
+def test_two_axes_have_a_selection_each():
+    torch.manual_seed(0)
+    model, x, memory = CrossAttention().double(), torch.randn(3, 11, 8).double(), torch.randn(3, 13, 8).double()
+    labels = torch.randint(8, (3, 11))
+    kept = [torch.rand(3, size).argsort(1)[:, :4].sort(1).values for size in (11, 13)]
+    with reference.ditching(model, kept[0], length=11, others={13: kept[1]}):
+        model(x, memory, labels).backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    masks = [torch.zeros(3, size).scatter(1, rows, 1).bool() for size, rows in zip((11, 13), kept, strict=True)]
+    cut = torch.where(masks[0], labels, -100)
+    model(x, memory, cut, lambda y, axis: torch.where(masks[axis].unsqueeze(-1), y, y.detach())).backward()
+    torch.testing.assert_close(grads, {name: p.grad for name, p in model.named_parameters()}, rtol=1e-12, atol=1e-14)
+
+
+def test_two_axes_of_one_length_cannot_be_told_apart():
+    model, x = CrossAttention(), torch.randn(3, 11, 8)
+    rows = torch.arange(4).expand(3, 4)
+    ditching = reference.ditching(model, rows, length=11, others={11: rows})
+    with pytest.raises(ValueError, match="two token axes have 11 tokens"), ditching:
+        model(x, x, torch.zeros(3, 11, dtype=torch.int64))

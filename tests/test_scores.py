@@ -719,3 +719,32 @@ def test_the_last_real_position_that_a_classifier_reads_is_pinned(scorer):
     batch, last = classified()
     run = assert_matches(gpt2(), batch, 1e-6, scorer=scorer)
     assert (run.indices == last[:, None]).any(1).all()
+
+
+class Sinks(nn.Module):
+    """Eager attention with a learned column beside the keys, which takes a share of every query's attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv, self.head = nn.Embedding(20, 8), nn.Linear(8, 24), nn.Linear(8, 20)
+        self.sink = nn.Parameter(torch.tensor(0.5))
+
+    def shares(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        query, key, value = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        scores = query @ key.transpose(-1, -2)
+        column = self.sink.expand(*scores.shape[:-1], 1)
+        return torch.softmax(torch.cat([scores, column], -1), -1)[..., :-1], value
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.embed(ids)
+        shares, value = self.shares(x)
+        x = x + (shares @ value).transpose(1, 2).flatten(2)
+        return nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+def test_attention_received_beside_a_sink():
+    torch.manual_seed(0)
+    model, ids = Sinks().double(), torch.randint(20, (3, 11))
+    run = assert_matches(model, {"ids": ids, "labels": ids}, 1e-9, length=11, scorer="attention")
+    received = model.shares(model.embed(ids))[0].sum((1, 2)).detach()
+    torch.testing.assert_close(run.selection.attention, received, rtol=1e-9, atol=1e-12)

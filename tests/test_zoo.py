@@ -27,7 +27,7 @@ CASES = [(name, attn) for name in ARCHITECTURES for attn in forms(name)]
 TODAY = datetime.date.today().toordinal() % 3
 TODAYS = CASES if os.environ.get("TOKENSEEK_ZOO") == "all" else CASES[TODAY::3]
 #: The product of groups of rows has no float64 on CPUs.
-SINGLE = {"mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"}
+SINGLE = {"gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"}
 
 
 @pytest.fixture(autouse=True)

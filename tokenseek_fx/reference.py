@@ -397,6 +397,8 @@ class _Ditching(TorchFunctionMode):
         """A reshape or slice of token rows may show a new dim of size T only if that is the token axis."""
         if func in _BROADCASTS or func in _JOINS or not y.numel():
             return
+        if y.ndim == 4 and y.shape[:-1] == sources[0].shape[:-1] and self._token_dims(descent):
+            return  # scores without the columns of attention sinks: the rows are the queries
         grown = self._tokens_in(y.shape) - self._tokens_in(sources[0].shape)
         if grown > self._token_dims(descent) - self._token_dims(self.rows[sources[0]]):
             raise ValueError(self._born(sources[0], y))
