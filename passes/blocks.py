@@ -12,6 +12,7 @@ import networkx as nx
 from torch import fx
 
 from .program import Program
+from .rules.op import is_tensor
 from .token_axes import Attention, TokenAxes, TokenAxis
 
 _ROOT, _SINK = "root", "sink"
@@ -63,7 +64,7 @@ class FindBlocks:
 
 
 def _has_rows_of(program: Program, node: fx.Node, axis: TokenAxis) -> bool:
-    return program.axes.has_rows(node) and program.axes.axis_of(node) == axis
+    return is_tensor(node) and program.axes.has_rows(node) and program.axes.axis_of(node) == axis
 
 
 def _flow_graph(program: Program, axis: TokenAxis) -> nx.DiGraph:

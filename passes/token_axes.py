@@ -174,9 +174,11 @@ def inferred(program: Program) -> TokenAxes:
         flow = flow_of(node, space, axes)
         axes[node], flows[node] = flow.outputs, flow
     found = TokenAxes(space, axes, flows, ())
-    found = replace(found, attentions=tuple(_attentions(program.graph, found)))
-    single = [a for a in found.attentions if a.node.target is not SDPA and not space.resolve(a.query)]
-    return replace(found, pooling=frozenset(node for a in single for node in _scores(a, found)))
+    every = tuple(_attentions(program.graph, found))
+    pooling = [a for a in every if not space.resolve(a.query) and space.resolve(a.key)]
+    scores = (node for a in pooling if a.node.target is not SDPA for node in _scores(a, found))
+    between_tokens = tuple(a for a in every if a not in pooling)
+    return replace(found, attentions=between_tokens or every, pooling=frozenset(scores))
 
 
 def place_in(axes: TokenAxes, node: fx.Node) -> Place | None:

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import tokenseek_fx
 from tokenseek_fx import Config, GraphNotSupported, ScoreInputs, TokenSeekWarning, needs
+from tokenseek_fx.scorers import SCORERS
 
 VOCAB, WIDTH, B, T = 11, 8, 2, 6
 Provoke = Callable[..., object]
@@ -146,7 +148,15 @@ option("a ratio above 1", "a share, not a percentage", keep_ratio=10)
 option("a ratio that is no number", "a number", keep_ratio="10%")
 option("a number of tokens that keeps nothing", "1 or more", keep_tokens=0)
 option("two options that contradict each other", "give one of them", keep_ratio=0.5, keep_tokens=64)
-option("a scorer that doesn't exist", "take one of the list, or `register_scorer`", scorer="randon")
+
+
+@misuse("Options", "a scorer that doesn't exist", "take one of the list, or `register_scorer`")
+def _(**options):
+    ours = {name: make for name, make in SCORERS.items() if make.__module__.startswith("tokenseek_fx.")}
+    with mock.patch.dict(SCORERS, ours, clear=True):  # another test may have registered some
+        Config.from_options({"scorer": "randon", **options})
+
+
 option("a word that an option doesn't take", "take one of the list", logits="none")
 option("a switch that is neither True nor False", "True or False", keep_label="yes")
 option("a number out of its range", "a number in the range", mix=1.5)

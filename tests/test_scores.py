@@ -140,6 +140,9 @@ def assert_scores(
     where = {name: options[name] for name in ("attention_layers", "gradient_of") if name in options}
     expected = scores.signals(model, batch, list(model.get_submodule(blocks)), model.get_submodule(head), **where)
     options = {"alpha": alpha, "beta": beta, "report_loss": "full", "select": "topk", **options}
+    for name, read in {"attention_layers": alpha, "gradient_of": beta}.items():
+        if not read:  # an option that nothing reads is an error
+            options.pop(name, None)
     run = assert_matches(model, batch, tol, scorer="tokenseek", **options)
     seen = run.selection
     if run.indices.shape == seen.scores.shape:  # all are kept: nothing is scored
