@@ -14,6 +14,7 @@ Where all that the sort leads to fits, the region runs on any rows as it does on
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 _SORTS = (aten.sort.default, aten.sort.stable)
 _CASTS = (aten._to_copy.default, aten.to.dtype, aten.clone.default, aten.detach.default)
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
 _BLANKS = (aten.empty_like.default, aten.zeros_like.default)
 #: Products of groups of rows: the operand with the rows and the one with the ends of the groups.
 GROUPED = {"aten::_grouped_mm": ("self", "offs"), "transformers::grouped_mm_fallback": ("input", "offs")}
@@ -100,7 +102,7 @@ class _Proof:
         return "sorted" if rows and labels[0] == rows and not self._has_tokens(source, start=1) else None
 
     def _groups(self, node: fx.Node, kinds: list) -> str | None:
-        if node.target in (aten.histc.default, aten.bincount.default) and kinds == ["keys"]:
+        if kinds == ["keys"] and self._counts_every_key(node):
             return "counts"
         if node.target is aten.cumsum.default and kinds == ["counts"]:
             return "ends"
@@ -108,7 +110,15 @@ class _Proof:
         if names is None:
             return None
         rows, ends = (self.kinds.get(bind(node)[name]) for name in names)
-        return "sorted" if (rows, ends) == ("sorted", "ends") and kinds.count(None) <= 1 else None
+        weights = [arg for arg in node.all_input_nodes if arg not in self.kinds]
+        grouped = (rows, ends) == ("sorted", "ends") and not any(map(self._has_tokens, weights))
+        return "sorted" if grouped else None
+
+    def _counts_every_key(self, node: fx.Node) -> bool:
+        """Counts of the keys 0, 1, 2, ...: one below would shift all groups, so they must be positions that an operation found."""
+        given = bind(node)
+        whole = node.target is aten.histc.default and given["min"] == 0 and given["max"] == given["bins"] - 1
+        return (whole or node.target is aten.bincount.default) and _are_positions(self.sort.args[0])
 
     def _placed(self, node: fx.Node, kinds: list) -> str | None:
         """``blank[order] = arange``: the places."""
@@ -153,9 +163,25 @@ class _Proof:
         return self.rows[: inner[0]] if inner else None
 
 
+def _are_positions(node: Any) -> bool:
+    """True for the indices of a top-k or an argmax."""
+    while node.target in (*_CASTS, *_VIEWS):
+        node = node.args[0]
+    of_topk = node.target is operator.getitem and node.args[0].target is aten.topk.default and node.args[1] == 1
+    return of_topk or node.target is aten.argmax.default
+
+
 def find_routes(graph: fx.Graph, axes: TokenAxes) -> tuple[Route, ...]:
     """The regions of a graph that are proved to bring every sorted row back to its own."""
     return tuple(route for node in graph.nodes if node.target in _SORTS for route in _route(node, axes))
+
+
+def _in_order(axes: TokenAxes, rows: Dim, out: Dim) -> bool:
+    """True where what comes back has the tokens in the places in which the sorted rows had them."""
+    axis = axes.axis_at(rows)
+    assert axis is not None
+    last = max(i for i, factor in enumerate(rows) if factor in (*axis.token, *axis.batch))
+    return out[: last + 1] == rows[: last + 1]
 
 
 def _route(sort: fx.Node, axes: TokenAxes) -> Iterator[Route]:
@@ -170,7 +196,7 @@ def _route(sort: fx.Node, axes: TokenAxes) -> Iterator[Route]:
         if node is sort or not region.intersection(node.all_input_nodes):
             continue
         kind = proof.kind_of(node)
-        if kind is None or (kind == "out" and axes.axis_at(axes.of(node)[0]) is None):
+        if kind is None or (kind == "out" and not _in_order(axes, label, axes.of(node)[0])):
             return
         if kind == "out":
             exits.add(node)
