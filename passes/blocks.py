@@ -64,7 +64,7 @@ class FindBlocks:
 
 
 def _has_rows_of(program: Program, node: fx.Node, axis: TokenAxis) -> bool:
-    return is_tensor(node) and program.axes.has_rows(node) and program.axes.axis_of(node) == axis
+    return is_tensor(node) and program.axes.has_rows_of(axis, node)
 
 
 def _flow_graph(program: Program, axis: TokenAxis) -> nx.DiGraph:

@@ -49,12 +49,12 @@ class Rewrite:
 class Ditch:
     """Trace the two streams. Reads ``axes``, ``activity`` and ``blocks``; writes ``rewrite``.
 
-    ``select``: how tokens are scored and chosen; ``others``: those of further token axes, in order. ``signals``: what scores are made of. ``logits``: "keep" returns them in
-    full, "drop" with length 0. ``report_loss``: "full" returns the loss of all tokens (with the gradient of the kept ones),
-    "kept" that of the kept ones, ``None`` the full one where the scores need it anyway. ``kv_grad``: "selected" cuts keys
-    and values of the other tokens, "all" keeps their own projections live. ``given``: examples of the rows [B, k] (and their
-    weights) that are inputs of the rewritten graph; ``select`` then chooses nothing. ``part``: the graph is a part of a model,
-    all that it returns stays live in the kept rows.
+    ``select``: how tokens are scored and chosen; ``others``: those of further token axes, in order. ``signals``: what scores are
+    made of. ``logits``: "keep" returns them in full, "drop" with length 0. ``report_loss``: "full" returns the loss of all tokens
+    (with the gradient of the kept ones), "kept" that of the kept ones, ``None`` the full one where the scores need it anyway.
+    ``kv_grad``: "selected" cuts keys and values of the other tokens, "all" keeps their own projections live. ``given``: examples
+    of the rows [B, k] (and their weights) that are inputs of the rewritten graph; ``select`` then chooses nothing. ``part``: the
+    graph is a part of a model, all that it returns stays live in the kept rows.
     """
 
     select: Select

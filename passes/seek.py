@@ -208,8 +208,7 @@ class Seek(Retrace):
 
     def _add_labels(self, given: dict[str, Any], found: Tensor | None, geometry: Geometry) -> Tensor | None:
         target, axes = given["target"], geometry.axes
-        ours = axes.has_rows(target) and axes.axis_of(target) == geometry.axis
-        if target.meta["val"].is_floating_point() or not ours:
+        if target.meta["val"].is_floating_point() or not axes.has_rows_of(geometry.axis, target):
             return found
         labelled = self.values[target] != given["ignore_index"]
         mine = geometry.by_token(labelled, axes.of(target), axes.row_dim(target))
@@ -246,8 +245,7 @@ def _picks_one_token(program: Program, node: fx.Node, axis: TokenAxis) -> bool:
     if node.target not in _PICKS or node not in program.activity.live:
         return False
     source, axes = node.args[0], program.axes
-    has_rows = source in program.activity.live and axes.has_rows(source) and axes.axis_of(source) == axis
-    if not has_rows or axes.row_dim(node) is not None:
+    if source not in program.activity.live or not axes.has_rows_of(axis, source) or axes.row_dim(node) is not None:
         return False
     whole, part, tokens = source.meta["val"], node.meta["val"], axes.space.size(axis.token)
     return same_size(part.numel() * tokens, whole.numel())

@@ -157,9 +157,8 @@ def _has_token_losses(program: Program, node: fx.Node) -> bool:
     return (
         given["reduction"] in (MEAN, SUM)
         and not target.meta["val"].is_floating_point()
-        and axes.has_rows(logits)
-        and axes.has_rows(target)
-        and axes.axis_of(target) == axes.axis_of(logits) == axes.main
+        and axes.has_rows_of(axes.main, logits)
+        and axes.has_rows_of(axes.main, target)
         and axes.row_dim(logits) != classes
     )
 
@@ -179,11 +178,7 @@ def _token_parallel(program: Program, nodes: list[fx.Node], loss: fx.Node) -> li
 
 def _is_token_parallel(program: Program, node: fx.Node, inside: set[fx.Node]) -> bool:
     axes = program.axes
-    if (
-        not axes.has_rows(node)
-        or axes.axis_of(node) != axes.main
-        or isinstance(node.target, torch._ops.HigherOrderOperator)
-    ):
+    if not axes.has_rows_of(axes.main, node) or isinstance(node.target, torch._ops.HigherOrderOperator):
         return False
     dim = axes.row_dim(node)
     carried = [axes.carried(node, i, dim) for i, arg in enumerate(operands_of(node)) if arg in inside]

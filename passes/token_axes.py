@@ -118,6 +118,10 @@ class TokenAxes:
         axis = self.axis_of(node)
         return axis is not None and (not axis.batch or axis.batch_dim_of(self.of(node)) is not None)
 
+    def has_rows_of(self, axis: TokenAxis, node: fx.Node) -> bool:
+        """The same, and the rows are those of this token axis."""
+        return self.axis_of(node) == axis and self.has_rows(node)
+
     def carried(self, node: fx.Node, operand: int, dim: int) -> int | None:
         """The dim of an operand that goes, row by row, to dim ``dim`` of the result; None: broadcast or mixed there."""
         flow = self.flows[node]
