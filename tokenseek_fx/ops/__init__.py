@@ -1,5 +1,1 @@
-"""Operators of the rewritten graph, each with a plain definition, a CPU implementation in blocks and Triton kernels."""
-
-from .attention import selected_attention
-
-__all__ = ["selected_attention"]
+"""Operators: each defined by plain ATen operations, with a Triton kernel on CUDA where one is faster or smaller."""
