@@ -19,6 +19,7 @@ from .passes.activity import FindActivity
 from .passes.audit import partitioning
 from .passes.blocks import FindBlocks
 from .passes.canonicalize import Canonicalize
+from .passes.chunks import Chunk
 from .passes.ditch import Ditch
 from .passes.errors import GraphNotSupported, NoAttention, NothingToSelect, TokenSeekError
 from .passes.factors import same_size
@@ -166,6 +167,7 @@ def _compile_own(
 
 
 def _compiled(program: Program, config: Config) -> Compiled:
+    program = Pipeline((Chunk(),)).run(program)
     assert program.rewrite is not None
     with partitioning():
         return inner_compiler(config, _REWRITTEN)(program.rewrite.module, program.rewrite.inputs)
