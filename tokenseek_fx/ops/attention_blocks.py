@@ -148,11 +148,16 @@ class Block:
 
     def fold(self, x: Tensor) -> Tensor:
         """[b, H, r, E] as [b h, G r, E]."""
-        return x.reshape(x.shape[0] * (self.key_heads.stop - self.key_heads.start), -1, x.shape[-1])
+        return x.unflatten(1, (self._key_heads, -1)).flatten(2, 3).flatten(0, 1)
 
     def unfold(self, x: Tensor) -> Tensor:
         """[b h, G r, E] as [b, H, r, E]."""
-        return x.view(-1, self.heads.stop - self.heads.start, self.rows.stop - self.rows.start, x.shape[-1])
+        rows = self.rows.stop - self.rows.start
+        return x.unflatten(1, (-1, rows)).unflatten(0, (-1, self._key_heads)).flatten(1, 2)
+
+    @property
+    def _key_heads(self) -> int:
+        return self.key_heads.stop - self.key_heads.start
 
     def of_keys(self, x: Tensor) -> Tensor:
         """``x`` [B, Hkv, n, E] here, as [b h, n, E]: a view for one instance."""
