@@ -15,7 +15,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenseek_fx.backend  # noqa: F401 (the module, not the function of the same name)
-from tokenseek_fx.passes.received import received
+from tokenseek_fx.ops.received import attention_received
 
 BATCH, HEADS, INNER, LAYERS = 2, 4, 88, 2
 TOKENS, VOCAB = 520, 9001  # several chunks of logits at the default budget
@@ -118,5 +118,5 @@ class Largest(TorchDispatchMode):
 def test_attention_received_works_in_blocks_of_queries():
     query, key = torch.randn(1, 8, 3000, 4), torch.randn(1, 2, 3000, 4)
     with Largest() as largest:
-        received._init_fn(query, key, None, True, None)
+        attention_received._init_fn(query, key, None, True, None)
     assert largest.elements * 4 <= 4.2 * 2**20 < 8 * 3000 * 3000 * 4 / 50
