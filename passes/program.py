@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .audit import Audit
     from .blocks import Blocks
     from .ditch import Rewrite
+    from .split import Segments
     from .token_axes import TokenAxes
 
 
@@ -33,6 +34,7 @@ class Program:
     activity: Activity | None = None
     blocks: Blocks | None = None
     rewrite: Rewrite | None = None
+    segments: Segments | None = None
     audit: Audit | None = None
     notes: tuple[str, ...] = field(default=())
 
