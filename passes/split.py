@@ -130,7 +130,9 @@ def _segment(module: fx.GraphModule, nodes: list[fx.Node], sizes: dict, wanted: 
     """``nodes`` as a graph of their own that gives what is ``wanted`` behind them."""
     read = dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if arg not in {*nodes})
     takes = [node for node in read if node.op != "get_attr"]
-    symbols = dict.fromkeys(s for node in takes for s in sorted(free_symbols(node.meta.get("val")), key=str) if s in sizes)
+    symbols = dict.fromkeys(
+        s for node in takes for s in sorted(free_symbols(node.meta.get("val")), key=str) if s in sizes
+    )
     gives = tuple(node for node in nodes if node in wanted)
     graph = fx.Graph()
     inputs = {key: graph.placeholder(f"input_{i}") for i, key in enumerate((*symbols, *takes))}

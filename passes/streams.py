@@ -94,7 +94,8 @@ class Streams:
 
     def _run_node(self, node: fx.Node, classes: set[int], routed: set[fx.Node]) -> None:
         if is_autocast(node):
-            self._switches.env[node] = self._switches.run_node(node)
+            args, kwargs = self._switches.fetch_args_kwargs_from_env(node)
+            self._switches.env[node] = self._switches.call_function(node.target, args, kwargs)
         elif node in routed:
             with tagged("rows", node):
                 self._rows[node] = self._in_route(node, routed)
@@ -108,7 +109,9 @@ class Streams:
     def _reenter_autocast(self, block: int) -> None:
         """Leave the open regions at the end of a block and enter them in the next: none lies in two."""
         switch, known = self._switches.call_function, self._switches.env
-        entered = [node for node in known if node.target is ENTER_AUTOCAST and not any(map(known.__contains__, node.users))]
+        entered = [
+            node for node in known if node.target is ENTER_AUTOCAST and not any(map(known.__contains__, node.users))
+        ]
         with in_block(block):
             for node in reversed(entered):
                 switch(EXIT_AUTOCAST, (known[node],), {})
