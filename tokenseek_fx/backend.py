@@ -31,6 +31,7 @@ from .passes.rules.op import hint
 from .passes.seek import Signals
 from .passes.select import Scorer, Select, kept_tokens, method_of, needs_of
 from .passes.shift import UnshiftLabels
+from .passes.split import Split
 from .passes.streams import weighted_losses
 from .passes.tail import has_token_loss
 from .passes.token_axes import FindTokenAxes, Place, TokenAxis
@@ -167,10 +168,10 @@ def _compile_own(
 
 
 def _compiled(program: Program, config: Config) -> Compiled:
-    program = Pipeline((Chunk(),)).run(program)
-    assert program.rewrite is not None
+    segments = Pipeline((Chunk(), Split())).run(program).segments
+    assert segments is not None
     with partitioning():
-        return inner_compiler(config, _REWRITTEN)(program.rewrite.module, program.rewrite.inputs)
+        return segments.compiled(inner_compiler(config, _REWRITTEN))
 
 
 def ditch(config: Config, program: Program, given: tuple[Any, ...] = (), part: bool = False) -> Ditch:

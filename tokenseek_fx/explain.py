@@ -19,9 +19,10 @@ from .passes.audit import Audit, AuditSaved, saved_edges
 from .passes.errors import ConfigError, TokenSeekError
 from .passes.fake import fake_mode_of
 from .passes.geometry import example_sizes
-from .passes.pipeline import analysis
+from .passes.pipeline import Pipeline, analysis
 from .passes.program import Program, module_path, source_line
 from .passes.select import kept_tokens
+from .passes.split import Split
 from .passes.streams import Barrier, class_factors, kind_of
 
 _MIB = 2**20
@@ -130,7 +131,7 @@ def _explain_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) ->
         refuse_split(gm)
         plain = analysis().run(Program(gm, tuple(inputs)))
         refuse_part(plain, inputs)
-        rewritten = AuditSaved().run(ditch(config, plain).run(plain))
+        rewritten = Pipeline((ditch(config, plain), Split(), AuditSaved())).run(plain)
     except ConfigError:
         raise
     except TokenSeekError as error:
