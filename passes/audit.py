@@ -18,6 +18,7 @@ from torch._guards import TracingContext, tracing
 
 from .fake import fake_mode_of
 from .program import Program, where
+from .saving import PLAIN, Saving, partitioning, saved_by
 
 #: Kinds of edges that hold all tokens on purpose.
 EXPLAINED = ("keys/values", "block inputs", "logits", "barrier", "scores", "rows", "select", "scoring")
@@ -65,25 +66,25 @@ class Audit:
 class AuditSaved:
     """Partition the rewritten graph and list its saved edges. Reads ``rewrite``; writes ``audit``."""
 
+    saving: Saving = PLAIN
     name: str = "saved tensors"
 
     def run(self, program: Program) -> Program:
         assert program.rewrite is not None
-        return replace(program, audit=saved_edges(program.rewrite.module, program.rewrite.inputs))
+        return replace(program, audit=saved_edges(program.rewrite.module, program.rewrite.inputs, self.saving))
 
     def check(self, program: Program) -> None:
         """Nothing is refused: a full-length activation is reported (``Audit.unexplained``), it is not wrong."""
 
 
-def saved_edges(module: fx.GraphModule, inputs: Sequence[Any]) -> Audit:
+def saved_edges(module: fx.GraphModule, inputs: Sequence[Any], saving: Saving = PLAIN) -> Audit:
     """What Inductor's partitioner saves for the backward of ``module``; parameters and inputs are not counted."""
     found: list[Edge] = []
 
     def look(graph: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         metadata = TracingContext.get().fw_metadata
         if not kwargs.get("is_backward", False) and not found and metadata is not None:
-            saved = graph.graph.output_node().args[0][metadata.num_forward :]
-            found.extend(_edge(node) for node in dict.fromkeys(saved) if _is_edge(node))
+            found.extend(map(_edge, saved_by(graph, metadata.num_forward)))
         return graph.forward
 
     from torch._inductor.compile_fx import compile_fx
@@ -92,22 +93,9 @@ def saved_edges(module: fx.GraphModule, inputs: Sequence[Any]) -> Audit:
     uncached = torch._functorch.config.patch(
         enable_autograd_cache=False
     )  # a cached graph would not be shown to ``look``
-    with tracing(TracingContext.try_get() or TracingContext(mode)), partitioning(), uncached:
+    with tracing(TracingContext.try_get() or TracingContext(mode)), partitioning(saving), uncached:
         compile_fx(copy.deepcopy(module), list(inputs), inner_compile=look)
     return Audit(tuple(found))
-
-
-def partitioning() -> Any:
-    """How rewritten graphs are partitioned: whatever is cheap to compute again is not saved. On the selected rows nearly
-    everything is, and keys and values are saved before their heads are repeated."""
-    return torch._functorch.config.patch(aggressive_recomputation=True)
-
-
-def _is_edge(node: Any) -> bool:
-    """Saved, and not an input or a view of one."""
-    while isinstance(node, fx.Node) and isinstance(node.target, torch._ops.OpOverload) and node.target.is_view:
-        node = node.args[0]
-    return isinstance(node, fx.Node) and node.op != "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _edge(node: fx.Node) -> Edge:

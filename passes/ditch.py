@@ -26,6 +26,7 @@ from .errors import GraphNotSupported, InvariantBroken
 from .fake import fake_mode_of
 from .geometry import Geometry, device_of, example_sizes, sizes_of
 from .program import Program
+from .saving import block_numbers
 from .seek import Seek, Signals
 from .select import ScoreInputs, Select, Selected
 from .streams import Barrier, Streams, class_factors, refuse_unweighted, tagged, weighted_losses
@@ -81,7 +82,7 @@ class Ditch:
             seek = Seek(program, inputs)
             choose = self._take if self.given else self._choose
             geometries, selections = choose(seek, tail, *extra)
-            streams = Streams(program, seek.values, geometries, inputs, barriers, self.kv_grad)
+            streams = Streams(program, seek.values, geometries, inputs, barriers, self.kv_grad, block_numbers(program))
             streams.run()
             outputs = tuple(self._outputs(program, streams))
             for index, update in zip(program.mutated, program.updates, strict=True):
@@ -140,9 +141,9 @@ class Ditch:
                 chosen = select(known[axis])
                 if axis != program.axes.main or not weighted_losses(program):
                     chosen = chosen._replace(weights=None)
+                selections.append(_selection(known[axis], chosen))
             sizes = known[axis].batch, known[axis].tokens
             geometries.append(Geometry(program.axes, axis, chosen.indices, *sizes, chosen.weights))
-            selections.append(_selection(known[axis], chosen))
         return geometries, selections
 
     def _take(self, seek: Seek, tail: None, *given: Tensor) -> tuple[list[Geometry], list[dict[str, Tensor]]]:
@@ -207,9 +208,11 @@ def _flat(selections: list[dict[str, Tensor]]) -> tuple[Tensor, ...]:
 
 
 def _selection(known: ScoreInputs, chosen: Selected) -> dict[str, Tensor]:
-    """What is told of a selection, by the names of ``recording.Selection``."""
+    """What is told of a selection, by the names of ``recording.Selection``. The indices are a copy: AOTAutograd merges no equal
+    operations on what shares memory with an output, and rows would be gathered again in every block."""
     signals = {name: getattr(known, name) for name in ("attention", "gradient", "loss", "labelled")}
-    return {name: x for name, x in {**chosen._asdict(), **signals}.items() if x is not None}
+    told = {**chosen._asdict(), "indices": chosen.indices.clone(), **signals}
+    return {name: x for name, x in told.items() if x is not None}
 
 
 def _without_tokens(streams: Streams, node: fx.Node) -> torch.Tensor:

@@ -65,6 +65,7 @@ class Streams:
         inputs: tuple,
         barriers: list[Barrier],
         kv_grad: str = "selected",
+        blocks: Mapping[fx.Node, int] | None = None,
     ) -> None:
         self.program, self.axes, self.live = program, program.axes, program.activity.live
         self.seek, self.barriers = seek, barriers
@@ -76,6 +77,7 @@ class Streams:
         self._context: dict[fx.Node, Any] = {}
         self._known: dict[Any, torch.Tensor] = {}
         self._in_context = keys_and_values(program) if kv_grad == "all" else frozenset()
+        self._block_of = blocks or {}
         self._switches = Retrace(program.module)
 
     def run(self) -> None:
@@ -85,13 +87,15 @@ class Streams:
             if is_autocast(node):
                 self._switches.env[node] = self._switches.run_node(node)
             elif node in routed:
-                with tagged("rows", node):
+                with tagged("rows", node, self._block_of.get(node)):
                     self._rows[node] = self._in_route(node, routed)
             elif node in self.live:
                 kind = kind_of(self.program, node, classes)
-                with tagged("rows" if kind in ("activations", "keys/values") else kind, node), located(node):
+                kind = "rows" if kind in ("activations", "keys/values") else kind
+                with tagged(kind, node, self._block_of.get(node)), located(node):
                     self._compute(node)
-                    if node in self._in_context:
+                if node in self._in_context:
+                    with tagged(kind, node), located(node):
                         self._context[node] = self._for_all_tokens(node)
 
     def context(self, node: fx.Node) -> Any:
@@ -130,7 +134,8 @@ class Streams:
     def once(self, key: Any, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """A value that carries no gradient and is the same wherever it is asked for: computed the first time."""
         if key not in self._known:
-            self._known[key] = compute()
+            with tagged("rows"):  # of no block: later ones read it too
+                self._known[key] = compute()
         return self._known[key]
 
     def aligned_rows(
@@ -223,9 +228,11 @@ class Streams:
         node = call.node
         if node.target in LOSSES:
             self._refuse_partial_loss(node)
-        if self._meets_rows(node):
-            self._report(node)
-        return _applied(node, *call.in_full)
+        if not self._meets_rows(node):
+            return _applied(node, *call.in_full)
+        self._report(node)
+        with tagged("barrier", node):
+            return _applied(node, *call.in_full)
 
     def _refuse_partial_loss(self, node: fx.Node) -> None:
         """A loss per instance, or over what a decoder makes of the tokens (an image), is an ordinary loss; one over some part of
@@ -283,11 +290,13 @@ def _applied(node: fx.Node, args: tuple, kwargs: dict) -> Any:
 
 
 @contextmanager
-def tagged(kind: str, node: fx.Node | None = None) -> Iterator[None]:
-    """Nodes traced inside carry the place of ``node`` and ``meta["custom"]["tokenseek"] = kind``."""
+def tagged(kind: str, node: fx.Node | None = None, block: int | None = None) -> Iterator[None]:
+    """Nodes traced inside carry the place of ``node``, ``meta["custom"]["tokenseek"] = kind`` and, as ``"tokenseek_block"``, the
+    number of the block whose rows they compute."""
     before = fx_traceback.current_meta
     place = node.meta if node is not None else before
-    fx_traceback.current_meta = {**place, "custom": {**place.get("custom", {}), "tokenseek": kind}}
+    tags = {"tokenseek": kind, "tokenseek_block": block}
+    fx_traceback.current_meta = {**place, "custom": {**place.get("custom", {}), **tags}}
     try:
         yield
     finally:

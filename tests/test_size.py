@@ -38,7 +38,7 @@ def graphs(monkeypatch) -> list[fx.GraphModule]:
         return graph
 
     compiler = aot_autograd(fw_compiler=keep, bw_compiler=keep)
-    monkeypatch.setattr(sys.modules["tokenseek_fx.backend"], "inner_compiler", lambda config, defaults=None: compiler)
+    monkeypatch.setattr(sys.modules["tokenseek_fx.backend"], "inner_compiler", lambda config, rewritten=False: compiler)
     return found
 
 

@@ -16,7 +16,6 @@ from .compiled import AsItIs, Compiled, KeepAll, Rewritten, WithRows, check_rows
 from .config import Config, ConfigError
 from .given import given
 from .passes.activity import FindActivity
-from .passes.audit import partitioning
 from .passes.blocks import FindBlocks
 from .passes.canonicalize import Canonicalize
 from .passes.ditch import Ditch
@@ -27,6 +26,7 @@ from .passes.geometry import example_sizes
 from .passes.pipeline import Pipeline, analysis
 from .passes.program import Program, source_line
 from .passes.rules.op import hint
+from .passes.saving import Partition, partitioning
 from .passes.seek import Signals
 from .passes.select import Scorer, Select, kept_tokens, method_of, needs_of
 from .passes.shift import UnshiftLabels
@@ -167,8 +167,8 @@ def _compile_own(
 
 def _compiled(program: Program, config: Config) -> Compiled:
     assert program.rewrite is not None
-    with partitioning():
-        return inner_compiler(config, _REWRITTEN)(program.rewrite.module, program.rewrite.inputs)
+    with partitioning(config.saving):
+        return inner_compiler(config, rewritten=True)(program.rewrite.module, program.rewrite.inputs)
 
 
 def ditch(config: Config, program: Program, given: tuple[Any, ...] = (), part: bool = False) -> Ditch:
@@ -264,12 +264,13 @@ def _layers(config: Config) -> str | tuple[int, ...]:
     return config.attention_layers if isinstance(config.attention_layers, str) else tuple(config.attention_layers)
 
 
-def inner_compiler(
-    config: Config, defaults: Mapping[str, Any] | None = None
-) -> Callable[[fx.GraphModule, Sequence[Any]], Compiled]:
-    """What compiles a graph to code; ``defaults`` are Inductor options that the user's go before."""
+def inner_compiler(config: Config, rewritten: bool = False) -> Callable[[fx.GraphModule, Sequence[Any]], Compiled]:
+    """What compiles a graph to code; for a ``rewritten`` one to be called under ``partitioning``."""
     if config.inner == "inductor":
-        return compat.inductor(config.mode, {**(defaults or {}), **(config.inductor_options or {})})
+        defaults = _REWRITTEN if rewritten else {}
+        return compat.inductor(config.mode, {**defaults, **(config.inductor_options or {})})
+    if config.inner == "aot_eager" and rewritten:
+        return compat.aot_eager(Partition(config.saving))
     return lookup_backend(config.inner)  # type: ignore[return-value]
 
 

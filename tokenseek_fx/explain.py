@@ -130,7 +130,7 @@ def _explain_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) ->
         refuse_split(gm)
         plain = analysis().run(Program(gm, tuple(inputs)))
         refuse_part(plain, inputs)
-        rewritten = AuditSaved().run(ditch(config, plain).run(plain))
+        rewritten = AuditSaved(config.saving).run(ditch(config, plain).run(plain))
     except ConfigError:
         raise
     except TokenSeekError as error:
