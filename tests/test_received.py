@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from tokenseek_fx.ops import received
 from tokenseek_fx.ops.received import attention_received
@@ -29,6 +31,10 @@ CASES = st.fixed_dictionaries(
         "lse": st.booleans(),
         "seed": st.integers(0, 1000),
     }
+)
+
+NO_INTERPRETER = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="Triton's interpreter multiplies the bits of bfloat16 as integers"
 )
 
 
@@ -108,3 +114,38 @@ def test_the_operator_keeps_its_contract(dtype, full):
     segments, lse = torch.tensor([[0, 0, 1, 1, 2, 2]] * 2), torch.zeros(2, 4, 6)
     more = (torch.ones(6, 6, dtype=torch.bool), True, 0.3, 2, segments, 3.0, lse) if full else (None, False, None)
     torch.library.opcheck(attention_received, (query, key, *more))
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="the kernels need triton")
+@settings(max_examples=60, deadline=None)
+@given(CASES, st.sampled_from([(16, 32), (32, 16), (16, 16)]), st.integers(1, 45), st.integers(1, 45))
+def test_the_kernels_do_what_the_operator_does(case, sides, queries, keys):
+    from tokenseek_fx.ops import received_triton
+
+    case = {**case, "queries": queries, "keys": keys}
+    args, how = example(case, torch.float32)
+    how["lse"] = by_map(*args, **how)[1] if case["lse"] else None
+    args, how = to_device((args, how))
+    sizes = received_triton.blocks(case["width"], torch.float32, True)
+    with pytest.MonkeyPatch.context() as patch:
+        sizes |= {"BLOCK_I": sides[0], "BLOCK_J": sides[1]}
+        patch.setattr(received_triton, "blocks", lambda *how: sizes)
+        found = received_triton.attention_received_triton(*args, **how)
+    torch.testing.assert_close(found, attention_received(*args, **how), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="the kernels need triton")
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=NO_INTERPRETER)])
+def test_the_kernels_in_half_precision(dtype):
+    from tokenseek_fx.ops.received_triton import attention_received_triton
+
+    query, key = to_device((torch.randn(1, 2, 70, 24).to(dtype), torch.randn(1, 1, 70, 24).to(dtype)))
+    found = attention_received_triton(query, key, None, True, None)
+    expected = attention_received(query, key, None, True, None)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)  # both multiply what is given and add in float32
+
+
+def to_device(inputs: Any) -> Any:
+    """On the GPU where there is one; else Triton's interpreter runs the kernels (see conftest.py)."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return pytree.tree_map_only(Tensor, lambda x: x.to(device), inputs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -250,3 +250,24 @@ def test_saves_its_operands_once_and_nothing_of_rows_by_keys():
 def test_operands_that_do_not_fit_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         selected_attention(**(operands() | wrong))
+
+
+@pytest.fixture
+def triton_attention(monkeypatch):
+    """The Triton kernels: on the GPU where there is one, else by Triton's interpreter (see conftest.py)."""
+    pytest.importorskip("triton")
+    from tokenseek_fx.ops import attention, attention_triton
+
+    monkeypatch.setattr(attention, "_operator", lambda query, value: attention_triton.forward)
+
+    def run(**given):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return selected_attention(**{n: t.to(device) if torch.is_tensor(t) else t for n, t in given.items()}).cpu()
+
+    return run
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(given=cases(dtypes=(torch.float32, torch.float16)))
+def test_kernels_equal_the_definition(triton_attention, given):
+    assert_same(given, triton_attention, 1e-5 if given["query"].dtype is torch.float32 else 4e-3)

@@ -13,11 +13,18 @@ Triton kernels (``attention_triton``).
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import attention_blocks as blocks
 from .attention_blocks import Sight, lse_like, rows_like
+
+#: Wider heads have no room in the registers of a GPU.
+WIDEST = 256
+_HAS_TRITON = find_spec("triton") is not None
 
 
 def selected_attention(
@@ -55,10 +62,24 @@ def selected_attention(
     _check(query, row_key, row_value, key, value, positions, columns, mask, segments, causal, window)
     columns = None if row_key is None else positions if columns is None else columns
     mask = None if mask is None else mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-    out, _ = _selected_attention(
+    out, _ = _operator(query, value)(
         query, row_key, row_value, key, value, positions, columns, mask, segments, sinks, causal, window, scale, softcap
     )
     return out
+
+
+def _operator(query: Tensor, value: Tensor) -> Any:
+    """The Triton kernels where they apply, else blocks of ATen operations."""
+    if (
+        _HAS_TRITON
+        and query.is_cuda
+        and query.dtype != torch.float64
+        and max(query.shape[-1], value.shape[-1]) <= WIDEST
+    ):
+        from . import attention_triton
+
+        return attention_triton.forward
+    return _forward
 
 
 def _check(query, row_key, row_value, key, value, positions, columns, mask, segments, causal, window) -> None:
@@ -106,7 +127,7 @@ def definition(
 
 
 @torch.library.custom_op("tokenseek_fx::selected_attention", mutates_args=())
-def _selected_attention(
+def _forward(
     query: Tensor, row_key: Tensor | None, row_value: Tensor | None, key: Tensor, value: Tensor, positions: Tensor | None,
     columns: Tensor | None, mask: Tensor | None, segments: Tensor | None, sinks: Tensor | None,
     causal: bool, window: int, scale: float | None, softcap: float,
@@ -135,18 +156,15 @@ def _grad_keys(
     return blocks.grad_keys(grad, delta, lse, query, key, value, sight)
 
 
-@_selected_attention.register_fake
-def _(query, row_key, row_value, key, value, *rest):
+def _fake_forward(query, row_key, row_value, key, value, *rest):
     return rows_like(query, value.shape[-1]), lse_like(query)
 
 
-@_grad_query.register_fake
-def _(grad, delta, lse, query, *rest):
+def _fake_grad_query(grad, delta, lse, query, *rest):
     return rows_like(query, query.shape[-1])
 
 
-@_grad_keys.register_fake
-def _(grad, delta, lse, query, key, value, positions, columns, *rest):
+def _fake_grad_keys(grad, delta, lse, query, key, value, positions, columns, *rest):
     return tuple(rows_like(t[:, :, : columns.shape[1]], t.shape[-1]) for t in (key, value))
 
 
@@ -157,20 +175,28 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(query, key, value, positions, columns, mask, segments, sinks, *output)
 
 
-def _backward(ctx, grad, _):
-    query, key, value, positions, columns, mask, segments, sinks, out, lse = ctx.saved_tensors
-    needs, grads = ctx.needs_input_grad, [None] * 14
-    if grad is None:
+def register(forward: Any, grad_query: Any, grad_keys: Any) -> None:
+    """Give operators of these meanings their fakes, and ``forward`` its gradient by the other two."""
+
+    def backward(ctx, grad, _):
+        query, key, value, positions, columns, mask, segments, sinks, out, lse = ctx.saved_tensors
+        needs, grads = ctx.needs_input_grad, [None] * 14
+        if grad is None:
+            return tuple(grads)
+        delta = (grad.to(lse.dtype) * out).sum(-1)
+        operands, hidden = (grad, delta, lse, query, key, value, positions), (mask, segments, *ctx.form)
+        if needs[0]:
+            grads[0] = grad_query(*operands, *hidden)
+        if needs[1] or needs[2]:
+            grads[1], grads[2] = grad_keys(*operands, columns, *hidden)
+        if needs[9]:
+            grads[9] = -((sinks[:, None] - lse).exp() * delta).sum((0, 2)).to(sinks.dtype)
         return tuple(grads)
-    delta = (grad.to(lse.dtype) * out).sum(-1)
-    operands, hidden = (grad, delta, lse, query, key, value, positions), (mask, segments, *ctx.form)
-    if needs[0]:
-        grads[0] = _grad_query(*operands, *hidden)
-    if needs[1] or needs[2]:
-        grads[1], grads[2] = _grad_keys(*operands, columns, *hidden)
-    if needs[9]:
-        grads[9] = -((sinks[:, None] - lse).exp() * delta).sum((0, 2)).to(sinks.dtype)
-    return tuple(grads)
+
+    forward.register_fake(_fake_forward)
+    grad_query.register_fake(_fake_grad_query)
+    grad_keys.register_fake(_fake_grad_keys)
+    forward.register_autograd(backward, setup_context=_setup_context)
 
 
-_selected_attention.register_autograd(_backward, setup_context=_setup_context)
+register(_forward, _grad_query, _grad_keys)
