@@ -190,6 +190,7 @@ def _variant(kernel: triton.JITFunction, dtype: str, width: int, how: dict, labe
     types = dict.fromkeys(kernel.arg_names, "i32")
     types |= dict.fromkeys(("query", "key", "mask"), f"*{dtype}") | dict.fromkeys(("lse", "out"), "*fp32")
     types |= {"segments": "*i64"} | dict.fromkeys(("scale", "softcap", "hidden"), "fp32")
-    constants = {**sizes, **how}
+    constants = {**sizes, **how, "q_e": 1, "k_e": 1, "mask_j": 1}
+    aligned = ("q_b", "q_h", "q_i", "k_b", "k_h", "k_j", "mask_b", "mask_h", "mask_i")
     signature = {name: types[name] for name in kernel.arg_names if name not in constants}
-    return Variant(f"{dtype}, heads of {width}, {label}", kernel, signature, constants, WARPS)
+    return Variant(f"{dtype}, heads of {width}, {label}", kernel, signature, constants, WARPS, aligned=aligned)
