@@ -1,0 +1,5 @@
+"""Operators of the rewritten graph, each with a plain definition, a CPU implementation in blocks and Triton kernels."""
+
+from .attention import selected_attention
+
+__all__ = ["selected_attention"]
