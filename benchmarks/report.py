@@ -2,13 +2,14 @@
 
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import charts
-from peers import CAVEATS, COMPILE, DEFAULT, EAGER, FORWARD, RANDOM, RIVAL, ROWS, WHOLE
+from peers import CAVEATS, CHECKPOINT, COMPILE, DEFAULT, EAGER, FORWARD, RANDOM, RIVAL, ROWS, SEEK, WHOLE
 from shapes import SHAPES, Setting
+from worker import room
 
 Result = dict[str, Any]
 Rows = dict[str, Result]
@@ -56,7 +57,7 @@ GPU: Columns = {
     "tokens/s": ("tokens", ".0f", 1, COMPILE),
     "step s": ("step", ".3f", 1, COMPILE),
     "of it forward": ("forward", ".3f", 1, None),
-    "peak GB": ("peak", ".2f", 1e9, "checkpointing"),
+    "peak GB": ("peak", ".2f", 1e9, CHECKPOINT),
     "reserved GB": ("resident", ".2f", 1e9, None),
     "saved GB": ("saved", ".2f", 1e9, None),
     "first step s": ("first", ".0f", 1, None),
@@ -143,6 +144,12 @@ def cpu_claims(settings: dict[str, Setting]) -> list[Claim]:
     return [*against_plain, *against_rival]
 
 
+def gpu_claims(base: Setting) -> list[Claim]:
+    """What the project set itself on an H200, in the 1B shape with 8 x 4096 tokens."""
+    faster = [Claim(base, "tokens", factor, row, least=True) for factor, row in ((2.0, COMPILE), (2.8, CHECKPOINT))]
+    return [*faster, Claim(base, "peak", 0.5, CHECKPOINT)]
+
+
 def machines(records: list[Result]) -> list[str]:
     """The machines and versions behind the figures, each once."""
     told = [{key: value for key, value in record["machine"].items() if key != "load"} for record in records]
@@ -207,6 +214,52 @@ def cpu(records: list[Result], out: Path, shown: Shown) -> None:
     charts.steps({s: found[s] for s in dict.fromkeys(tables)}, out / "steps.svg")
     charts.lengths(lengths, shown.length_rows, out / "length.svg")
     charts.ratios(ratios, RANDOM, base, out / "ratio.svg")
+
+
+def gpu(records: list[Result], out: Path, base: Setting, lengths: list[Setting], rows: list[str]) -> None:
+    """`report.md`, its plots, and the claims on the terminal."""
+    found = summaries(records)
+    parts = [section(s, found[s], GPU) for s in [base, *(s for s in found if s not in [base, *lengths])] if s in found]
+    sweep = {s.length: found[s] for s in lengths if s in found}
+    if len(sweep) > 1:
+        parts += length_section(sweep, rows)
+    parts += ["### Seek and ditch", split_table(found), "### Longest sequence that fits", longest_table(records)]
+    write(out, parts, [claim.verdict(found) for claim in gpu_claims(base)], records)
+    charts.steps({s: rows for s, rows in found.items() if s not in lengths}, out / "steps.svg")
+    charts.lengths(sweep, rows, out / "length.svg")
+
+
+def split_table(found: dict[Setting, Rows]) -> str:
+    """The step with one kept token (seek), what the kept rows add (ditch), and the model F + 3rF where F was measured."""
+    lines = []
+    for setting, rows in found.items():
+        if all("step" in rows.get(row, {}) for row in (DEFAULT, SEEK)):
+            whole, seek = rows[DEFAULT]["step"], rows[SEEK]["step"]
+            forward = rows.get(FORWARD, {}).get("step")
+            model = f"{forward * (1 + 3 * setting.keep_ratio):.3f}" if forward else ""
+            lines.append([str(setting), f"{whole:.3f}", f"{seek:.3f}", f"{whole - seek:.3f}", model])
+    return table(["", "step s", "seek s", "ditch s", "F + 3rF s"], lines)
+
+
+def longest_table(records: list[Result]) -> str:
+    """By model, row and card: the longest that fitted, and the shortest that did not."""
+    asked = [record for record in records if record["limit"]]
+    cards = sorted({record["limit"] for record in asked})
+    lines: dict[tuple[Setting, str], dict[float, str]] = {}
+    for one in {(replace(Setting(**record["setting"]), length=0), record["row"]): 0 for record in asked}:
+        mine = [r for r in asked if (replace(Setting(**r["setting"]), length=0), r["row"]) == one]
+        lines[one] = {card: bracket(mine, card) for card in cards}
+    names = [f"{card:g} GiB" for card in cards]
+    rows = [[f"{s.shape}, B={s.batch}, {s.training}", row, *by.values()] for (s, row), by in lines.items()]
+    return table(["", "row", *names], rows)
+
+
+def bracket(records: list[Result], card: float) -> str:
+    """`24576 (28672 does not)`, from every probe that tells about this card."""
+    good = [r["setting"]["length"] for r in records if "used" in r and r["used"] <= room(card)]
+    bad = [r["setting"]["length"] for r in records if r.get("memory") and r["limit"] >= card]
+    bad += [r["setting"]["length"] for r in records if "used" in r and r["used"] > room(card)]
+    return f"{max(good, default=0)}" + (f" ({min(bad)} does not)" if bad else "")
 
 
 def length_section(lengths: dict[int, Rows], rows: list[str]) -> list[str]:

@@ -26,7 +26,7 @@ WORKER = Path(__file__).with_name("worker.py")
 
 @dataclass(frozen=True)
 class Task:
-    """One process: a row of a setting; with `limit`, whether it fits in so many bytes."""
+    """One process: a row of a setting; with `limit`, whether it fits on a card of so many GiB."""
 
     setting: Setting
     row: str
@@ -40,7 +40,7 @@ class Task:
         return mine == (record["setting"], record["row"], record["round"], record["limit"])
 
     def __str__(self) -> str:
-        limit = f" in {self.limit / 1e9:g} GB" * bool(self.limit)
+        limit = f" in {self.limit:g} GiB" * bool(self.limit)
         return f"{self.setting}: {self.row}{limit}"
 
 
@@ -130,7 +130,7 @@ def describe(record: Result) -> str:
     if "failed" in record:
         return f"failed: {record['failed']}"
     if record["limit"]:
-        return f"{'fits' if record['fits'] else 'does not fit'}, {record['used'] / 1e9:.2f} GB"
+        return f"{'fits' if record['fits'] else 'does not fit'}, {record['used'] / 2**30:.2f} GiB"
     times = f"first step {record['first']:.1f} s, then {sorted(record['step'])[len(record['step']) // 2]:.3g} s"
     return f"{times}, peak {record['peak'] / 1e6:.1f} MB, loss {record['loss']:.3f}"
 

@@ -105,9 +105,14 @@ def saved(model: nn.Module, inputs: Batch, vocab: int, trains: bool) -> Result:
     return measure.saved_bytes(model, inputs, vocab) if trains else {"activations": 0, "logits": 0}
 
 
-def largest(row: str, setting: Setting, limit: float) -> Result:
-    """Does a step with AdamW fit in `limit` bytes, weights, gradients and optimizer states included?"""
-    cuda = setting.device == "cuda"
+def room(card: float) -> float:
+    """Bytes for PyTorch on a card of so many GiB: what the driver and CUDA's context take is left out."""
+    return (card - 1) * 2**30 if card > 8 else card * 2**30
+
+
+def largest(row: str, setting: Setting, card: float) -> Result:
+    """Does a step with AdamW fit on a card of so many GiB, weights, gradients and optimizer states included?"""
+    cuda, limit = setting.device == "cuda", room(card)
     if cuda:
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.get_device_properties(0).total_memory))
     with measure.PeakMemory() as peak:
