@@ -33,16 +33,14 @@ def colour(row: str, rows: list[str]) -> str:
     return "tab:red" if row == "tokenseek" else COLOURS[rows.index(row) % len(COLOURS)]
 
 
-def steps(settings: dict[Setting, Rows], path: Path) -> None:
+def steps(settings: dict[Setting, Rows]) -> Any:
     """Step time and peak of every row, a line of panels for each setting."""
-    if not settings:
-        return
     figure, grid = canvas(len(settings), 2)
     for (setting, rows), axes in zip(settings.items(), grid, strict=True):
         done = {row: result for row, result in rows.items() if "failed" not in result}
         bars(axes[0], {row: result["step"] for row, result in done.items()}, "seconds a step", setting)
         bars(axes[1], {row: result["peak"] / 1e6 for row, result in done.items()}, "peak MB above the model", setting)
-    save(figure, path)
+    return figure
 
 
 def bars(axes: Axes, values: dict[str, float], label: str, setting: Setting) -> None:
@@ -54,10 +52,8 @@ def bars(axes: Axes, values: dict[str, float], label: str, setting: Setting) -> 
     axes.set(xlabel=label, title=str(setting))
 
 
-def lengths(sweep: dict[int, Rows], rows: list[str], path: Path) -> None:
+def lengths(sweep: dict[int, Rows], rows: list[str]) -> Any:
     """Step time and peak by T, and what F + 3rF makes of the measured forward."""
-    if len(sweep) < 2:
-        return
     figure, grid = canvas(1, 2)
     for axes, key, unit, label in [(grid[0][0], "step", 1, "seconds a step"), (grid[0][1], "peak", 1e6, "peak MB")]:
         for row in rows if key == "step" else [row for row in rows if row != FORWARD]:
@@ -70,13 +66,11 @@ def lengths(sweep: dict[int, Rows], rows: list[str], path: Path) -> None:
     model = [1.3 * seconds for seconds in forward.values()]
     grid[0][0].plot(list(forward), model, linestyle="--", color="tab:red", label="F + 3rF, r = 0.1")
     grid[0][0].legend(fontsize=8)
-    save(figure, path)
+    return figure
 
 
-def ratios(sweep: dict[float, Rows], row: str, base: Rows, path: Path) -> None:
+def ratios(sweep: dict[float, Rows], row: str, base: Rows) -> Any:
     """Measured points beside F + 3rF, beside keys/values + r x the bytes of plain training, and the peak."""
-    if len(sweep) < 2 or any("step" not in base.get(name, {}) for name in (FORWARD, COMPILE)):
-        return
     figure, grid = canvas(1, 3)
     points = {r: found[row] for r, found in sweep.items() if "step" in found.get(row, {})}
     by_forward = {r: one["step"] / base[FORWARD]["step"] for r, one in points.items()}
@@ -91,7 +85,7 @@ def ratios(sweep: dict[float, Rows], row: str, base: Rows, path: Path) -> None:
     grid[0][2].set(xlabel="keep_ratio", ylabel="peak MB")
     for axes in grid[0]:
         axes.legend(fontsize=8)
-    save(figure, path)
+    return figure
 
 
 def kept_bytes(setting: dict[str, Any], r: float, base: Rows) -> float:

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import report
 import suite
-from peers import COMPILE, DEFAULT, EAGER, FORWARD, MAIN, RANDOM, RIVAL, ROWS
+from peers import COMPILE, DEFAULT, EAGER, FORWARD, MAIN, RIVAL, ROWS
 from shapes import Setting
 from suite import Book, Clock, Task, turns
 
@@ -64,7 +64,7 @@ def length(settings: list[Setting]) -> list[Pair]:
 
 def ratio(settings: list[Setting]) -> list[Pair]:
     """Cost and memory by keep_ratio, beside a forward (F) and plain training."""
-    return [*((setting, RANDOM) for setting in ratios()), (SETTINGS["1"], FORWARD), (SETTINGS["1"], COMPILE)]
+    return [*((setting, DEFAULT) for setting in ratios()), (SETTINGS["1"], FORWARD), (SETTINGS["1"], COMPILE)]
 
 
 PARTS = {"full": full, "length": length, "ratio": ratio, "lora": lora, "others": others}
@@ -94,10 +94,10 @@ def shown(options: argparse.Namespace) -> report.Shown:
 
 def arguments(words: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = suite.parser(__doc__, "out/bench/cpu", PARTS)
+    parser = suite.parser(__doc__, "cpu", PARTS)
     every = list(SETTINGS)
     parser.add_argument("--settings", nargs="+", choices=every, default=every, help="of full, lora, others")
-    return parser.parse_args(words)
+    return suite.parse(parser, words)
 
 
 def main(words: list[str]) -> int:
@@ -108,7 +108,7 @@ def main(words: list[str]) -> int:
         return 0
     book = Book.open(options.out / "results.json")
     left = 0 if options.report else suite.run(plan(options), book, Clock(options.minutes))
-    report.cpu(book.records, options.out, shown(options))
+    report.write(report.cpu(book.records, shown(options), options.out), options.out, options.page, options.name)
     return int(bool(left))
 
 

@@ -101,17 +101,16 @@ def longest(fits: Fits, shortest: int, most: int) -> int | None:
         if (answer := fits(length)) is None:
             return None
         good, bad = (length, bad) if answer else (good, length)
-        length = next_length(good, bad, shortest)
+        length = next_length(good, bad)
     return good
 
 
-def next_length(good: int, bad: int, shortest: int) -> int:
-    """Twice what fits, or the middle, on a grid of an eighth of it; `bad` where nothing is left to ask."""
-    grain = max(1, max(good, shortest) // 8)
-    doubled = 2 * good
-    if doubled < bad or not good:
-        return doubled or bad
-    return (good + bad) // 2 // grain * grain if bad - good > grain else bad
+def next_length(good: int, bad: int) -> int:
+    """Twice what fits, or the middle, in steps of an eighth; `bad` where nothing is left to ask."""
+    if not good or bad > 2 * good:
+        return 2 * good or bad
+    grain = max(1, good // 8)
+    return good + max(grain, (bad - good) // 2 // grain * grain) if bad - good > grain else bad
 
 
 def answer(task: Task, records: list[Result]) -> bool | None:
@@ -128,12 +127,13 @@ def answer(task: Task, records: list[Result]) -> bool | None:
 def find_longest(options: argparse.Namespace, book: Book, clock: Clock) -> int:
     """For every setting, row and capacity; how many were left without an answer."""
     left = 0
-    for setting in FITTED:
+    for setting in [sized(setting, options) for setting in FITTED]:
         for row in options.rows or SHORT:
             for capacity in options.capacities:
-                found = search(sized(setting, options), row, capacity, options, book, clock)
+                found = search(setting, row, capacity, options, book, clock)
                 text = "no answer" if found is None else f"T = {found}"
-                console.print(f"{setting}, {row}: longest in {capacity:g} GiB: {text}", highlight=False, markup=False)
+                name = f"{setting.shape}, {setting.training}, {row}"
+                console.print(f"{name}: longest in {capacity:g} GiB: {text}", highlight=False, markup=False)
                 left += found is None
     return left
 
@@ -155,10 +155,10 @@ def search(s: Setting, row: str, capacity: float, options: argparse.Namespace, b
 
 def arguments(words: list[str]) -> argparse.Namespace:
     """The command line."""
-    parser = suite.parser(__doc__, "out/bench/gpu", [*PARTS, "longest"])
+    parser = suite.parser(__doc__, "gpu", [*PARTS, "longest"])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--capacities", type=float, nargs="+", default=list(CAPACITIES), help="GiB, of longest")
-    return parser.parse_args(words)
+    return suite.parse(parser, words)
 
 
 def main(words: list[str]) -> int:
@@ -182,7 +182,8 @@ def main(words: list[str]) -> int:
 def write_report(book: Book, options: argparse.Namespace) -> None:
     """Tables of what is there."""
     sweep = [sized(setting, options) for setting in lengths()]
-    report.gpu(book.records, options.out, sized(BASE, options), sweep, BY_LENGTH)
+    written = report.gpu(book.records, sized(BASE, options), sweep, BY_LENGTH, options.out)
+    report.write(written, options.out, options.page, options.name)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 
 import charts
 from peers import CAVEATS, CHECKPOINT, COMPILE, DEFAULT, EAGER, FORWARD, RANDOM, RIVAL, ROWS, SEEK, WHOLE
+from plot import write_table
 from shapes import SHAPES, Setting
 from worker import room
 
@@ -17,7 +18,7 @@ Rows = dict[str, Result]
 
 LOSS = (
     "The loss is that of the first step at random weights: it shows that the rows compute the same model, not what is learnt. "
-    "What is learnt from a part of the tokens is in [the quality study](../../docs/quality.md)."
+    "What is learnt from a part of the tokens is in [the quality study](../../../docs/quality.md)."
 )
 
 
@@ -182,7 +183,7 @@ def model_table(sweep: dict[float, Rows], row: str, base: Rows) -> str:
             )
             figures = [f"{one['step']:.2f}", f"{one['step'] / forward:.2f}", f"{1 + 3 * r:.2f}"]
             lines.append([str(r), *figures, f"{one['saved'] / 1e6:.1f}", saved, f"{one['peak'] / 1e6:.0f}"])
-    heads = ["step s", "in forwards F", "F + 3rF", "saved MB", "keys/values + r x torch.compile's", "peak MB"]
+    heads = ["step s", "in forwards F", "F + 3rF", "saved MB", "keys/values + r x torch.compile's", "peak MB", "loss"]
     return table(["r", *heads], lines)
 
 
@@ -196,37 +197,70 @@ class Shown:
     ratios: list[Setting]
 
 
-def cpu(records: list[Result], out: Path, shown: Shown) -> None:
-    """`report.md`, its plots, and the claims on the terminal."""
+def cpu(records: list[Result], shown: Shown, out: Path) -> str:
+    """The report of the CPU suite; its plots go to `out`."""
     found = summaries(records)
     lengths = {s.length: found[s] for s in shown.lengths if s in found}
     ratios = {s.keep_ratio: found[s] for s in shown.ratios if s in found}
-    tables = [s for s in found if s not in shown.lengths and s not in shown.ratios]
-    tables = [s for s in [*shown.settings.values(), *tables] if s in found]
-    parts = [section(s, found[s], CPU) for s in dict.fromkeys(tables)]
+    sweeps = {*shown.lengths, *shown.ratios}.difference(shown.settings.values())
+    tables = {s: found[s] for s in dict.fromkeys([*shown.settings.values(), *found]) if s in found and s not in sweeps}
     base = found.get(shown.settings["1"], {})
+    parts = [section(s, rows, CPU) for s, rows in tables.items()]
+    parts += drawn("steps", out, charts.steps(tables)) if tables else []
     if len(lengths) > 1:
         parts += length_section(lengths, shown.length_rows)
-    if len(ratios) > 1:
-        parts += ["### By keep_ratio", f"{RANDOM}, {shown.settings['1']}.", model_table(ratios, RANDOM, base)]
-    verdicts = [claim.verdict(found) for claim in cpu_claims(shown.settings)]
-    write(out, parts, verdicts, records)
-    charts.steps({s: found[s] for s in dict.fromkeys(tables)}, out / "steps.svg")
-    charts.lengths(lengths, shown.length_rows, out / "length.svg")
-    charts.ratios(ratios, RANDOM, base, out / "ratio.svg")
+        parts += drawn("length", out, charts.lengths(lengths, shown.length_rows))
+    if len(ratios) > 1 and all("step" in base.get(row, {}) for row in (FORWARD, COMPILE)):
+        parts += ["### By keep_ratio", f"{DEFAULT}, {shown.settings['1']}.", model_table(ratios, DEFAULT, base)]
+        parts += drawn("ratio", out, charts.ratios(ratios, DEFAULT, base))
+    return text(parts, [claim.verdict(found) for claim in cpu_claims(shown.settings)], records)
 
 
-def gpu(records: list[Result], out: Path, base: Setting, lengths: list[Setting], rows: list[str]) -> None:
-    """`report.md`, its plots, and the claims on the terminal."""
+def length_section(lengths: dict[int, Rows], rows: list[str]) -> list[str]:
+    """Three tables by T."""
+    trained = [row for row in rows if row != FORWARD]
+    figures = [("Step s", rows, "step", ".2f", 1), ("Peak MB", trained, "peak", ".0f", 1e6)]
+    figures.append(("Loss", rows, "loss", ".3f", 1))
+    tables = [f"{name}:\n\n{sweep_table(lengths, 'T', which, *how)}" for name, which, *how in figures]
+    return ["### By length", "One sequence.", *tables]
+
+
+def drawn(name: str, out: Path, figure: Any) -> list[str]:
+    """The plot beside the report, and the line that shows it."""
+    charts.save(figure, out / f"{name}.svg")
+    return [f"![{name}]({name}.svg)"]
+
+
+def text(parts: list[str], verdicts: list[str], records: list[Result]) -> str:
+    """A report: its parts, what is claimed, what to know, and where it was measured."""
+    print(*verdicts, sep="\n")
+    claims = "\n".join(f"- {verdict}" for verdict in verdicts)
+    where = "\n".join(f"- `{line}`" for line in machines(records))
+    return "\n\n".join([*parts, "### Claims", claims, "### Notes", CAVEATS, LOSS, "### Machine", where]) + "\n"
+
+
+def write(report: str, out: Path, page: Path | None, name: str) -> None:
+    """`report.md`, and the same on the page between its markers."""
+    (out / "report.md").write_text(report)
+    if page:
+        begin, end = (f"<!-- {name}: {words} -->" for words in (f"written by benchmarks/{name}.py --report", "end"))
+        shown = report.replace("](", f"](../benchmarks/results/{name}/").replace(
+            f"results/{name}/../../../docs/", "../docs/"
+        )
+        write_table(page, shown, begin, end)
+
+
+def gpu(records: list[Result], base: Setting, lengths: list[Setting], rows: list[str], out: Path) -> str:
+    """The report of the GPU suite; its plots go to `out`."""
     found = summaries(records)
-    parts = [section(s, found[s], GPU) for s in [base, *(s for s in found if s not in [base, *lengths])] if s in found]
+    tables = {s: found[s] for s in dict.fromkeys([base, *found]) if s in found and s not in lengths}
     sweep = {s.length: found[s] for s in lengths if s in found}
+    parts = [section(s, rows, GPU) for s, rows in tables.items()]
+    parts += drawn("steps", out, charts.steps(tables)) if tables else []
     if len(sweep) > 1:
-        parts += length_section(sweep, rows)
+        parts += [*length_section(sweep, rows), *drawn("length", out, charts.lengths(sweep, rows))]
     parts += ["### Seek and ditch", split_table(found), "### Longest sequence that fits", longest_table(records)]
-    write(out, parts, [claim.verdict(found) for claim in gpu_claims(base)], records)
-    charts.steps({s: rows for s, rows in found.items() if s not in lengths}, out / "steps.svg")
-    charts.lengths(sweep, rows, out / "length.svg")
+    return text(parts, [claim.verdict(found) for claim in gpu_claims(base)], records)
 
 
 def split_table(found: dict[Setting, Rows]) -> str:
@@ -260,22 +294,3 @@ def bracket(records: list[Result], card: float) -> str:
     bad = [r["setting"]["length"] for r in records if r.get("memory") and r["limit"] >= card]
     bad += [r["setting"]["length"] for r in records if "used" in r and r["used"] > room(card)]
     return f"{max(good, default=0)}" + (f" ({min(bad)} does not)" if bad else "")
-
-
-def length_section(lengths: dict[int, Rows], rows: list[str]) -> list[str]:
-    """Three tables by T."""
-    trained = [row for row in rows if row != FORWARD]
-    figures = [("Step s", rows, "step", ".2f", 1), ("Peak MB", trained, "peak", ".0f", 1e6)]
-    figures.append(("Loss", rows, "loss", ".3f", 1))
-    tables = [f"{name}:\n\n{sweep_table(lengths, 'T', which, *how)}" for name, which, *how in figures]
-    return ["### By length", "One sequence.", *tables]
-
-
-def write(out: Path, parts: list[str], verdicts: list[str], records: list[Result]) -> None:
-    """The report of a suite, and its claims on the terminal."""
-    claims = "\n".join(f"- {verdict}" for verdict in verdicts)
-    where = "\n".join(f"- `{line}`" for line in machines(records))
-    text = [*parts, "### Claims", claims, "### Notes", CAVEATS, LOSS, "### Machine", where]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.md").write_text("\n\n".join(text) + "\n")
-    print(*verdicts, sep="\n")

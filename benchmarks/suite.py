@@ -22,6 +22,7 @@ from worker import EXACT_MEMORY
 Result = dict[str, Any]
 console = Console(width=None if sys.stdout.isatty() else 140)
 WORKER = Path(__file__).with_name("worker.py")
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -156,10 +157,11 @@ def machine() -> Result:
     return where | {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "load": os.getloadavg()}
 
 
-def parser(description: str | None, out: str, parts: Iterable[str]) -> argparse.ArgumentParser:
+def parser(description: str | None, name: str, parts: Iterable[str]) -> argparse.ArgumentParser:
     """The options that both suites have."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = list(parts)
+    every, out = list(parts), f"benchmarks/results/{name}"
+    parser.set_defaults(name=name)
     parser.add_argument("--parts", nargs="+", choices=every, default=every, help=f"of {', '.join(every)}")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="ROW", help="; ".join(ROWS))
     parser.add_argument("--rounds", type=int, default=1, help="processes per row, default 1")
@@ -168,5 +170,13 @@ def parser(description: str | None, out: str, parts: Iterable[str]) -> argparse.
     parser.add_argument("--quick", action="store_true", help="does it run: tiny shapes")
     parser.add_argument("--plan", action="store_true", help="print the tasks and stop")
     parser.add_argument("--report", action="store_true", help="no measuring: tables, plots and claims of what is there")
-    parser.add_argument("--out", type=Path, default=Path(out), help=f"folder of the results, default {out}")
+    parser.add_argument("--out", type=Path, help=f"folder of results and report, default {out}; quick: out/{name}")
     return parser
+
+
+def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
+    """Quick figures stay out of the folder of results, and only its report is shown on the page."""
+    options = parser.parse_args(words)
+    options.page = None if options.out or options.quick else ROOT / "docs/benchmarks.md"
+    options.out = options.out or ROOT / ("out" if options.quick else "benchmarks/results") / options.name
+    return options
