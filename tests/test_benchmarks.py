@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import attention  # noqa: E402
-import charts  # noqa: E402
-import cpu  # noqa: E402
-import gpu  # noqa: E402
-import peers  # noqa: E402
-import report  # noqa: E402
-import suite  # noqa: E402
-from shapes import SHAPES, Setting  # noqa: E402
-from suite import Book, Clock, Task  # noqa: E402
+import attention
+import charts
+import cpu
+import gpu
+import peers
+import report
+import suite
+from shapes import SHAPES, Setting
+from suite import Book, Clock, Task
 
 QUICK = Setting("quick", length=16, batch=2)
 HERE = {"torch": "2", "load": [0.0]}
@@ -86,7 +86,7 @@ def test_every_task_is_planned_once_and_sweeps_share_theirs_with_the_settings():
 
 
 def test_rounds_go_in_turns():
-    rows = [task.row for task in cpu.plan(cpu.arguments("--parts full --settings 1 --rounds 2".split()))]
+    rows = [task.row for task in cpu.plan(cpu.arguments(["--parts", "full", "--settings", "1", "--rounds", "2"]))]
     assert rows == [*peers.MAIN, *peers.MAIN]
 
 
