@@ -9,7 +9,7 @@ export TORCHINDUCTOR_COMPILE_THREADS ?= $(CORES)
 export TOKENIZERS_PARALLELISM ?= false
 export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
 
-.PHONY: demo test check types bench clean
+.PHONY: demo test check types bench bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -26,7 +26,10 @@ types: $(STAMP) $(LINK)
 	$(BIN)/pyright
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/step.py $(ARGS)
+	$(BIN)/python benchmarks/cpu.py $(ARGS)
+
+bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 # pyright does not follow setuptools' package-dir mapping: show it the package where it imports from
 $(LINK):
@@ -34,7 +37,7 @@ $(LINK):
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,hf]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,hf,bench]'
 	@touch $@
 
 clean:

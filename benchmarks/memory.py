@@ -5,7 +5,7 @@
 Every figure comes from a process of its own. A step is forward, backward and AdamW update; peak memory is resident memory above
 the model alone, so gradients and optimizer states count. It is that of three steps after the graphs were compiled (from the
 second on, optimizer states are there during the forward), with an allocator that gives every tensor back at once (glibc; see
-`step.py`). The exit status is 1 where LoRA with tokenseek does not use less than full training with tokenseek and than LoRA
+`worker.py`). The exit status is 1 where LoRA with tokenseek does not use less than full training with tokenseek and than LoRA
 alone.
 """
 
@@ -27,8 +27,9 @@ import torch
 import transformers
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from peft.tuners.lycoris_utils import LycorisLayer
-from step import EXACT_MEMORY, console, machine
+from suite import console, machine
 from torch import nn
+from worker import EXACT_MEMORY
 
 Result = dict[str, Any]
 SIZES = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "vocab_size": 16384}

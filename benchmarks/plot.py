@@ -148,10 +148,10 @@ def at_time(line: Line, steps: float) -> str:
     return f"{line.after(min(own, last)):.3f}" + f" (in {last / own:.0%})" * (own > last)
 
 
-def write_table(page: Path, text: str) -> None:
+def write_table(page: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
     """Between the markers of the page."""
-    before, _, rest = page.read_text().partition(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}")
+    before, _, rest = page.read_text().partition(begin)
+    page.write_text(f"{before}{begin}\n\n{text}\n{end}{rest.partition(end)[2]}")
 
 
 def style(line: Line) -> dict[str, Any]:
