@@ -171,12 +171,12 @@ def _reads(program: Program, node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
 def _is_parallel(program: Program, node: fx.Node) -> bool:
     """True where a row of the result depends on the same row of what it is made of, and is not random."""
     axes, target = program.axes, node.target
-    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in target.tags:
-        return False
-    if not is_tensor(node) or not axes.has_rows(node) or target in LOSSES:
+    if not isinstance(target, torch._ops.OpOverload) or not is_tensor(node) or not axes.has_rows(node):
         return False
     if target is SDPA:
         return node in program.attending
+    if torch.Tag.nondeterministic_seeded in target.tags or target in LOSSES:
+        return False
     return all(carried or not axes.token_dims(x) for x, carried in _reads(program, node))
 
 

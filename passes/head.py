@@ -9,16 +9,18 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
-from ..ops.head import loss_of_head
+from ..ops.head import head_loss, loss_of_head
 from .call import Call
 from .factors import same_size
 from .rules.op import bind
-from .streams import Streams
+
+if TYPE_CHECKING:
+    from .streams import Streams
 
 aten = torch.ops.aten
 _LAYOUT = (
@@ -58,24 +60,23 @@ class Head:
 
     def run(self, streams: Streams, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
         """The losses of the rows; the rows of ``hidden``, and the gradient of the losses' sum there (empty without it)."""
-        call, dim = Call(self.loss, streams, None), streams.axes.row_dim(self.hidden)
-        hidden = streams.rows(self.hidden, dim)
+        hidden = streams.rows(self.hidden, streams.axes.row_dim(self.hidden))
+        rows, *others = self._operands(streams)
+        losses, found = loss_of_head(rows.detach(), *others, self.softcap, self.scale, self.dtype, gradient)
+        return losses, hidden, found.reshape(hidden.shape).to(hidden.dtype) if gradient else found
+
+    def losses(self, streams: Streams) -> Tensor:
+        """The losses of the rows, through which hidden, weight and bias get their gradient."""
+        return head_loss(*self._operands(streams), self.softcap, self.scale, self.dtype, False)[0]
+
+    def _operands(self, streams: Streams) -> tuple[Tensor, Tensor, Tensor | None, Tensor, int]:
+        """Hidden rows [N, D], weight [V, D], bias, and the targets with what marks one that is none."""
+        call = Call(self.loss, streams, None)
+        hidden = streams.rows(self.hidden, streams.axes.row_dim(self.hidden)).to(self.product)
         weight = streams.full(self.weight)
         weight = (weight.t() if self.transposed else weight).to(self.product)
         bias = None if self.bias is None else streams.full(self.bias).to(self.product)
-        rows = hidden.detach().to(self.product).reshape(-1, hidden.shape[-1])
-        losses, found = loss_of_head(
-            rows,
-            weight,
-            bias,
-            call.own_rows(1),
-            call["ignore_index"],
-            self.softcap,
-            self.scale,
-            self.dtype,
-            gradient,
-        )
-        return losses, hidden, found.reshape(hidden.shape).to(hidden.dtype) if gradient else found
+        return hidden.reshape(-1, hidden.shape[-1]), weight, bias, call.own_rows(1), call["ignore_index"]
 
 
 def find_head(loss: fx.Node, rows: set[fx.Node], inside: set[fx.Node]) -> Head | None:

@@ -52,6 +52,9 @@ class Part(Streams):
             raise GraphNotSupported("An operation on a part of the tokens looks at the others.", "", node)
         return self.seek[node]
 
+    def head_of(self, loss: fx.Node) -> None:
+        """None: its input need not be one of the values that there are."""
+
     def rows_of(self, node: fx.Node) -> Tensor:
         """The rows of one of the nodes."""
         return self._rows[node]

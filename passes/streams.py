@@ -23,6 +23,7 @@ from .canonicalize import ENTER_AUTOCAST, EXIT_AUTOCAST, Retrace, is_autocast, r
 from .errors import GraphNotSupported, InvariantBroken, located
 from .factors import Axes
 from .geometry import Geometry
+from .head import Head, find_head
 from .program import Program, attribute, where
 from .rules.axes import rule_for
 from .rules.op import bytes_hint, is_tensor, operands_of
@@ -154,6 +155,12 @@ class Streams:
         axis = self.axes.axis_of(node)
         assert axis is not None
         return self._geometries[axis]
+
+    def head_of(self, loss: fx.Node) -> Head | None:
+        """The linear head that leads to a loss over labels, where that is all that does, and nothing is rounded before the loss."""
+        having = {node for node in self.program.graph.nodes if is_tensor(node) and self.axes.has_rows(node)}
+        head = find_head(loss, having & self.live, having)
+        return head if head is not None and head.dtype.itemsize >= head.product.itemsize else None
 
     def once(self, key: Any, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """A value that carries no gradient and is the same wherever it is asked for: computed the first time."""

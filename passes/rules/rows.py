@@ -140,14 +140,22 @@ def label_loss(call: Call) -> Any:
         return elementwise_loss(call)
     if call.geometry.weights is not None:
         return _weighted_label_loss(call)
-    logits, target = call.own_rows(0), call.own_rows(1)
-    options = call.arguments_but("self", "target", "reduction")
-    total = call.target(self=_no_narrower_than_float(logits), target=target, reduction=SUM, **options)
-    total = total.to(logits.dtype)
+    target = call.own_rows(1)
+    total = _total_loss(call).to(call.operands[0].meta["val"].dtype)
     if call["reduction"] == MEAN:
         return total / divisor(target, call["ignore_index"], call["weight"])
     kept, labelled = (_labelled(t, call["ignore_index"], None) for t in (target, call.full(1)))
     return total * (labelled / torch.where(kept > 0, kept, 1)).to(total.dtype)
+
+
+def _total_loss(call: Call) -> Any:
+    """The sum of the losses of the rows."""
+    head = call.streams.head_of(call.node)
+    if head is not None:
+        return head.losses(call.streams).sum()
+    options = call.arguments_but("self", "target", "reduction")
+    logits = _no_narrower_than_float(call.own_rows(0))
+    return call.target(self=logits, target=call.own_rows(1), reduction=SUM, **options)
 
 
 def _weighted_label_loss(call: Call) -> Any:
@@ -163,6 +171,9 @@ def _weighted_label_loss(call: Call) -> Any:
 
 def token_losses(call: Call) -> Any:
     """The loss of every row of a label loss, in the layout of its target, 0 where there is no label."""
+    head = call.streams.head_of(call.node)
+    if head is not None:
+        return head.losses(call.streams)
     options = call.arguments_but("self", "target", "reduction")
     return call.target(
         self=_no_narrower_than_float(call.own_rows(0)), target=call.own_rows(1), reduction=NONE, **options

@@ -4,12 +4,14 @@
     loss[n] = log sum_v exp(z[n, v]) - z[n, target[n]]
     grad[n] = d loss[n] / d hidden[n]
 
-It is used where nothing is trained through it: for scores and for the value of the full loss. Other implementations of the same
+For scores and the value of the full loss it gives the gradient at ``hidden`` at once; the loss of the kept rows, through which
+the head is trained, computes their logits again in backward instead of keeping them. Other implementations of the same
 idea: Cut Your Losses (arXiv 2411.09009), Liger kernels (arXiv 2410.10989), which also have gradients of the weight.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -70,27 +72,109 @@ def head_loss(
     Raises:
         IndexError: a target is neither a class nor ``ignore_index`` (on the CPU).
     """
-    labelled = target != ignore_index
-    losses = labelled.to(dtype).zero_()
+    losses = torch.zeros(target.shape, dtype=dtype, device=target.device)
     grad = torch.zeros_like(hidden) if gradient else hidden.new_empty(0)
+    for part, z, slope, labels, labelled in _blocks(hidden, weight, bias, target, ignore_index, softcap, scale, dtype):
+        chosen = z.gather(-1, labels)
+        total = z.exp_().sum(-1, keepdim=True)
+        losses[part] = (total.log() - chosen)[:, 0].where(labelled, 0)
+        if gradient:
+            back = _back(z, total, labels, labelled[:, None].to(dtype) * scale, slope)
+            with torch.autocast(hidden.device.type, enabled=False):
+                grad[part] = back.to(hidden.dtype) @ weight
+    return losses, grad
+
+
+Block = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
+
+
+def _blocks(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    softcap: float,
+    scale: float,
+    dtype: torch.dtype,
+) -> Iterator[Block]:
+    """Some rows at a time: which, their logits less the largest, the slope of the cap, their labels [n, 1], which have one."""
+    labelled = target != ignore_index
     rows = labelled.nonzero()[:, 0] if hidden.device.type == "cpu" else torch.arange(len(target), device=target.device)
     held = BLOCK_BYTES.get(hidden.device.type, BLOCK_BYTES["cpu"])
-    block = max(1, held // (len(weight) * dtype.itemsize))
-    with torch.autocast(hidden.device.type, enabled=False):
-        for part in rows.split(block):
-            labels = target[part].where(labelled[part], 0)
-            z, slope = _logits(F.linear(hidden[part], weight, bias).to(dtype), softcap, scale)
-            z -= z.amax(-1, keepdim=True)
-            chosen = z.gather(-1, labels[:, None])
-            total = z.exp_().sum(-1, keepdim=True)
-            losses[part] = (total.log() - chosen)[:, 0].where(labelled[part], 0)
-            if gradient:
-                count = labelled[part, None].to(dtype) * scale
-                z *= count / total
-                z.scatter_add_(-1, labels[:, None], -count)
-                z = z if slope is None else z.mul_(slope)
-                grad[part] = z.to(hidden.dtype) @ weight
-    return losses, grad
+    for part in rows.split(max(1, held // (len(weight) * dtype.itemsize))):
+        with torch.autocast(hidden.device.type, enabled=False):
+            product = F.linear(hidden[part], weight, bias)
+        z, slope = _logits(product.to(dtype), softcap, scale)
+        z -= z.amax(-1, keepdim=True)
+        yield part, z, slope, target[part].where(labelled[part], 0)[:, None], labelled[part]
+
+
+def _back(z: Tensor, total: Tensor, labels: Tensor, by: Tensor, slope: Tensor | None) -> Tensor:
+    """The slope of the loss at the product, times ``by`` [n, 1], in place of ``z``, the exponentials whose sums are ``total``."""
+    z *= by / total
+    z.scatter_add_(-1, labels, -by)
+    return z if slope is None else z.mul_(slope)
+
+
+@torch.library.custom_op("tokenseek_fx::head_loss_backward", mutates_args=())
+def head_loss_backward(
+    back: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    softcap: float,
+    scale: float,
+    dtype: torch.dtype,
+    trained: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of ``head_loss`` at ``hidden``, ``weight`` and ``bias`` (empty [0] unless ``trained``, or without a bias) for
+    that of its losses, ``back`` [N]. The logits are computed again, some rows at a time."""
+    grad = torch.zeros_like(hidden)
+    wide = torch.promote_types(weight.dtype, torch.float32)  # many blocks are added
+    of_weight = torch.zeros_like(weight, dtype=wide) if trained else weight.new_empty(0)
+    of_bias = weight.new_empty(0) if bias is None or not trained else torch.zeros_like(bias)
+    for part, z, slope, labels, labelled in _blocks(hidden, weight, bias, target, ignore_index, softcap, scale, dtype):
+        by = (back[part] * scale).where(labelled, 0)[:, None].to(dtype)
+        total = z.exp_().sum(-1, keepdim=True)
+        found = _back(z, total, labels, by, slope).to(hidden.dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            grad[part] = found @ weight
+            if trained and wide is weight.dtype:
+                of_weight.addmm_(found.t(), hidden[part])
+            elif trained:
+                of_weight += found.t() @ hidden[part]
+        if len(of_bias):
+            of_bias += found.sum(0)
+    return grad, of_weight.to(weight.dtype), of_bias
+
+
+@head_loss_backward.register_fake
+def _(back: Tensor, hidden: Tensor, weight: Tensor, bias: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    trained = rest[-1]
+    none = weight.new_empty(0)
+    return (
+        torch.empty_like(hidden),
+        torch.empty_like(weight) if trained else none,
+        torch.empty_like(bias) if trained and bias is not None else weight.new_empty(0),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
+    hidden, weight, bias, target, *how, _ = inputs
+    ctx.save_for_backward(hidden, weight, bias, target)
+    ctx.how = how
+
+
+def _backward(ctx: Any, back: Tensor, of_gradient: Any) -> tuple:
+    trained = ctx.needs_input_grad[1]
+    grad, weight, bias = head_loss_backward(back, *ctx.saved_tensors, *ctx.how, trained)
+    return grad, weight if trained else None, bias if ctx.needs_input_grad[2] else None, *[None] * 6
+
+
+head_loss.register_autograd(_backward, setup_context=_keep)
 
 
 def _logits(x: Tensor, softcap: float, scale: float) -> tuple[Tensor, Tensor | None]:
@@ -112,3 +196,9 @@ def _flops(hidden: Any, weight: Any, *rest: Any, out_shape: Any = None, **kwargs
     """One product with the weight, and one back."""
     products = 2 if rest[-1] else 1
     return products * 2 * hidden[0] * hidden[1] * weight[0]
+
+
+@register_flop_formula(torch.ops.tokenseek_fx.head_loss_backward)
+def _flops_of_backward(back: Any, hidden: Any, weight: Any, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """The logits again, one product with the weight, and where it is trained one for its gradient."""
+    return (3 if rest[-1] else 2) * 2 * hidden[0] * hidden[1] * weight[0]
