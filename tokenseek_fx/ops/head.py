@@ -192,7 +192,7 @@ def _(hidden: Tensor, weight: Tensor, bias: Any, target: Tensor, *how: Any) -> t
 
 
 @register_flop_formula(torch.ops.tokenseek_fx.head_loss)
-def _flops(hidden: Any, weight: Any, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def flops_of_head(hidden: Any, weight: Any, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """One product with the weight, and one back."""
     products = 2 if rest[-1] else 1
     return products * 2 * hidden[0] * hidden[1] * weight[0]

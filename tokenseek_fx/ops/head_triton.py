@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
+from torch.utils.flop_counter import register_flop_formula
 
+from .head import flops_of_head
 from .static import Variant
 
 WARPS, STAGES = 8, 3
@@ -144,6 +146,9 @@ def head_loss_triton(
     grad = hidden.new_zeros((rows, width), dtype=torch.float32)
     wrap_triton(gradient_kernel)[(blocks_of_rows,)](*given, whole, grad, rows, classes, ignore_index, *how, **options)
     return losses, grad.to(hidden.dtype)
+
+
+register_flop_formula(torch.ops.tokenseek_fx.head_loss_triton)(flops_of_head)
 
 
 def blocks(width: int, dtype: torch.dtype) -> dict[str, int]:

@@ -98,7 +98,7 @@ def _(query: Tensor, key: Tensor, *how: Any, **options: Any) -> Tensor:
 
 
 @register_flop_formula(torch.ops.tokenseek_fx.attention_received)
-def _flops(query: Any, key: Any, *how: Any, out_shape: Any = None, **options: Any) -> int:
+def flops_of_received(query: Any, key: Any, *how: Any, out_shape: Any = None, **options: Any) -> int:
     """One product of queries and keys (masks are not counted, as in the formula of attention)."""
     return 2 * math.prod(query) * key[-2]
 

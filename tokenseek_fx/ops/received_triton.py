@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
+from torch.utils.flop_counter import register_flop_formula
 
-from .received import HIDDEN
+from .received import HIDDEN, flops_of_received
 from .static import Variant
 
 WARPS = 8
@@ -167,6 +168,9 @@ def attention_received_triton(
     grid = (triton.cdiv(keys, options["BLOCK_J"]), batch * heads)
     wrap_triton(received_kernel)[grid](query, key, spread, numbers, lse, out, *where, *sizes, HIDDEN, **options)
     return out
+
+
+register_flop_formula(torch.ops.tokenseek_fx.attention_received_triton)(flops_of_received)
 
 
 def blocks(width: int, dtype: torch.dtype, plain: bool) -> dict[str, int]:
