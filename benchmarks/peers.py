@@ -94,10 +94,10 @@ def budget(share: float) -> Make:
 
 def liger(model: nn.Module, ratio: float) -> nn.Module:
     """Liger's fused kernels and fused head with loss, with gradient checkpointing."""
-    if importlib.util.find_spec("liger_kernel") is None:
-        raise ModuleNotFoundError("liger-kernel is not installed")
     if next(model.parameters()).device.type == "cpu":
         raise RuntimeError("Liger's kernels are Triton and need a GPU")
+    if importlib.util.find_spec("liger_kernel") is None:
+        raise ModuleNotFoundError("liger-kernel is not installed")
     from liger_kernel.transformers.monkey_patch import apply_liger_kernel_to_llama
 
     apply_liger_kernel_to_llama(model=model.get_base_model() if hasattr(model, "get_base_model") else model)

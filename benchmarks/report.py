@@ -1,6 +1,7 @@
 """Tables, plots and claims of the suites, from their results alone."""
 
 import json
+import re
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -244,8 +245,8 @@ def write(report: str, out: Path, page: Path | None, name: str) -> None:
     (out / "report.md").write_text(report)
     if page:
         begin, end = (f"<!-- {name}: {words} -->" for words in (f"written by benchmarks/{name}.py --report", "end"))
-        shown = report.replace("](", f"](../benchmarks/results/{name}/").replace(
-            f"results/{name}/../../../docs/", "../docs/"
+        shown = re.sub(r"\]\((\w+\.svg)\)", rf"](../benchmarks/results/{name}/\1)", report).replace(
+            "../../../docs/", ""
         )
         write_table(page, shown, begin, end)
 

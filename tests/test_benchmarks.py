@@ -35,6 +35,12 @@ def record(setting: Setting, row: str, step: float = 1.0, peak: int = 100, **res
     return {**asdict(Task(setting, row)), **times, **bytes_, "run": "one", "machine": HERE, **rest}
 
 
+def failure(setting: Setting, row: str, reason: str = "out of memory") -> dict:
+    """What a process that failed would have written."""
+    told = {"failed": reason, "memory": reason == "out of memory", "run": "one", "machine": HERE}
+    return {**asdict(Task(setting, row)), **told}
+
+
 # --- what the rows compute
 
 
@@ -177,10 +183,17 @@ def test_figures_of_two_runs_are_told_and_missing_ones_are_no_success():
     mine = record(QUICK, peers.DEFAULT, step=0.3)
     assert "two runs" in verdicts(mine, record(QUICK, peers.RIVAL, run="two"))[0]
     assert all("not measured" in verdict for verdict in verdicts(mine))
-    failed = {"failed": "out of memory", "memory": True}
-    assert all("not measured" in v for v in verdicts(mine | failed, record(QUICK, peers.RIVAL)))
-    assert all(": met, " in verdict for verdict in verdicts(mine, record(QUICK, peers.RIVAL) | failed))
-    assert all("not measured" in v for v in verdicts(mine, record(QUICK, peers.RIVAL, failed="a bug", memory=False)))
+    for own, theirs in [
+        (failure(QUICK, peers.DEFAULT), record(QUICK, peers.RIVAL)),
+        (mine, failure(QUICK, peers.RIVAL, "a bug")),
+        (failure(QUICK, peers.DEFAULT), failure(QUICK, peers.RIVAL)),
+    ]:
+        assert all("not measured" in verdict for verdict in verdicts(own, theirs))
+
+
+def test_a_rival_that_runs_out_of_memory_is_beaten():
+    mine = record(QUICK, peers.DEFAULT)
+    assert all(": met, " in verdict for verdict in verdicts(mine, failure(QUICK, peers.RIVAL)))
 
 
 def test_a_summary_is_the_median_over_rounds():
@@ -192,8 +205,9 @@ def test_a_summary_is_the_median_over_rounds():
 def test_a_report_has_every_setting_sweep_and_failure(tmp_path):
     options = cpu.arguments(["--quick", "--out", str(tmp_path)])
     tasks = {(task.setting, task.row) for task in cpu.plan(options)}
-    records = [record(setting, row, step=n + 1) for n, (setting, row) in enumerate(sorted(tasks, key=str))]
-    records[0] |= {"failed": "of purpose", "memory": False}
+    purpose = (cpu.shown(options).settings["3"], peers.EAGER)  # in the sweep by length as well
+    records = [record(*task, step=n + 1) for n, task in enumerate(sorted(tasks - {purpose}, key=str))]
+    records.append(failure(*purpose, "of purpose"))
     text = report.cpu(records, cpu.shown(options), tmp_path)
     assert all(f"### {setting}\n" in text for setting in cpu.shown(options).settings.values())
     assert "### By length" in text and "### By keep_ratio" in text and "none: of purpose" in text
@@ -209,7 +223,7 @@ def test_the_page_gets_the_report_between_its_markers(tmp_path):
     report.write(f"![steps](steps.svg)\n{report.LOSS}\n", tmp_path, page, "cpu")
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "![steps](../benchmarks/results/cpu/steps.svg)" in text and "(../docs/quality.md)" in text
+    assert "![steps](../benchmarks/results/cpu/steps.svg)" in text and "(quality.md)" in text
     assert report.LOSS in (tmp_path / "report.md").read_text()
 
 
