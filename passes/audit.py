@@ -70,7 +70,7 @@ class AuditSaved:
     def run(self, program: Program) -> Program:
         segments = program.segments
         assert segments is not None
-        found: dict[Any, Edge] = dict.fromkeys(segments.placeholders)
+        found: dict[Any, Edge | None] = dict.fromkeys(segments.placeholders)
 
         def look(part: Segment, taken: list) -> None:
             forward = partitioned(part.run, taken)
@@ -111,7 +111,7 @@ def partitioned(module: fx.GraphModule, inputs: Sequence[Any]) -> Forward:
     def look(graph: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         metadata = TracingContext.get().fw_metadata
         if not kwargs.get("is_backward", False) and not found and metadata is not None:
-            outputs = graph.graph.output_node().args[0]
+            outputs: Any = graph.graph.output_node().args[0]
             given = outputs[metadata.num_mutated_inp_runtime_indices :][: metadata.num_outputs]
             saved = [node for node in dict.fromkeys(outputs[metadata.num_forward :]) if _is_tensor(node)]
             found.append(Forward(graph.graph.find_nodes(op="placeholder"), [_base(x) for x in given], saved))
