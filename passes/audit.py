@@ -78,8 +78,8 @@ class AuditSaved:
             takes = dict(zip(forward.inputs, _distinct(part.takes, taken), strict=False))
             for node in forward.saved:
                 base = _base(node)
-                key = takes.get(base, given.get(base, base))
-                found.setdefault(key, _edge(key if base in takes else node))
+                key = _base(takes.get(base, given.get(base, base)))
+                found.setdefault(key, _edge(takes.get(base, node)))
 
         segments.on_examples(look)
         return replace(program, audit=Audit(tuple(edge for edge in found.values() if edge is not None)))
@@ -92,7 +92,8 @@ def saved_edges(module: fx.GraphModule, inputs: Sequence[Any]) -> Audit:
     """What Inductor's partitioner saves for the backward of ``module``; parameters and inputs are not counted."""
     with tracing(TracingContext.try_get() or TracingContext(detect_fake_mode(inputs))):
         forward = partitioned(module, inputs)
-    return Audit(tuple(_edge(node) for node in forward.saved if _base(node) not in forward.inputs))
+    bases = {_base(node): node for node in forward.saved}
+    return Audit(tuple(_edge(node) for base, node in bases.items() if base not in forward.inputs))
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def _distinct(keys: Sequence[Any], values: Sequence[Any]) -> list[Any]:
 
 
 def _edge(node: fx.Node) -> Edge:
-    """The kind of a value of the seek stream is that of what reads it."""
-    value = node.meta["val"]
+    """A view keeps all that it is one of. The kind of a value of the seek stream is that of what reads it."""
+    value = _base(node).meta["val"]
     kinds = (reader.meta.get("custom", {}).get("tokenseek") for reader in (node, *node.users))
     return Edge(node.name, next(filter(None, kinds), "activations"), tuple(value.shape), value.dtype, where(node))
