@@ -91,8 +91,8 @@ def saved_in(segments: Segments, again: int) -> Audit:
         takes = dict(zip(forward.inputs, _distinct(part.takes, taken), strict=False))
         for node in forward.saved:
             base = _base(node)
-            key = takes.get(base, given.get(base, base))
-            found.setdefault(key, _edge(key if base in takes else node))
+            key = _base(takes.get(base, given.get(base, base)))
+            found.setdefault(key, _edge(takes.get(base, node)))
 
     segments.on_examples(look)
     return Audit(tuple(edge for edge in found.values() if edge is not None))
@@ -121,7 +121,8 @@ def saved_edges(module: fx.GraphModule, inputs: Sequence[Any]) -> Audit:
     """What Inductor's partitioner saves for the backward of ``module``; parameters and inputs are not counted."""
     with tracing(TracingContext.try_get() or TracingContext(detect_fake_mode(inputs))):
         forward = partitioned(module, inputs)
-    return Audit(tuple(_edge(node) for node in forward.saved if _base(node) not in forward.inputs))
+    bases = {_base(node): node for node in forward.saved}
+    return Audit(tuple(_edge(node) for base, node in bases.items() if base not in forward.inputs))
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def partitioned(module: fx.GraphModule, inputs: Sequence[Any], again: bool = Fal
     def look(graph: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         metadata = TracingContext.get().fw_metadata
         if not kwargs.get("is_backward", False) and not found and metadata is not None:
-            outputs = graph.graph.output_node().args[0]
+            outputs: Any = graph.graph.output_node().args[0]
             given = outputs[metadata.num_mutated_inp_runtime_indices :][: metadata.num_outputs]
             saved = [node for node in dict.fromkeys(outputs[metadata.num_forward :]) if _is_tensor(node)]
             found.append(Forward(graph.graph.find_nodes(op="placeholder"), [_base(x) for x in given], saved))
@@ -171,7 +172,7 @@ def _distinct(keys: Sequence[Any], values: Sequence[Any]) -> list[Any]:
 
 
 def _edge(node: fx.Node) -> Edge:
-    """The kind of a value of the seek stream is that of what reads it."""
-    value = node.meta["val"]
+    """A view keeps all that it is one of. The kind of a value of the seek stream is that of what reads it."""
+    value = _base(node).meta["val"]
     kinds = (reader.meta.get("custom", {}).get("tokenseek") for reader in (node, *node.users))
     return Edge(node.name, next(filter(None, kinds), "activations"), tuple(value.shape), value.dtype, where(node))

@@ -92,7 +92,8 @@ class Split:
     def run(self, program: Program) -> Program:
         assert program.rewrite is not None
         module, inputs = program.rewrite.module, program.rewrite.inputs
-        outputs = tuple(module.graph.output_node().args[0])
+        returned: Any = module.graph.output_node().args[0]
+        outputs = tuple(returned)
         sizes = _places_of_symbols(inputs)
         parts, wanted = list[Segment](), set(outputs)
         for nodes in reversed(_blocks(module.graph)):
