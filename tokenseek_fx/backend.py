@@ -40,7 +40,7 @@ from .warnings import TokenSeekWarning
 Passed = tuple[tuple[int, Place], ...]
 #: Without a backward to save it for, Inductor inlines the residual stream into its readers layer after layer: other
 #: kernels for every layer to compile, and the outputs of several layers alive at once (docs/design/0001).
-_REWRITTEN = {"realize_reads_threshold": 1}
+REWRITTEN = {"realize_reads_threshold": 1}
 
 _GIVE = "give every part the same rows: `with tokenseek_fx.selecting(indices): ...`"
 _SPLIT = f'Find the cause with torch.compile(model, backend="tokenseek", fullgraph=True), or {_GIVE}.'
@@ -168,7 +168,7 @@ def _compile_own(
 def _compiled(program: Program, config: Config) -> Compiled:
     assert program.rewrite is not None
     with partitioning():
-        return inner_compiler(config, _REWRITTEN)(program.rewrite.module, program.rewrite.inputs)
+        return inner_compiler(config, REWRITTEN)(program.rewrite.module, program.rewrite.inputs)
 
 
 def ditch(config: Config, program: Program, given: tuple[Any, ...] = (), part: bool = False) -> Ditch:

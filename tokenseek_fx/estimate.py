@@ -1,0 +1,281 @@
+"""Estimate: will a training step fit? Answered on fake tensors, for any size of memory, without running the model."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from . import compat
+from .backend import REWRITTEN, ditch, keeps_all, refuse_part, refuse_split, trains
+from .config import Config
+from .explain import first_graph
+from .memory import StepMemory, step_memory
+from .passes.audit import partitioning
+from .passes.errors import ConfigError, GraphNotSupported, TokenSeekError
+from .passes.fake import fake_inputs
+from .passes.pipeline import analysis
+from .passes.program import Program
+
+#: What accelerators are sold with, in units of 10^9 bytes. What they have beyond it is left for the driver and the allocator.
+GPUS = (24, 48, 80, 141)
+#: Tensors like the parameter that an optimizer of PyTorch keeps for each.
+_STATES = {"adamw": 2, "adam": 2, "sgd": 0}
+#: Tensors like the parameter that it makes while it updates one: ``sqrt(v) / c``, its square root and the quotient.
+_TEMPORARIES = {"adamw": 2, "adam": 2, "sgd": 0}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of a training step. ``str()`` of it is the report.
+
+    ``parameters``: with buffers. ``gradients``: of all trainable parameters. ``optimizer``: its states; ``update``: what it needs
+    for itself while it updates. ``inputs``: the batch. ``step``: of the compiled forward and backward with token selection,
+    ``plain``: of ``torch.compile`` on all tokens (``None`` where it was not asked for). ``set_to_none``: gradients are given up
+    before each forward (``optimizer.zero_grad()``), so that they come into being during the backward.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    update: int
+    inputs: int
+    step: StepMemory
+    plain: StepMemory | None = field(default=None)
+    set_to_none: bool = True
+
+    @property
+    def peak(self) -> int:
+        """The most bytes at a time: of forward, backward and update."""
+        return max(self.phases().values())
+
+    @property
+    def plain_peak(self) -> int | None:
+        """The same with plain ``torch.compile``."""
+        return max(self.phases(self.plain).values()) if self.plain else None
+
+    def phases(self, step: StepMemory | None = None) -> dict[str, int]:
+        """The most bytes at a time in "forward", "backward" and "update", all counted."""
+        step = step or self.step
+        always = self.parameters + self.inputs + self.optimizer
+        kept = 0 if self.set_to_none else self.gradients
+        return {
+            "forward": always + kept + step.forward,
+            "backward": always + kept + step.backward,
+            "update": always + self.gradients + self.update,
+        }
+
+    def fits(self, size: str | int) -> bool:
+        """Whether the step fits into ``size`` bytes: a number, or text as "24GiB" (2^30) or "24GB" (10^9).
+
+        Raises:
+            ConfigError: the text is no size.
+        """
+        return self.peak <= bytes_of(size)
+
+    def __str__(self) -> str:
+        steps = {"tokenseek": self.step} | ({"torch.compile": self.plain} if self.plain else {})
+        phases = [self.phases(step) for step in steps.values()]
+        kinds = sorted({kind for step in steps.values() for kind in step.saved})
+        rows = [
+            *(
+                (name, [getattr(self, name)] * len(steps))
+                for name in ("parameters", "inputs", "gradients", "optimizer")
+            ),
+            ("saved for backward", [sum(step.saved.values()) for step in steps.values()]),
+            *((f"  {kind}", [step.saved.get(kind, 0) for step in steps.values()]) for kind in kinds),
+            *((f"peak, {name}", [each[name] for each in phases]) for name in phases[0]),
+            ("peak", [max(each.values()) for each in phases]),
+        ]
+        head = f"{'memory of a step (MiB)':<26}" + "".join(f"{name:>16}" for name in steps)
+        lines = [f"{name:<26}" + "".join(f"{value / 2**20:>16.1f}" for value in values) for name, values in rows]
+        return "\n".join([head, *lines, *(self._fit(gpu, phases) for gpu in GPUS)])
+
+    def _fit(self, gpu: int, phases: Sequence[Mapping[str, int]]) -> str:
+        answers = ("yes" if max(each.values()) <= gpu * 10**9 else "no" for each in phases)
+        return f"{f'fits in {gpu} GB':<26}" + "".join(f"{answer:>16}" for answer in answers)
+
+
+def estimate(
+    model: torch.nn.Module,
+    batch: int | Mapping[str, Any],
+    seq: int | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    optimizer: str | float | None = "adamw",
+    dtype: torch.dtype | None = None,
+    plain: bool = True,
+    set_to_none: bool = True,
+) -> Estimate:
+    """Estimate the memory of a training step of ``model``. Nothing is computed, and nothing as large as an activation is made.
+
+    ``model``: real, on the meta device (``with torch.device("meta")``), or made under a ``FakeTensorMode``; its memory is that of
+    its device, a meta or fake model's is that of the CPU. ``batch``: example inputs by name, or the number of sequences, each of
+    ``seq`` tokens, of a model that takes ``input_ids`` and ``labels``. ``options``: those of the backend. ``optimizer``: "adamw",
+    "adam", "sgd", bytes of state for each trainable parameter, or ``None`` for a step without update. ``dtype``: of all floating
+    parameters, where they should be converted first. ``plain``: estimate ``torch.compile`` on all tokens as well.
+    ``set_to_none``: as in ``optimizer.zero_grad``; ``False`` for gradients that stay allocated.
+
+    Raises:
+        ConfigError: a bad argument or option.
+        GraphNotSupported: the model can't be rewritten, or it is not one graph.
+
+    >>> estimate(model, batch=8, seq=4096, options={"keep_ratio": 0.1}).fits("24GiB")  # doctest: +SKIP
+    """
+    config = _checked(Config.from_options(options))
+    states, temporaries = _optimizer(optimizer)
+    model, mode = _traceable(getattr(model, "_orig_mod", model), dtype)
+    inputs = _on_device(_inputs(model, batch, seq), mode)
+    found: list[tuple[StepMemory, StepMemory | None] | TokenSeekError] = []
+
+    def look(gm: fx.GraphModule, values: Sequence[Any]) -> None:
+        with tracing(TracingContext(mode)) if mode else nullcontext():
+            try:
+                found.append(_steps(gm, values, config, plain))
+            except TokenSeekError as error:
+                found.append(error)
+
+    first_graph(model, (), inputs, look, dynamic=False)  # bytes are those of these sizes, whatever was traced before
+    if not found:
+        raise GraphNotSupported("Dynamo found no graph to compile in the model.")
+    if isinstance(found[0], TokenSeekError):
+        raise found[0]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    largest = max((_bytes(p) for p in trained), default=0)
+    return Estimate(
+        parameters=sum(map(_bytes, [*model.parameters(), *model.buffers()])),
+        gradients=sum(map(_bytes, trained)),
+        optimizer=int(sum(states(p) for p in trained)),
+        update=temporaries * largest,
+        inputs=sum(_bytes(x) for x in inputs.values() if isinstance(x, Tensor)),
+        step=found[0][0],
+        plain=found[0][1],
+        set_to_none=set_to_none,
+    )
+
+
+def bytes_of(size: str | int) -> int:
+    """Bytes of a number, or of text as "24GiB" (2^30 each) or "24GB" (10^9 each).
+
+    Raises:
+        ConfigError: the text is no size.
+
+    >>> bytes_of("1.5KiB")
+    1536
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    if match is None or match[2].upper() not in _UNITS or isinstance(size, bool):
+        raise ConfigError(f"{size!r} is no size of memory: expected bytes, or text as '24GiB' or '24GB'.")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def planned_step(program: Program, config: Config) -> StepMemory:
+    """What a step holds of an analysed graph, rewritten as ``config`` asks; plain where it keeps all tokens."""
+    if keeps_all(program, config):
+        return _plain_step(program.module, program.inputs, config)
+    rewrite = ditch(config, program).run(program).rewrite
+    assert rewrite is not None
+    with partitioning():
+        settings = compat.inductor_settings(config.mode, {**REWRITTEN, **(config.inductor_options or {})})
+        return step_memory(rewrite.module, rewrite.inputs, len(program.inputs), settings)
+
+
+def _plain_step(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> StepMemory:
+    settings = compat.inductor_settings(config.mode, dict(config.inductor_options or {}))
+    return step_memory(gm, fake_inputs(gm, inputs), len(inputs), settings)
+
+
+def _steps(
+    gm: fx.GraphModule, inputs: Sequence[Any], config: Config, plain: bool
+) -> tuple[StepMemory, StepMemory | None]:
+    if not trains(inputs):
+        raise GraphNotSupported("Nothing requires grad.", "Leave some parameters trainable.")
+    refuse_split(gm)
+    program = analysis().run(Program(gm, tuple(inputs)))
+    refuse_part(program, inputs)
+    return planned_step(program, config), _plain_step(gm, inputs, config) if plain else None
+
+
+def _checked(config: Config) -> Config:
+    if config.inner != "inductor":
+        raise ConfigError(
+            f"inner={config.inner!r}: the estimate is read off Inductor's plan, which only inner='inductor' has."
+        )
+    return config
+
+
+def _optimizer(optimizer: str | float | None) -> tuple[Any, int]:
+    """Bytes of state of a parameter, and how many tensors like the largest parameter an update makes."""
+    if isinstance(optimizer, str):
+        if optimizer not in _STATES:
+            raise ConfigError(
+                f"optimizer={optimizer!r}: expected {', '.join(map(repr, _STATES))}, or bytes per parameter."
+            )
+        return lambda p: _STATES[optimizer] * _bytes(p), _TEMPORARIES[optimizer]
+    each = optimizer or 0
+    if isinstance(each, bool) or not isinstance(each, (int, float)) or not each >= 0:
+        raise ConfigError(f"optimizer={optimizer!r}: expected a name, bytes per parameter, or None.")
+    return lambda p: each * p.numel(), 0
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _traceable(model: torch.nn.Module, dtype: torch.dtype | None) -> tuple[torch.nn.Module, FakeTensorMode | None]:
+    """The model itself, or its like made of fake tensors on the CPU where it is on the meta device, fake or to be converted."""
+    values = [*model.parameters(), *model.buffers()]
+    if dtype is None and not any(map(_has_no_data, values)):
+        return model, None
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    return copy.deepcopy(model, {id(x): _faked(x, mode, dtype) for x in values}), mode
+
+
+def _has_no_data(x: Tensor) -> bool:
+    return x.is_meta or isinstance(x, FakeTensor)
+
+
+def _faked(x: Tensor, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> Tensor:
+    device = "cpu" if x.is_meta else x.device
+    with mode:
+        kind = dtype if dtype and x.is_floating_point() else x.dtype
+        fake = torch.empty_strided(x.shape, x.stride(), dtype=kind, device=device)
+    return torch.nn.Parameter(fake, x.requires_grad) if isinstance(x, torch.nn.Parameter) else fake
+
+
+def _inputs(model: torch.nn.Module, batch: int | Mapping[str, Any], seq: int | None) -> dict[str, Any]:
+    """Example inputs by name."""
+    if isinstance(batch, Mapping):
+        if seq is not None:
+            raise ConfigError(f"seq={seq!r}: the length is that of the example inputs; give one of them.")
+        return dict(batch)
+    for name, value in {"batch": batch, "seq": seq}.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(
+                f"{name}={value!r}: expected a number of at least 1, or example inputs by name for batch."
+            )
+    if missing := {"input_ids", "labels"} - set(inspect.signature(model.forward).parameters):
+        raise ConfigError(
+            f"The forward of {type(model).__name__} takes no {' and no '.join(sorted(missing))}: give batch as example inputs "
+            "by name."
+        )
+    device = next((x.device for x in model.parameters()), torch.device("cpu"))
+    ids = torch.zeros((batch, seq), dtype=torch.long, device=device)
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def _on_device(inputs: Mapping[str, Any], mode: FakeTensorMode | None) -> dict[str, Any]:
+    if mode is None:
+        return dict(inputs)
+    return {name: _faked(x, mode) if isinstance(x, Tensor) else x for name, x in inputs.items()}
