@@ -226,7 +226,7 @@ def test_the_report_has_a_column_for_each_way_to_train(small):
 
 def test_the_model_stays_as_it_was():
     model = llama()
-    before = {name: p for name, p in model.named_parameters()}
+    before = dict(model.named_parameters())
     estimate(model, 1, 16, options={"scorer": "random"}, plain=False)
     assert all(p is before[name] and p.grad is None for name, p in model.named_parameters())
     model.compile(backend="tokenseek", options={"inner": "eager", "scorer": "random", "strict": True})
