@@ -15,6 +15,7 @@ from .factors import Dim
 from .rules.op import bind, is_tensor, operands_of
 
 if TYPE_CHECKING:
+    from .attend import Attending
     from .ditch import Streams
     from .geometry import Geometry
 
@@ -101,6 +102,19 @@ class Call:
             return rows >= torch.arange(streams.seek[key].shape[-2], device=device)
 
         return streams.once(("causal", streams.axes.of(key)[-2], *self._place_of_batch(query)), compare)
+
+    @property
+    def attending(self) -> Attending | None:
+        """How this attention looks at keys and values by position, where it can, and where no more than its rows are live."""
+        found = self.streams.program.attending.get(self.node)
+        return None if found is None or self.streams.keeps_live(found.key) else found
+
+    def live_keys(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """The selected rows of keys and values, and their places [B, m] (``None``: none of them is trained)."""
+        found, streams = self.streams.program.attending[self.node], self.streams
+        if streams.live.isdisjoint((found.key, found.value)):
+            return None
+        return streams.rows(found.key, 2), streams.rows(found.value, 2), streams.geometry_of(found.key).indices
 
     @property
     def in_full(self) -> tuple[tuple, dict]:

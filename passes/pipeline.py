@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from .activity import FindActivity
+from .attend import FindAttending
 from .blocks import FindBlocks
 from .canonicalize import Canonicalize
 from .ditch import Ditch
@@ -36,6 +37,7 @@ class Pipeline:
     3. activity: which values carry gradient.
     4. token axes: for every value of the graph, which factors of which dims are the token axis and the batch.
     5. blocks: the residual stream, the attentions, the entry of the last block, the losses.
+    6. attending: which attentions can look at keys and values as they are, by position.
     """
 
     passes: tuple[Pass, ...]
@@ -81,6 +83,7 @@ def analysis() -> Pipeline:
             FindActivity(),
             FindTokenAxes(),
             FindBlocks(),
+            FindAttending(),
         )
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 if TYPE_CHECKING:
     from .activity import Activity
+    from .attend import Attending
     from .audit import Audit
     from .blocks import Blocks
     from .ditch import Rewrite
@@ -32,6 +34,7 @@ class Program:
     axes: TokenAxes | None = None
     activity: Activity | None = None
     blocks: Blocks | None = None
+    attending: Mapping[fx.Node, Attending] = field(default_factory=dict)
     rewrite: Rewrite | None = None
     audit: Audit | None = None
     notes: tuple[str, ...] = field(default=())

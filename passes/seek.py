@@ -111,12 +111,17 @@ class Seek(Retrace):
         super().__init__(program.module)
         self.program, self.garbage_collect_values = program, False
         self._biases: dict[tuple[fx.Node, torch.dtype], Tensor] = {}
+        self._positions: dict[TokenAxis, Tensor] = {}
+        self._looked_at = {x for a in program.attending.values() for x in (a.key, a.value) if x.op == "call_function"}
         self.run(*map(_without_grad, inputs))
         self.values: dict[fx.Node, Any] = self.env
 
     def run_node(self, n: fx.Node) -> Any:
-        """A mean over no label is 0, not NaN."""
-        value = super().run_node(n)
+        """A mean over no label is 0, not NaN; attention by position where it can be."""
+        if n in self.program.attending:
+            with tagged("seek", n):
+                return self._attend(n)
+        value = self._seen_by_rows(n) if n in self._looked_at else super().run_node(n)
         if n.target not in LABEL_LOSSES or n not in self.program.activity.live:
             return value
         given = bind_values(n, self.env)
@@ -124,6 +129,20 @@ class Seek(Retrace):
             return value
         with tagged("scoring"):
             return torch.where((given["target"] != given["ignore_index"]).any(), value, 0)
+
+    def _attend(self, n: fx.Node) -> Tensor:
+        """All tokens look at all keys."""
+        attending, axes = self.program.attending[n], self.program.axes
+        axis = axes.axis_of(attending.query)
+        if axis not in self._positions:
+            self._positions[axis] = self._everything(axis).indices
+        return attending(self.env, self.env[attending.query], self._positions[axis])
+
+    def _seen_by_rows(self, n: fx.Node) -> Any:
+        """Keys and values, which rows look at: kept for backward."""
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        with tagged("keys/values", n):
+            return self._after(self.call_function(n.target, args, kwargs))
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple, dict]:
         """As they are, but attentions share what a boolean mask adds to their scores."""
@@ -171,7 +190,7 @@ class Seek(Retrace):
 
     def _everything(self, axis: TokenAxis) -> Geometry:
         """All rows of a token axis."""
-        batch, tokens = sizes_of(self.program, axis, self.values)
+        batch, tokens = sizes_of(self.program, axis, self.env)
         everything = torch.arange(tokens, device=device_of(self.program)).expand(batch, tokens)
         return Geometry(self.program.axes, axis, everything, batch, tokens)
 

@@ -98,6 +98,10 @@ class Streams:
         """What rows look at: the full value, or the one computed anew for all tokens."""
         return self._context[node] if node in self._context else self.full(node)
 
+    def keeps_live(self, node: fx.Node) -> bool:
+        """True where rows look at this value live in all tokens (``kv_grad="all"``)."""
+        return node in self._in_context
+
     def full(self, node: fx.Node) -> Any:
         """The value for all tokens: live in the selected rows, the seek stream's elsewhere."""
         if node not in self.live:

@@ -26,6 +26,7 @@ from .errors import GraphNotSupported
 from .factors import same_size
 from .fake import fake_mode_of
 from .geometry import Geometry, example_sizes
+from .head import Head, find_head
 from .program import Program
 from .rules.op import bind, bind_values, bytes_hint, hint, is_tensor, operands_of
 from .rules.rows import LABEL_LOSSES, MEAN, SUM, divisor, token_losses
@@ -50,16 +51,23 @@ class Tail:
     scalar that is differentiated.
 
     ``loss``: the label loss that is computed in chunks (``None``: there is no single one, all is done as a whole).
-    ``rows``: operations before it that work on every token alone. ``frontier``: what they start from. ``rest``: all others.
+    ``head``: what leads to it, where that is a linear head. ``rows``: the other operations before it that work on every token
+    alone. ``frontier``: what they start from. ``rest``: all others.
     """
 
     program: Program
     starts: tuple[fx.Node, ...]
     end: fx.Node
     loss: fx.Node | None
+    head: Head | None
     rows: tuple[fx.Node, ...]
     frontier: tuple[fx.Node, ...]
     rest: tuple[fx.Node, ...]
+
+    @property
+    def chunked(self) -> tuple[fx.Node, ...]:
+        """The label loss and what leads to it from the frontier."""
+        return (*self.rows, *(() if self.head is None else self.head.nodes), self.loss)
 
     @property
     def after_loss(self) -> list[fx.Node]:
@@ -68,8 +76,10 @@ class Tail:
 
     def chunks(self, chunk_bytes: int) -> list[Any]:
         """The sizes into which the tokens are cut, so that the largest value of a chunk takes ``chunk_bytes`` (more where that
-        were over 64 chunks)."""
+        were over 64 chunks); a head alone is not cut."""
         _, tokens = example_sizes(self.program, self.program.axes.main)
+        if self.head is not None and not self.rows:
+            return [tokens]
         largest = max(bytes_hint(node) for node in (*self.rows, *self.frontier) if is_tensor(node))
         return cut(tokens, min(_MOST_CHUNKS, -(-largest // chunk_bytes), hint(tokens)))
 
@@ -100,7 +110,10 @@ def find_tail(program: Program, starts: Sequence[fx.Node]) -> Tail:
     ends = [*rows, loss] if loss is not None else []
     inside = {*starts, *nodes} - {*ends}
     frontier = dict.fromkeys(arg for node in ends for arg in node.all_input_nodes if arg in inside)
-    return Tail(program, starts, end, loss, tuple(rows), tuple(frontier), tuple(n for n in nodes if n not in {*ends}))
+    rest = tuple(node for node in nodes if node not in {*ends})
+    head = find_head(loss, {*rows}, {*starts, *nodes}) if loss is not None else None
+    rows = tuple(node for node in rows if head is None or node not in head.nodes)
+    return Tail(program, starts, end, loss, head, rows, tuple(frontier), rest)
 
 
 def scored_loss(program: Program) -> fx.Node:
@@ -199,7 +212,7 @@ class Traced(NamedTuple):
 
 def trace_tail(tail: Tail, gradient: bool, chunk_bytes: int) -> Traced:
     """Trace the parts of ``tail``: the chunked one without gradients unless ``gradient``, and then the way back."""
-    captured = _captured((*tail.rows, tail.loss), tail.frontier) if tail.loss is not None else ()
+    captured = _captured(tail.chunked, tail.frontier) if tail.loss is not None else ()
     chunks = _trace_chunks(tail, chunk_bytes, gradient, captured) if tail.loss is not None else []
     captured_back = _captured(tail.rest, (*tail.starts, tail.loss, *tail.frontier))
     back = _trace_back(tail, captured_back) if gradient else None
@@ -239,10 +252,11 @@ def _run_chunks(traced: Traced, values: Mapping[fx.Node, Any], geometry: Geometr
     axes, frontier = geometry.axes, traced.tail.frontier
     captured = [values[node] for node in traced.captured]
     losses, gradients, start = [], [], 0
+    whole = len(traced.chunks) == 1
     for size, chunk in traced.chunks:
         positions = torch.arange(start, start + size, device=geometry.indices.device)
         part = replace(geometry, indices=positions.expand(geometry.batch, size))
-        rows = [part.take(values[node], axes.of(node), axes.row_dim(node)) for node in frontier]
+        rows = [values[n] if whole else part.take(values[n], axes.of(n), axes.row_dim(n)) for n in frontier]
         loss, *of_rows = fx.Interpreter(chunk).run(part.indices, *rows, *captured)
         losses.append(loss)
         gradients.append(of_rows)
@@ -283,10 +297,10 @@ def _trace_chunk(tail: Tail, size: Any, gradient: bool, captured: Sequence[fx.No
         streams = _Chunk(tail, known, geometry, dict(zip(tail.frontier, leaves, strict=True)))
         with torch.set_grad_enabled(gradient):
             streams.run()
-            losses = token_losses(Call(tail.loss, streams, None))
+            losses, end, given = _losses(tail, streams, gradient)
         target = operands_of(tail.loss)[1]
         by_token = geometry.by_token(losses.detach(), axes.of(target), axes.row_dim(target), indices.shape[1])
-        return (by_token, *(_gradients([losses.sum()], leaves) if gradient else ()))
+        return (by_token, *(_gradients([end], leaves, [given]) if gradient else ()))
 
     with fake_mode_of(program.inputs):
         indices = torch.zeros(batch, size, dtype=torch.int64, device=tail.starts[0].meta["val"].device)
@@ -294,6 +308,14 @@ def _trace_chunk(tail: Tail, size: Any, gradient: bool, captured: Sequence[fx.No
         shapes = [geometry.row_shape(node.meta["val"].shape, axes.row_dim(node)) for node in tail.frontier]
         rows = [node.meta["val"].new_empty(shape) for node, shape in zip(tail.frontier, shapes, strict=True)]
     return _traced(chunk, [indices, *rows, *(node.meta["val"] for node in captured)], tail)
+
+
+def _losses(tail: Tail, streams: Streams, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses of the rows, a value that they are computed from (or their sum itself), and the gradient of their sum there."""
+    if tail.head is not None:
+        return tail.head.run(streams, gradient)
+    losses = token_losses(Call(tail.loss, streams, None))
+    return losses, losses.sum(), losses.new_ones(())
 
 
 def _trace_back(tail: Tail, captured: Sequence[fx.Node]) -> fx.GraphModule:

@@ -191,7 +191,7 @@ def _forwards(plain: Program, rewritten: Program) -> float:
     assert rewritten.rewrite is not None
     forward = sum(_flops(plain.module, plain.inputs).values())
     flops = _flops(rewritten.rewrite.module, rewritten.rewrite.inputs)
-    seek = sum(flops.pop(kind, 0) for kind in (None, "scoring", "select"))
+    seek = sum(flops.pop(kind, 0) for kind in (None, "seek", "keys/values", "scoring", "select"))
     return (seek + 3 * sum(flops.values())) / forward if forward else 3.0
 
 

@@ -113,6 +113,8 @@ def attention(call: Call) -> Any:
     """Query rows attend to all keys; a causal flag becomes a comparison of positions."""
     if not restricts(call):
         return NotImplemented
+    if call.attending is not None:
+        return call.attending(call.streams.seek, call.rows(0), call.geometry.indices, call.live_keys())
     if call.dim != call.rank(0) - 2:
         return _attention_beside(call)
     query, key, value = call.rows(0), call.context(1), call.context(2)

@@ -1,0 +1,125 @@
+"""Attending: which attentions can look at keys and values as they are, by position.
+
+Such an attention becomes ``ops.attention.selected_attention``: keys and values are not repeated for groups of heads, the rows
+are not put into them, and no mask has a dim for the queries. Asked for is what nearly all models have: [B, H, T, E], tokens
+as a dim of their own, no dropout of the shares, and a mask that compares positions (``masks``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ..ops.attention import selected_attention
+from .factors import same_size
+from .masks import Mask, read_mask
+from .program import Program
+from .rules.op import bind, is_tensor
+from .token_axes import SDPA, TokenAxes
+
+aten = torch.ops.aten
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_COPIES = (aten.clone.default, aten.contiguous.default)
+
+
+@dataclass(frozen=True)
+class Attending:
+    """One attention: the nodes of its query [B, H, T, E], and of its key and value [B, Hkv, S, E] before heads are repeated."""
+
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    mask: Mask
+    scale: float | None
+
+    @property
+    def by_position(self) -> bool:
+        """True where it matters where the queries stand."""
+        return self.mask.causal or bool(self.mask.window) or bool(self.mask.segments)
+
+    def __call__(
+        self, values: Mapping[fx.Node, Any], query: Tensor, positions: Tensor, live: tuple[Tensor, ...] | None = None
+    ) -> Tensor:
+        """The attention of ``query`` [B, H, k, E] at ``positions`` [B, k] to the keys of ``values``; ``live``: selected rows of
+        key and value and their places, which get the gradient."""
+        row_key, row_value, columns = live or (None, None, None)
+        return selected_attention(
+            query,
+            row_key,
+            row_value,
+            values[self.key],
+            values[self.value],
+            positions if self.by_position else None,
+            columns=columns,
+            mask=self.mask.visible(values),
+            segments=self.mask.segments_of(values),
+            causal=self.mask.causal,
+            window=self.mask.window,
+            scale=self.scale,
+        )
+
+
+@dataclass(frozen=True)
+class FindAttending:
+    """Read every ``scaled_dot_product_attention``. Reads ``axes``, ``activity``; writes ``attending``: those that qualify."""
+
+    name: str = "attending"
+
+    def run(self, program: Program) -> Program:
+        masks: dict[fx.Node | None, Mask | None] = {}
+        found: dict[fx.Node, Attending] = {}
+        for node in program.graph.find_nodes(op="call_function", target=SDPA):
+            mask = bind(node)["attn_mask"]
+            if mask not in masks:
+                masks[mask] = read_mask(mask)
+            attending = _read(program, node, masks[mask])
+            if attending is not None:
+                found[node] = attending
+        return replace(program, attending=found)
+
+    def check(self, program: Program) -> None:
+        """Nothing to verify: an attention that does not qualify is executed as it is."""
+
+
+def _read(program: Program, node: fx.Node, mask: Mask | None) -> Attending | None:
+    given, axes = bind(node), program.axes
+    query, key, value = given["query"], given["key"], given["value"]
+    trained = given["attn_mask"] in program.activity.live
+    if mask is None or trained or given["dropout_p"] or not all(_is_by_token(axes, x) for x in (query, key, value)):
+        return None
+    if given["is_causal"]:
+        mask = replace(mask, causal=True)
+    key, value = (x if given["enable_gqa"] else _before_groups(x) for x in (key, value))
+    heads, groups = query.meta["val"].shape[1], key.meta["val"].shape[1]
+    if not same_size(groups, value.meta["val"].shape[1]) or not isinstance(heads, int) or heads % groups:
+        return None
+    return Attending(query, key, value, mask, given["scale"])
+
+
+def _is_by_token(axes: TokenAxes, node: fx.Node) -> bool:
+    """[B, H, T, E], where B are the instances and T their tokens."""
+    labels = axes.of(node)
+    axis = axes.axis_at(labels[2]) if len(labels) == 4 else None
+    return axis is not None and bool(axis.batch) and labels[0] == axis.batch and labels[2] == axis.token
+
+
+def _before_groups(node: fx.Node) -> fx.Node:
+    """Keys or values [B, Hkv, S, E] that are repeated for groups of heads: before that, else as they are."""
+    view = node
+    while view.target in _COPIES:
+        view = view.args[0]
+    spread = view.args[0] if view.target in _VIEWS else view
+    while is_tensor(spread) and spread.target in _COPIES:
+        spread = spread.args[0]
+    if spread.target is not aten.expand.default or spread.meta["val"].ndim != 5:
+        return node
+    group = spread.args[0]
+    if group.target is not aten.unsqueeze.default or group.args[1] not in (2, -3):
+        return node
+    shape, heads = spread.meta["val"].shape, node.meta["val"].shape
+    whole = (shape[0], shape[1] * shape[2], *shape[3:])
+    return group.args[0] if all(map(same_size, whole, heads)) else node

@@ -1,0 +1,253 @@
+"""Selected attention: what it computes, its gradient, and that compilers can trace it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from tokenseek_fx.ops import selected_attention
+from tokenseek_fx.ops.attention import definition
+
+GRADS = ("query", "row_key", "row_value", "sinks")
+OP = torch.ops.tokenseek_fx.selected_attention
+
+
+def rows_of(batch: int, rows: int, tokens: int) -> Tensor:
+    return torch.stack([torch.randperm(tokens)[:rows].sort().values for _ in range(batch)])
+
+
+def operands(batch=2, heads=4, key_heads=2, rows=5, tokens=13, width=8, value_width=8, dtype=torch.float64, **options):
+    """Operands as a model has them: features after heads, the rows' keys and values those of all tokens."""
+    torch.manual_seed(0)
+    options = {name: given for name, given in options.items() if given is not None}
+    key, value = (torch.randn(batch, tokens, key_heads, n, dtype=dtype).transpose(1, 2) for n in (width, value_width))
+    positions = rows_of(batch, rows, tokens)
+    at = options.get("columns", positions)[:, None, :, None].expand(-1, key_heads, -1, -1)
+    made = {
+        "query": torch.randn(batch, rows, heads, width, dtype=dtype).transpose(1, 2),
+        "row_key": key.gather(2, at.expand(-1, -1, -1, width)),
+        "row_value": value.gather(2, at.expand(-1, -1, -1, value_width)),
+        "key": key,
+        "value": value,
+        "positions": positions,
+    }
+    return made | options
+
+
+def grads(function, given: dict, direction: Tensor) -> dict[str, Tensor]:
+    """Value and gradients of what may have one."""
+    live = {name: given[name].detach().requires_grad_() for name in GRADS if given.get(name) is not None}
+    out = function(**(given | live))
+    found = torch.autograd.grad(out, list(live.values()), direction)
+    return {"out": out.detach()} | dict(zip(live, found, strict=True))
+
+
+def assert_same(given: dict, function=selected_attention, tolerance: float = 1e-12) -> None:
+    """Value and gradients of ``function`` are those of the definition, in float64."""
+    exact = {name: t.double() if torch.is_tensor(t) and t.is_floating_point() else t for name, t in given.items()}
+    shape = (*given["query"].shape[:3], given["value"].shape[-1])
+    direction = torch.randn(shape, dtype=given["query"].dtype)
+    want = grads(definition, exact, direction.double())
+    got = grads(function, given, direction)
+    for name, expected in want.items():
+        assert not got[name].isnan().any(), name
+        assert (got[name].double() - expected).abs().max() <= tolerance * max(1, expected.abs().max()), name
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("additive", [False, True])
+def test_definition_is_scaled_dot_product_attention_over_scattered_keys(causal, additive):
+    given = operands(causal=causal)
+    at = given["positions"][:, None, :, None]
+    live = {name: given[name].requires_grad_() for name in GRADS[:3]}
+    key, value = (
+        given[n].scatter(2, at.expand(live[r].shape), live[r])
+        for n, r in zip(("key", "value"), GRADS[1:3], strict=True)
+    )
+    hidden = torch.rand(2, 1, 5, 13) < 0.2
+    added = torch.randn(2, 4, 5, 13, dtype=torch.float64) if additive else torch.zeros(())
+    mask = added.masked_fill(hidden, -torch.inf) if additive else ~hidden
+    seen = (torch.arange(13) <= at) | (not causal)
+    whole = added.masked_fill(hidden | ~seen, -torch.inf).double()
+    want = F.scaled_dot_product_attention(given["query"], key, value, whole, enable_gqa=True)
+    got = definition(**given, mask=mask)
+    direction = torch.randn_like(want)
+    assert (want - got).abs().max() < 1e-12
+    for a, b in zip(*(torch.autograd.grad(out, list(live.values()), direction) for out in (want, got)), strict=True):
+        assert (a - b).abs().max() < 1e-12
+
+
+@st.composite
+def cases(draw, dtypes=(torch.float64,)):
+    batch, key_heads, groups = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    tokens = draw(st.integers(1, 40))
+    rows, heads = draw(st.integers(1, tokens)), key_heads * groups
+    width = draw(st.sampled_from([1, 4, 7, 16]))
+    made = operands(
+        batch, heads, key_heads, rows, tokens, width, draw(st.sampled_from([width, 5])), draw(st.sampled_from(dtypes)),
+        causal=draw(st.booleans()), window=draw(st.sampled_from([0, 1, 3, 100])), scale=draw(st.sampled_from([None, 0.3])),
+        softcap=draw(st.sampled_from([0.0, 2.0])),
+    )  # fmt: skip
+    made["columns"] = draw(st.sampled_from([None, rows_of(batch, draw(st.integers(1, tokens)), tokens)]))
+    if made["columns"] is not None:
+        at = made["columns"][:, None, :, None].expand(-1, key_heads, -1, -1)
+        for name in ("key", "value"):
+            made[f"row_{name}"] = made[name].gather(2, at.expand(-1, -1, -1, made[name].shape[-1]))
+    made["sinks"] = draw(st.sampled_from([None, torch.randn(heads, dtype=made["query"].dtype)]))
+    made["segments"] = draw(st.sampled_from([None, torch.randint(3, (batch, tokens)).sort().values]))
+    sizes = [draw(st.sampled_from([1, n])) for n in (batch, heads, rows, tokens)]
+    kind = draw(st.sampled_from(["none", "bool", "added", "hiding"]))
+    if kind != "none":
+        seen, added = torch.rand(sizes) < 0.7, torch.randn(sizes, dtype=made["query"].dtype)
+        made["mask"] = {"bool": seen, "added": added, "hiding": added.masked_fill(~seen, -torch.inf)}[kind]
+    return made
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_equals_the_definition(given):
+    assert_same(given)
+
+
+def test_equals_the_definition_over_many_blocks():
+    given = operands(2, 6, 2, 300, 700, 4, causal=True, window=150)
+    assert_same(given)
+    assert_same(given | {"softcap": 1.5, "sinks": torch.randn(6, dtype=torch.float64)})
+
+
+def test_equals_the_definition_where_the_rows_are_all_tokens():
+    given = operands(2, 4, 2, 90, 90, 8, causal=True)
+    assert_same(given)
+    assert_same(given | {"row_key": None, "row_value": None})
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float16, 4e-3)])
+def test_narrow_dtypes_accumulate_in_float32(dtype, tolerance):
+    """The tolerance is the rounding of operands and result: 2^-8 of bfloat16, 2^-11 of float16, some of them in a row."""
+    for softcap in (0.0, 2.0):
+        given = operands(1, 4, 2, 40, 200, 16, dtype=dtype, causal=True, softcap=softcap)
+        assert_same(given, tolerance=tolerance)
+        assert selected_attention(**given).dtype is dtype
+
+
+def test_foreign_keys_need_no_positions():
+    given = operands(rows=5, tokens=9)
+    assert_same(given | {"row_key": None, "row_value": None, "positions": None})
+
+
+def test_a_row_that_sees_nothing_is_zero_and_has_no_gradient():
+    mask = torch.ones(1, 1, 5, 13, dtype=torch.bool)
+    mask[..., 2, :] = False
+    for hiding in (mask, torch.zeros(mask.shape).double().masked_fill(~mask, -torch.inf)):
+        given = operands(mask=hiding)
+        found = grads(selected_attention, given, torch.ones(2, 4, 5, 8).double())
+        assert not found["out"][:, :, 2].any() and not found["query"][:, :, 2].any()
+        assert_same(given)
+
+
+def test_a_row_of_the_least_number_is_a_mean_as_in_scaled_dot_product_attention():
+    least = torch.full((1, 1, 1, 13), torch.finfo(torch.float32).min)
+    given = operands(dtype=torch.float32, mask=least)
+    assert torch.allclose(selected_attention(**given)[:, 0], given["value"].mean(2)[:, :1], atol=1e-6)
+
+
+def form_of(given: dict) -> tuple:
+    """The operator's arguments as the public function passes them."""
+    options = {
+        "mask": None,
+        "segments": None,
+        "sinks": None,
+        "causal": False,
+        "window": 0,
+        "scale": None,
+        "softcap": 0.0,
+    }
+    named = {"columns": given["positions"] if given["row_key"] is not None else None} | options | given
+    names = ("query", "row_key", "row_value", "key", "value", "positions", "columns", *options)
+    return tuple(named[name] for name in names)
+
+
+@pytest.mark.parametrize("rows_live", [True, False])
+def test_operators_pass_opcheck(rows_live):
+    given = operands(
+        dtype=torch.float32, causal=True, window=9, segments=torch.zeros(2, 13).long(), sinks=torch.ones(4)
+    )
+    given |= {"mask": torch.rand(2, 1, 1, 13) < 0.9} | ({} if rows_live else {"row_key": None, "row_value": None})
+    live = {n: given[n].detach().requires_grad_() for n in GRADS if given[n] is not None}
+    torch.library.opcheck(OP, form_of(given | live))
+    query, _, _, key, value, positions, columns, mask, segments, _, *form = form_of(given)
+    grad, lse = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 5) + 4
+    operand = (grad, lse - 4, lse, query, key, value, positions)
+    torch.library.opcheck(torch.ops.tokenseek_fx.selected_attention_grad_query, (*operand, mask, segments, *form))
+    if rows_live:
+        inputs = (*operand, columns, mask, segments, *form)
+        torch.library.opcheck(torch.ops.tokenseek_fx.selected_attention_grad_keys, inputs)
+
+
+def test_fake_tensors_have_the_layout_of_real_ones():
+    with FakeTensorMode() as mode:
+        given = operands(causal=True)
+        fake = selected_attention(**given)
+    assert mode is not None
+    real = selected_attention(**operands(causal=True))
+    assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
+    assert real.transpose(1, 2).is_contiguous()
+
+
+def test_one_operation_in_a_graph_traced_before_autograd():
+    given = operands(causal=True)
+    names = list(given)[:6]
+
+    def run(*tensors):
+        return selected_attention(**dict(zip(names, tensors, strict=True)), causal=True)
+
+    gm = make_fx(run, pre_dispatch=True, tracing_mode="fake")(*(given[n] for n in names))
+    calls = [node.target for node in gm.graph.nodes if node.op == "call_function"]
+    assert calls.count(OP.default) == 1 and len(calls) == 3
+    assert_same(given, lambda causal, **tensors: gm(*tensors.values()))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_with_dynamic_shapes(backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(selected_attention, backend=backend, dynamic=True, fullgraph=True)
+    for rows, tokens in [(5, 13), (9, 31)]:
+        sinks = torch.randn(4, dtype=torch.float64)
+        assert_same(operands(rows=rows, tokens=tokens, causal=True, sinks=sinks), compiled)
+
+
+def saved_bytes(out: Tensor) -> int:
+    return sum(
+        t.untyped_storage().nbytes()
+        for t in {t.data_ptr(): t for t in out.grad_fn.saved_tensors if t is not None}.values()
+    )
+
+
+def test_saves_its_operands_once_and_nothing_of_rows_by_keys():
+    given = operands(1, 4, 2, 20, 400, 8, dtype=torch.float32, causal=True)
+    given |= {name: given[name].requires_grad_() for name in GRADS[:3]}
+    out = selected_attention(**given)
+    kept = ("query", "key", "value", "positions")
+    floor = sum(given[name].nbytes for name in kept) + out.nbytes + 4 * 20 * 4
+    assert saved_bytes(out) == floor
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"query": torch.randn(2, 3, 5, 8)}, "3 query heads cannot share 2"),
+        ({"value": torch.randn(2, 2, 12, 8)}, "do not fit together"),
+        ({"row_value": None}, "belong together"),
+        ({"positions": None}, "need the positions"),
+        ({"mask": torch.zeros(13, requires_grad=True)}, "gives it none"),
+    ],
+)
+def test_operands_that_do_not_fit_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        selected_attention(**(operands() | wrong))

@@ -1,0 +1,176 @@
+"""Selected attention: k query rows look at all S keys, and gradient reaches the keys and values of selected rows alone.
+
+    out[b, h, i] = sum over j of softmax_j(cap(q_i . k_j * scale) + mask) v_j      (sinks join the sum of the softmax)
+
+``key`` and ``value`` have the values of all tokens, those of the selected rows among them; ``row_key`` and ``row_value`` are
+the same values with gradient. So nothing is scattered: the forward reads ``key`` and ``value``, the backward gives dq over all
+keys, and dk, dv of k x k pairs, for which it reads ``key`` and ``value`` at ``columns``. What backward needs is all saved:
+query, key, value, out, the log-sum-exp, positions and what hides keys.
+
+``definition`` says in a dozen lines what the operator computes. On CPU it runs in blocks (``attention_blocks``), on CUDA as
+Triton kernels (``attention_triton``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import attention_blocks as blocks
+from .attention_blocks import Sight, lse_like, rows_like
+
+
+def selected_attention(
+    query: Tensor,
+    row_key: Tensor | None,
+    row_value: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor | None,
+    *,
+    columns: Tensor | None = None,
+    mask: Tensor | None = None,
+    segments: Tensor | None = None,
+    causal: bool = False,
+    window: int = 0,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of ``query`` [B, H, k, E] to ``key`` [B, Hkv, S, E] and ``value`` [B, Hkv, S, Ev]: [B, H, k, Ev].
+
+    - ``positions`` int64 [B, k]: where the query rows stand among the S keys, sorted; None where nothing asks for it.
+    - ``row_key`` [B, Hkv, m, E] and ``row_value`` [B, Hkv, m, Ev]: what ``key`` and ``value`` hold at ``columns``; they get the
+      gradient, ``key`` and ``value`` get none. None (both): no key has any.
+    - ``columns`` int64 [B, m]: where those stand, sorted; None: at ``positions``.
+    - ``mask``, broadcastable to [B, H, k, S]: bool (True: seen) or added to the scores. It gets no gradient.
+    - ``segments`` int [B, S]: a row sees the keys of its own segment.
+    - ``causal``: the row at position p sees key j where j <= p; ``window`` > 0: where also p - j < window.
+    - ``scale``: of the scores; None: 1 / sqrt(E). ``softcap`` > 0: scores become softcap tanh(scores / softcap).
+    - ``sinks`` [H]: a score by head that takes part in the softmax and has no value.
+
+    H is a multiple of Hkv (grouped heads). A row that sees nothing is 0. Half precision is accumulated in float32.
+    Raises ``ValueError`` for operands that do not fit together.
+    """
+    _check(query, row_key, row_value, key, value, positions, columns, mask, segments, causal, window)
+    columns = None if row_key is None else positions if columns is None else columns
+    mask = None if mask is None else mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    out, _ = _selected_attention(
+        query, row_key, row_value, key, value, positions, columns, mask, segments, sinks, causal, window, scale, softcap
+    )
+    return out
+
+
+def _check(query, row_key, row_value, key, value, positions, columns, mask, segments, causal, window) -> None:
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(f"{query.shape[1]} query heads cannot share {key.shape[1]} key heads.")
+    if key.shape[:3] != value.shape[:3] or query.shape[-1] != key.shape[-1] or query.shape[0] != key.shape[0]:
+        shapes = [list(t.shape) for t in (query, key, value)]
+        raise ValueError("query {}, key {} and value {} do not fit together.".format(*shapes))
+    if (row_key is None) != (row_value is None):
+        raise ValueError("row_key and row_value belong together: give both or none.")
+    by_position = causal or window or segments is not None or (row_key is not None and columns is None)
+    if positions is None and by_position:
+        raise ValueError("causal, window, segments and row_key need the positions of the rows.")
+    if mask is not None and mask.requires_grad:
+        raise ValueError("The mask requires gradient, and selected attention gives it none.")
+
+
+def definition(
+    query, row_key, row_value, key, value, positions, *, columns=None, mask=None, segments=None, causal=False, window=0,
+    scale=None, softcap=0.0, sinks=None,
+) -> Tensor:  # fmt: skip
+    """What ``selected_attention`` computes, with its gradient by autograd: dense, for tests."""
+    if row_key is not None:
+        at = (positions if columns is None else columns)[:, None, :, None]
+        key = key.detach().scatter(2, at.expand(row_key.shape), row_key)
+        value = value.detach().scatter(2, at.expand(row_value.shape), row_value)
+    groups, dtype = query.shape[1] // key.shape[1], torch.promote_types(query.dtype, torch.float32)
+    q, k, v = query.to(dtype), key.to(dtype).repeat_interleave(groups, 1), value.to(dtype).repeat_interleave(groups, 1)
+    scores = q @ k.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    visible = torch.ones(query.shape[0], query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+    later = torch.arange(key.shape[2], device=query.device) - (0 if positions is None else positions[..., None])
+    visible &= (later <= 0) | (not causal)
+    visible &= (-later < window) | (not window)
+    if segments is not None:
+        visible &= segments.gather(1, positions)[..., None] == segments[:, None]
+    scores = scores.masked_fill(~visible[:, None], -torch.inf)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else scores + mask
+    sink = scores.new_full((query.shape[1],), -torch.inf) if sinks is None else sinks.to(dtype)
+    scores = torch.cat([scores, sink[:, None, None].expand(*scores.shape[:-1], 1)], -1)
+    nothing = (scores == -torch.inf).all(-1, keepdim=True)
+    shares = torch.softmax(scores.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)
+    return (shares[..., :-1] @ v).to(query.dtype)
+
+
+@torch.library.custom_op("tokenseek_fx::selected_attention", mutates_args=())
+def _selected_attention(
+    query: Tensor, row_key: Tensor | None, row_value: Tensor | None, key: Tensor, value: Tensor, positions: Tensor | None,
+    columns: Tensor | None, mask: Tensor | None, segments: Tensor | None, sinks: Tensor | None,
+    causal: bool, window: int, scale: float | None, softcap: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    sight = Sight.of(query, key, positions, mask, segments, causal, window, scale, softcap)
+    return blocks.forward(query, key, value, sinks, sight)
+
+
+@torch.library.custom_op("tokenseek_fx::selected_attention_grad_query", mutates_args=())
+def _grad_query(
+    grad: Tensor, delta: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None,
+    mask: Tensor | None, segments: Tensor | None, causal: bool, window: int, scale: float | None, softcap: float,
+) -> Tensor:  # fmt: skip
+    sight = Sight.of(query, key, positions, mask, segments, causal, window, scale, softcap)
+    return blocks.grad_query(grad, delta, lse, query, key, value, sight)
+
+
+@torch.library.custom_op("tokenseek_fx::selected_attention_grad_keys", mutates_args=())
+def _grad_keys(
+    grad: Tensor, delta: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None,
+    columns: Tensor, mask: Tensor | None, segments: Tensor | None, causal: bool, window: int, scale: float | None,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    sight = Sight.of(query, key, positions, mask, segments, causal, window, scale, softcap).at(columns)
+    key, value = (t.gather(2, columns[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3])) for t in (key, value))
+    return blocks.grad_keys(grad, delta, lse, query, key, value, sight)
+
+
+@_selected_attention.register_fake
+def _(query, row_key, row_value, key, value, *rest):
+    return rows_like(query, value.shape[-1]), lse_like(query)
+
+
+@_grad_query.register_fake
+def _(grad, delta, lse, query, *rest):
+    return rows_like(query, query.shape[-1])
+
+
+@_grad_keys.register_fake
+def _(grad, delta, lse, query, key, value, positions, columns, *rest):
+    return tuple(rows_like(t[:, :, : columns.shape[1]], t.shape[-1]) for t in (key, value))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    query, _, _, key, value, positions, columns, mask, segments, sinks, *ctx.form = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, value, positions, columns, mask, segments, sinks, *output)
+
+
+def _backward(ctx, grad, _):
+    query, key, value, positions, columns, mask, segments, sinks, out, lse = ctx.saved_tensors
+    needs, grads = ctx.needs_input_grad, [None] * 14
+    if grad is None:
+        return tuple(grads)
+    delta = (grad.to(lse.dtype) * out).sum(-1)
+    operands, hidden = (grad, delta, lse, query, key, value, positions), (mask, segments, *ctx.form)
+    if needs[0]:
+        grads[0] = _grad_query(*operands, *hidden)
+    if needs[1] or needs[2]:
+        grads[1], grads[2] = _grad_keys(*operands, columns, *hidden)
+    if needs[9]:
+        grads[9] = -((sinks[:, None] - lse).exp() * delta).sum((0, 2)).to(sinks.dtype)
+    return tuple(grads)
+
+
+_selected_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,258 @@
+"""Selected attention in plain ATen operations, a block of rows at a time: the form for CPU.
+
+A block is some instances and heads, up to ``_ROWS`` rows and the keys that any of them may see: keys after its last position and before
+its window are skipped. Grouped query heads are rows of their key head, so keys and values are never repeated. Backward
+recomputes the softmax of a block from the log-sum-exp of its rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+#: Rows of a block: few, so that a block skips the keys after it; enough to keep matrix products busy.
+_ROWS = 64
+#: Scores of a block, in elements: they stay in the cache between the operations on them.
+_SCORES = 2**19
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Which keys each row sees and how scores are made; see ``selected_attention``.
+
+    ``rows`` [B, k] and ``keys`` [B, n] are positions, ``mask`` is [B, H or 1, k or 1, n], ``row_segments`` [B, k],
+    ``key_segments`` [B, n].
+    """
+
+    rows: Tensor | None
+    keys: Tensor
+    mask: Tensor | None
+    row_segments: Tensor | None
+    key_segments: Tensor | None
+    causal: bool
+    window: int
+    scale: float
+    softcap: float
+
+    @classmethod
+    def of(
+        cls, query: Tensor, key: Tensor, positions: Tensor | None, mask: Tensor | None, segments: Tensor | None,
+        causal: bool, window: int, scale: float | None, softcap: float,
+    ) -> Sight:  # fmt: skip
+        """Of rows that look at all keys."""
+        batch, width = query.shape[0], query.shape[-1]
+        keys = torch.arange(key.shape[2], device=key.device).expand(batch, -1)
+        mask = None if mask is None else mask.expand(batch, -1, -1, key.shape[2])
+        row_segments = None if segments is None else segments.gather(1, positions)
+        scale = width**-0.5 if scale is None else scale
+        return cls(positions, keys, mask, row_segments, segments, causal, window, scale, softcap)
+
+    def at(self, columns: Tensor) -> Sight:
+        """Of the same rows, looking at the keys at ``columns`` [B, m]."""
+        mask = self.mask
+        if mask is not None:
+            mask = mask.gather(3, columns[:, None, None].expand(-1, *mask.shape[1:3], -1))
+        segments = None if self.key_segments is None else self.key_segments.gather(1, columns)
+        return replace(self, keys=columns, mask=mask, key_segments=segments)
+
+    @property
+    def same_for_all_rows(self) -> bool:
+        return not (self.causal or self.window or self.key_segments is not None or _rows_differ(self.mask))
+
+    @property
+    def of_all_tokens(self) -> bool:
+        """True where the rows are the keys and see those before them, nothing else asked."""
+        plain = self.causal and not self.window and self.mask is None and self.key_segments is None
+        return plain and torch.equal(self.rows, self.keys)
+
+    def seen(self, i: slice, r: slice) -> slice:
+        """The keys that rows may see by their positions."""
+        keys, start, stop = self.keys[i], 0, self.keys.shape[1]
+        if self.causal:
+            stop = int((keys <= self.rows[i, r].amax(1, keepdim=True)).sum(1).max())
+        if self.window:
+            start = int((keys <= self.rows[i, r].amin(1, keepdim=True) - self.window).sum(1).min())
+        return slice(min(start, stop), stop)
+
+    def bias(self, i: slice, r: slice, c: slice, dtype: torch.dtype) -> Tensor | None:
+        """What is added to the scores of a block: 0 or -inf, and an additive mask; None: all is seen."""
+        visible = self._visible(i, r, c)
+        if self.mask is None:
+            return None if visible is None else _added(visible, dtype)
+        mask = self.mask[i, :, r if _rows_differ(self.mask) else slice(None), c]
+        if mask.dtype is torch.bool:
+            return _added(mask if visible is None else mask & visible, dtype)
+        return mask.to(dtype) if visible is None else mask.to(dtype).masked_fill(~visible, -torch.inf)
+
+    def _visible(self, i: slice, r: slice, c: slice) -> Tensor | None:
+        seen = []
+        if self.causal or self.window:
+            distance = self.rows[i, r, None] - self.keys[i, None, c]
+            seen += [distance >= 0] if self.causal else []
+            seen += [distance < self.window] if self.window else []
+        if self.key_segments is not None:
+            seen.append(self.row_segments[i, r, None] == self.key_segments[i, None, c])
+        if not seen:
+            return None
+        return torch.stack(seen).all(0)[:, None] if len(seen) > 1 else seen[0][:, None]
+
+
+def _rows_differ(mask: Tensor | None) -> bool:
+    return mask is not None and mask.shape[2] > 1
+
+
+def _added(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros((), dtype=dtype, device=visible.device).masked_fill(~visible, -torch.inf)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What is accumulated in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rows_like(x: Tensor, width: int) -> Tensor:
+    """An empty [B, H, k, width] for ``x`` [B, H, k, E], laid out as [B, k, H, width]: what models flatten to features."""
+    batch, heads, rows, _ = x.shape
+    return x.new_empty(batch, rows, heads, width).transpose(1, 2)
+
+
+def lse_like(query: Tensor) -> Tensor:
+    """An empty [B, H, k] in float32, or float64 for float64."""
+    return query.new_empty(query.shape[:3], dtype=wide(query.dtype))
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some instances, query heads and rows, with the key heads and keys that they look at, and what is added to the scores."""
+
+    instances: slice
+    heads: slice
+    rows: slice
+    key_heads: slice
+    keys: slice
+    bias: Tensor | None
+
+    def of_rows(self, x: Tensor) -> Tensor:
+        """``x`` [B, H, k, ...] here."""
+        return x[self.instances, self.heads, self.rows]
+
+    def folded(self, x: Tensor) -> Tensor:
+        """``x`` [B, H, k, E] here, the rows of all query heads of a key head in one dim."""
+        return self.fold(self.of_rows(x).to(wide(x.dtype)))
+
+    def fold(self, x: Tensor) -> Tensor:
+        """[b, H, r, E] as [b, h, G r, E]."""
+        return x.unflatten(1, (self.key_heads.stop - self.key_heads.start, -1)).flatten(2, 3)
+
+    def unfolded(self, x: Tensor) -> Tensor:
+        """[b, h, G r, E] as [b, H, r, E]."""
+        return x.unflatten(2, (-1, self.rows.stop - self.rows.start)).flatten(1, 2)
+
+    def of_keys(self, x: Tensor) -> Tensor:
+        """``x`` [B, Hkv, n, E] here."""
+        return x[self.instances, self.key_heads, self.keys].to(wide(x.dtype))
+
+
+def _blocks(query: Tensor, key: Tensor, sight: Sight) -> Iterator[Block]:
+    """All of an attention, about ``_SCORES`` scores at a time."""
+    (batch, heads, rows, _), key_heads, dtype = query.shape, key.shape[1], wide(query.dtype)
+    groups = heads // key_heads
+    height = min(rows, max(_ROWS // 4, _ROWS // groups))
+    together = max(1, _SCORES // (heads * height * max(1, key.shape[2])))
+    for i in _slices(batch, together):
+        for r in _slices(rows, height):
+            c = sight.seen(i, r)
+            bias = sight.bias(i, r, c, dtype)
+            for h in _slices(key_heads, max(1, _SCORES // (together * groups * height * max(1, c.stop - c.start)))):
+                g = slice(h.start * groups, h.stop * groups)
+                yield Block(i, g, r, h, c, bias if bias is None or bias.shape[1] == 1 else bias[:, g])
+
+
+def _slices(size: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, size)) for start in range(0, size, step))
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, sight: Sight) -> tuple[Tensor, Tensor]:
+    """Attention and the log-sum-exp of the scores of each row, 0 where a row sees nothing."""
+    fused = query.is_cpu and not sight.softcap and query.shape[-1] == value.shape[-1]
+    out, lse = (_forward_fused if fused else _forward_blocks)(query, key, value, sight)
+    if sinks is not None:
+        total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+        out.mul_((lse - total).exp_()[..., None])
+        lse = total
+    return out, lse
+
+
+def _forward_fused(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
+    """By PyTorch's flash attention for CPU: it knows grouped heads, and its own memory is bounded."""
+    flash = partial(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, scale=sight.scale)
+    out, lse = rows_like(query, value.shape[-1]), lse_like(query)
+    if sight.of_all_tokens:
+        of_rows, lse_of_rows = flash(query, key, value, 0.0, True)
+        return out.copy_(of_rows), lse.copy_(lse_of_rows)
+    batch, _, rows, _ = query.shape
+    height = rows if sight.same_for_all_rows else min(rows, _ROWS)
+    for i in _slices(batch, max(1, _SCORES // max(1, height * key.shape[2]))):
+        for r in _slices(rows, height):
+            c = sight.seen(i, r)
+            bias = sight.bias(i, r, c, lse.dtype)
+            out[i, :, r], lse[i, :, r] = flash(query[i, :, r], key[i, :, c], value[i, :, c], attn_mask=bias)
+    return out, lse
+
+
+def _forward_blocks(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
+    out, lse = rows_like(query, value.shape[-1]), lse_like(query)
+    for block in _blocks(query, key, sight):
+        scores, _ = _scores(block, query, key, sight)
+        total = scores.logsumexp(-1, keepdim=True)
+        total = total.masked_fill_(total == -torch.inf, 0.0)
+        shares = scores.sub_(total).exp_()
+        block.of_rows(out)[...] = block.unfolded(block.fold(shares) @ block.of_keys(value))
+        block.of_rows(lse)[...] = total[..., 0]
+    return out, lse
+
+
+def grad_query(
+    grad: Tensor, delta: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, sight: Sight
+) -> Tensor:
+    """dq of rows that look at ``key`` and ``value``; ``delta`` [B, H, k] is the sum of ``grad`` times the output."""
+    result = rows_like(query, query.shape[-1])
+    for block in _blocks(query, key, sight):
+        _, grad_scores = _backward(block, grad, delta, lse, query, key, value, sight)
+        block.of_rows(result)[...] = block.unfolded(block.fold(grad_scores) @ block.of_keys(key))
+    return result
+
+
+def grad_keys(
+    grad: Tensor, delta: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, sight: Sight
+) -> tuple[Tensor, Tensor]:
+    """dk and dv of ``key`` and ``value``."""
+    grad_key, grad_value = (torch.zeros_like(rows_like(t, t.shape[-1]), dtype=lse.dtype) for t in (key, value))
+    for block in _blocks(query, key, sight):
+        shares, grad_scores = _backward(block, grad, delta, lse, query, key, value, sight)
+        block.of_keys(grad_value).add_(block.fold(shares).mT @ block.folded(grad))
+        block.of_keys(grad_key).add_(block.fold(grad_scores).mT @ block.folded(query))
+    return grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
+def _scores(block: Block, query: Tensor, key: Tensor, sight: Sight) -> tuple[Tensor, Tensor | None]:
+    """The scores of a block [b, H, r, n], and where they are capped, tanh of them."""
+    scores = block.unfolded(block.folded(query).mul(sight.scale) @ block.of_keys(key).mT)
+    capped = scores.div_(sight.softcap).tanh_() if sight.softcap else None
+    scores = scores if capped is None else capped * sight.softcap
+    return scores if block.bias is None else scores.add_(block.bias), capped
+
+
+def _backward(
+    block: Block, grad: Tensor, delta: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, sight: Sight
+) -> tuple[Tensor, Tensor]:
+    """The softmax of a block and the gradient of its scaled scores: p (dp - delta) scale, dp = grad v^T."""
+    scores, capped = _scores(block, query, key, sight)
+    shares = scores.sub_(block.of_rows(lse)[..., None]).exp_()
+    grad_scores = block.unfolded(block.folded(grad) @ block.of_keys(value).mT)
+    grad_scores = grad_scores.sub_(block.of_rows(delta)[..., None]).mul_(shares).mul_(sight.scale)
+    return shares, grad_scores if capped is None else grad_scores.mul_(1 - capped * capped)

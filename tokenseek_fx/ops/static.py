@@ -1,0 +1,108 @@
+"""What the Triton kernels take of a GPU, without a GPU: ``python -m tokenseek_fx.ops.static`` compiles every variant of every
+kernel for sm_80 and sm_90 and prints registers, spills and shared memory as a table.
+
+A file of kernels lists what it is compiled for in a function ``variants()``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+#: The files of kernels.
+MODULES: tuple[str, ...] = ()
+#: Shared memory that one block may have, in bytes: compute capability -> limit (CUDA C++ programming guide).
+SHARED = {80: 163 * 1024, 90: 227 * 1024}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel as it is compiled.
+
+    ``kernel``: what ``triton.jit`` made. ``signature``: the type of every argument that is no constant, by name (``"*bf16"``,
+    ``"i32"``). ``constexprs``: the constants, by name; ``None`` for an argument that is left out. ``label``: what is special of
+    it, for the table.
+    """
+
+    label: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a variant takes on one target: ``registers`` of a thread, ``spills`` (bytes of local memory of a thread), ``shared``
+    (bytes of a block)."""
+
+    variant: Variant
+    capability: int
+    registers: int
+    spills: int
+    shared: int
+
+
+def variants() -> list[Variant]:
+    """Those of all files of kernels."""
+    modules = [importlib.import_module(f"tokenseek_fx.ops.{name}") for name in MODULES]
+    return [variant for module in modules for variant in module.variants()]
+
+
+def usage(variant: Variant, capability: int) -> Usage:
+    """Compile ``variant`` for a GPU of this compute capability (80: sm_80); no GPU is needed.
+
+    Needs triton, whose wheel brings ``ptxas`` and ``cuobjdump``, and a process without ``TRITON_INTERPRET``.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {**variant.signature, **dict.fromkeys(variant.constexprs, "constexpr")}
+    ordered = {name: signature[name] for name in variant.kernel.arg_names}
+    source = ASTSource(variant.kernel, ordered, dict(variant.constexprs))
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    taken = _resources(triton.knobs.nvidia.cuobjdump.path, compiled.asm["cubin"])
+    return Usage(variant, capability, taken["REG"], taken["STACK"] + taken["LOCAL"], compiled.metadata.shared)
+
+
+def _resources(cuobjdump: str, cubin: bytes) -> dict[str, int]:
+    """What ``cuobjdump`` says of the one kernel of a compiled module."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [cuobjdump, "--dump-resource-usage", file.name]
+        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", told.partition("Function")[2])}
+
+
+def report() -> Iterator[Usage]:
+    """Every variant on every target."""
+    return (usage(variant, capability) for variant in variants() for capability in SHARED)
+
+
+def markdown(found: Usage) -> str:
+    """One line of the table."""
+    variant = found.variant
+    cells = [variant.kernel.__name__, variant.label, f"{variant.num_warps} / {variant.num_stages}"]
+    cells += [f"sm_{found.capability}", found.registers, found.spills, f"{found.shared / 1024:.1f}"]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def main() -> None:
+    """Print the table."""
+    print("| kernel | variant | warps / stages | target | registers | spilled bytes | shared KiB |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for found in report():
+        print(markdown(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
