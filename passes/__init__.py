@@ -13,6 +13,7 @@ from .rules.rows import rows_rule
 from .seek import Signals
 from .select import ScoreInputs, Select, needs
 from .shift import UnshiftLabels
+from .split import Split
 from .token_axes import FindTokenAxes
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "ScoreInputs",
     "Select",
     "Signals",
+    "Split",
     "UnshiftLabels",
     "along",
     "analysis",

@@ -41,6 +41,12 @@ class Attending:
         """True where it matters where the queries stand."""
         return self.mask.causal or bool(self.mask.window) or bool(self.mask.segments)
 
+    @property
+    def context(self) -> tuple[fx.Node, ...]:
+        """What the queries look at as a whole."""
+        parts = [node for node, _ in (*self.mask.keys, *self.mask.segments)]
+        return (self.key, self.value, *parts, *(() if self.mask.added is None else (self.mask.added,)))
+
     def __call__(
         self, values: Mapping[fx.Node, Any], query: Tensor, positions: Tensor, live: tuple[Tensor, ...] | None = None
     ) -> Tensor:

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import TracingContext, tracing
+from torch._guards import TracingContext, detect_fake_mode, tracing
 
-from .fake import fake_mode_of
 from .program import Program, where
+from .split import Segment
 
 #: Kinds of edges that hold all tokens on purpose.
 EXPLAINED = ("keys/values", "block inputs", "logits", "barrier", "scores", "rows", "select", "scoring")
@@ -63,13 +63,26 @@ class Audit:
 
 @dataclass(frozen=True)
 class AuditSaved:
-    """Partition the rewritten graph and list its saved edges. Reads ``rewrite``; writes ``audit``."""
+    """Partition every segment of the rewritten graph and list what they save. Reads ``segments``; writes ``audit``."""
 
     name: str = "saved tensors"
 
     def run(self, program: Program) -> Program:
-        assert program.rewrite is not None
-        return replace(program, audit=saved_edges(program.rewrite.module, program.rewrite.inputs))
+        segments = program.segments
+        assert segments is not None
+        found: dict[Any, Edge] = dict.fromkeys(segments.placeholders)
+
+        def look(part: Segment, taken: list) -> None:
+            forward = partitioned(part.run, taken)
+            given = dict(zip(forward.outputs, part.gives, strict=True))
+            takes = dict(zip(forward.inputs, _distinct(part.takes, taken), strict=False))
+            for node in forward.saved:
+                base = _base(node)
+                key = takes.get(base, given.get(base, base))
+                found.setdefault(key, _edge(key if base in takes else node))
+
+        segments.on_examples(look)
+        return replace(program, audit=Audit(tuple(edge for edge in found.values() if edge is not None)))
 
     def check(self, program: Program) -> None:
         """Nothing is refused: a full-length activation is reported (``Audit.unexplained``), it is not wrong."""
@@ -77,24 +90,39 @@ class AuditSaved:
 
 def saved_edges(module: fx.GraphModule, inputs: Sequence[Any]) -> Audit:
     """What Inductor's partitioner saves for the backward of ``module``; parameters and inputs are not counted."""
-    found: list[Edge] = []
+    with tracing(TracingContext.try_get() or TracingContext(detect_fake_mode(inputs))):
+        forward = partitioned(module, inputs)
+    return Audit(tuple(_edge(node) for node in forward.saved if _base(node) not in forward.inputs))
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a partitioned forward graph takes (no tensor twice), gives and saves; each without the views around it."""
+
+    inputs: list[fx.Node]
+    outputs: list[Any]
+    saved: list[fx.Node]
+
+
+def partitioned(module: fx.GraphModule, inputs: Sequence[Any]) -> Forward:
+    """What Inductor's partitioner makes of the forward of ``module``."""
+    found: list[Forward] = []
 
     def look(graph: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
         metadata = TracingContext.get().fw_metadata
         if not kwargs.get("is_backward", False) and not found and metadata is not None:
-            saved = graph.graph.output_node().args[0][metadata.num_forward :]
-            found.extend(_edge(node) for node in dict.fromkeys(saved) if _is_edge(node))
+            outputs = graph.graph.output_node().args[0]
+            given = outputs[metadata.num_mutated_inp_runtime_indices :][: metadata.num_outputs]
+            saved = [node for node in dict.fromkeys(outputs[metadata.num_forward :]) if _is_tensor(node)]
+            found.append(Forward(graph.graph.find_nodes(op="placeholder"), [_base(x) for x in given], saved))
         return graph.forward
 
     from torch._inductor.compile_fx import compile_fx
 
-    mode = fake_mode_of(inputs)
-    uncached = torch._functorch.config.patch(
-        enable_autograd_cache=False
-    )  # a cached graph would not be shown to ``look``
-    with tracing(TracingContext.try_get() or TracingContext(mode)), partitioning(), uncached:
+    # a cached graph would not be shown to ``look``
+    with partitioning(), torch._functorch.config.patch(enable_autograd_cache=False):
         compile_fx(copy.deepcopy(module), list(inputs), inner_compile=look)
-    return Audit(tuple(found))
+    return found[0]
 
 
 def partitioning() -> Any:
@@ -103,14 +131,24 @@ def partitioning() -> Any:
     return torch._functorch.config.patch(aggressive_recomputation=True)
 
 
-def _is_edge(node: Any) -> bool:
-    """Saved, and not an input or a view of one."""
+def _is_tensor(node: Any) -> bool:
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _base(node: Any) -> Any:
+    """What a view is one of."""
     while isinstance(node, fx.Node) and isinstance(node.target, torch._ops.OpOverload) and node.target.is_view:
         node = node.args[0]
-    return isinstance(node, fx.Node) and node.op != "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)
+    return node
+
+
+def _distinct(keys: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+    """The keys without those whose tensor is that of an earlier one."""
+    return [*{id(x) if isinstance(x, torch.Tensor) else key: key for key, x in zip(keys, values, strict=True)}.values()]
 
 
 def _edge(node: fx.Node) -> Edge:
+    """The kind of a value of the seek stream is that of what reads it."""
     value = node.meta["val"]
-    kind = node.meta.get("custom", {}).get("tokenseek", "activations")
-    return Edge(node.name, kind, tuple(value.shape), value.dtype, where(node))
+    kinds = (reader.meta.get("custom", {}).get("tokenseek") for reader in (node, *node.users))
+    return Edge(node.name, next(filter(None, kinds), "activations"), tuple(value.shape), value.dtype, where(node))

@@ -34,6 +34,17 @@ class Blocks:
         """The residual streams of all token axes."""
         return frozenset().union(*self.streams.values())
 
+    @property
+    def ends(self) -> frozenset[fx.Node]:
+        """The values that the ditch stream is cut behind, so that blocks alike give graphs alike: the entries, and in every
+        stream the value that lies as far behind the last entry as this lies behind the one before it, where the head begins."""
+        found = {entry for entry in self.entries if entry is not None}
+        for stream in self.streams.values():
+            *_, before, last = (-1, -1, *(i for i, node in enumerate(stream) if node in found))
+            if before >= 0 and 2 * last - before < len(stream):
+                found.add(stream[2 * last - before])
+        return frozenset(found)
+
     def last_entry(self, axes: TokenAxes, axis: TokenAxis) -> fx.Node | None:
         """The input of the last block that looks at these tokens: TokenSeek's z^(L-1)."""
         found = zip(self.attentions, self.entries, strict=True)

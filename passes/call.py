@@ -153,7 +153,9 @@ class Call:
         streams, node = self.streams, self.operands[operand]
         if node in streams.live:
             return self._rows_of(node, dim)
-        return streams.once((node, dim, *self._place_of_batch(self.node)), lambda: self._rows_of(node, dim))
+        return streams.once(
+            (streams.first_alike[node], dim, *self._place_of_batch(self.node)), lambda: self._rows_of(node, dim)
+        )
 
     def _place_of_batch(self, node: fx.Node) -> tuple:
         """What rows depend on that all instances share: they get the batch axis where ``node`` has it."""

@@ -33,7 +33,7 @@ from .program import Program, attribute
 
 aten = torch.ops.aten
 _SET_GRAD = torch._C._set_grad_enabled
-_ENTER_AUTOCAST, _EXIT_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 _INLINED = {"tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint"}
 _LARGEST_LITERAL = 64
 _ASSERTS = {
@@ -90,7 +90,7 @@ class Retrace(fx.Interpreter):
         if target is _SET_GRAD:
             self.grad_enabled = args[0]
             return None
-        if target in (_ENTER_AUTOCAST, _EXIT_AUTOCAST):
+        if target in (ENTER_AUTOCAST, EXIT_AUTOCAST):
             return record_autocast(target, args, kwargs)
         return super().call_function(target, args, kwargs)
 
@@ -221,7 +221,7 @@ def _tidy(module: fx.GraphModule) -> None:
             module.graph.erase_node(node)
         elif name == "copy":
             _expand_copy(node)
-        elif node.target is _EXIT_AUTOCAST:
+        elif node.target is EXIT_AUTOCAST:
             _drop_idle_autocast(module.graph, node)
     module.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or is_autocast(node))
     module.recompile()
@@ -238,7 +238,7 @@ def _expand_copy(node: fx.Node) -> None:
 
 
 def is_autocast(node: fx.Node) -> bool:
-    return node.target in (_ENTER_AUTOCAST, _EXIT_AUTOCAST)
+    return node.target in (ENTER_AUTOCAST, EXIT_AUTOCAST)
 
 
 def _drop_idle_autocast(graph: fx.Graph, leave: fx.Node) -> None:
@@ -246,7 +246,7 @@ def _drop_idle_autocast(graph: fx.Graph, leave: fx.Node) -> None:
     enter = leave.args[0]
     device, _, enabled, *_ = (*enter.args, None, None, None)
     outer = torch.is_autocast_enabled(device) or any(
-        node.target is _ENTER_AUTOCAST and node.args[0] == device and node.args[2] for node in graph.nodes
+        node.target is ENTER_AUTOCAST and node.args[0] == device and node.args[2] for node in graph.nodes
     )
     if enter.next is leave or (not enabled and not outer):
         graph.erase_node(leave)

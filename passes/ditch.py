@@ -36,13 +36,15 @@ from .token_axes import TokenAxis
 @dataclass(frozen=True)
 class Rewrite:
     """The rewritten forward ``module(*inputs) -> (*outputs, *what was selected)``, the latter by ``names``, one tuple of them
-    for each token axis. ``inputs`` are those of the program, then the rows that were given, or noise for the axes ``noisy`` (numbers)."""
+    for each token axis. ``inputs`` are those of the program, then the rows that were given, or noise for the axes ``noisy`` (numbers).
+    ``seek``: where the values of the seek stream stand in it, by their nodes in the program."""
 
     module: fx.GraphModule
     inputs: tuple[Any, ...]
     barriers: tuple[Barrier, ...]
     names: tuple[tuple[str, ...], ...]
     noisy: tuple[int, ...] = ()
+    seek: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Ditch:
             refuse_unweighted(program)
         barriers: list[Barrier] = []
         names: list[tuple[str, ...]] = []
+        places: dict[fx.Node, fx.Node] = {}
         tail = None if self.given else self._tail(program)
 
         def forward(*args: Any) -> tuple:
@@ -83,6 +86,7 @@ class Ditch:
             geometries, selections = choose(seek, tail, *extra)
             streams = Streams(program, seek.values, geometries, inputs, barriers, self.kv_grad)
             streams.run()
+            places.update(seek.nodes())
             outputs = tuple(self._outputs(program, streams))
             for index, update in zip(program.mutated, program.updates, strict=True):
                 written[index].copy_(seek.values[update])
@@ -91,7 +95,8 @@ class Ditch:
 
         inputs = (*program.inputs, *(self.given or self._noise(program)))
         module = _traced(forward, inputs, program)
-        return replace(program, rewrite=Rewrite(module, inputs, tuple(barriers), tuple(names), self._noisy(program)))
+        rewrite = Rewrite(module, inputs, tuple(barriers), tuple(names), self._noisy(program), places)
+        return replace(program, rewrite=rewrite)
 
     def choice(self, program: Program) -> Program:
         """The choice alone as the rewrite: ``module(*inputs) -> what is selected``; it writes to no input."""

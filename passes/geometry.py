@@ -56,7 +56,7 @@ class Geometry:
     def like(self, by_token: torch.Tensor, shape: Sequence[Any], labels: Axes) -> torch.Tensor:
         """``by_token`` ([B, n]: of all tokens or of the rows) spread to a value of ``shape``, its first token dim."""
         dim = next(i for i, label in enumerate(labels) if find(self.axis.token, label) is not None)
-        pieces, tokens = self._cut(shape, labels, dim), by_token.shape[1]
+        pieces, tokens = self.cut(shape, labels, dim), by_token.shape[1]
         kinds = [kind for kind, _ in pieces]
         by_token = by_token.t() if "batch" in kinds[kinds.index("token") :] else by_token
         sizes = {"batch": self.batch, "token": tokens}
@@ -65,7 +65,7 @@ class Geometry:
 
     def by_token(self, value: torch.Tensor, labels: Axes, dim: int, tokens: Any = None) -> torch.Tensor:
         """``value`` as [B, T]: its other entries summed (of bools: any). ``tokens``: the rows it has, if not all."""
-        pieces = self._cut(value.shape, labels, dim)
+        pieces = self.cut(value.shape, labels, dim)
         kinds = [kind for kind, _ in pieces]
         known = tokens is not None
         value = value.reshape([tokens if kind == "token" and known else size for kind, size in pieces])
@@ -78,18 +78,18 @@ class Geometry:
 
     def join(self, chunks: Sequence[torch.Tensor], labels: Axes, dim: int, shape: Sequence[Any]) -> torch.Tensor:
         """The value of a given shape whose rows along ``dim`` are those of ``chunks``, one after the other."""
-        pieces = self._cut(shape, labels, dim)
+        pieces = self.cut(shape, labels, dim)
         at = [kind for kind, _ in pieces].index("token")
         parts = [chunk.reshape([-1 if i == at else size for i, (_, size) in enumerate(pieces)]) for chunk in chunks]
         return torch.cat(parts, at).reshape(shape)
 
-    def _cut(self, shape: Sequence[Any], labels: Axes, dim: int) -> list[tuple[str, Any]]:
+    def cut(self, shape: Sequence[Any], labels: Axes, dim: int) -> list[tuple[str, Any]]:
         """Every dim cut at its batch factor, and ``dim`` at its token factor: ("batch" | "token" | "", size)."""
         return [piece for i, label in enumerate(labels) for piece in self._pieces(label, shape[i], i == dim)]
 
     def _factored(self, value: torch.Tensor, labels: Axes, dim: int) -> tuple[list, torch.Tensor, int]:
         """Sizes of ``value`` with batch and token axis as dims of their own, the gather index, and the token's place."""
-        pieces = self._cut(value.shape, labels, dim)
+        pieces = self.cut(value.shape, labels, dim)
         kinds, sizes = [kind for kind, _ in pieces], [size for _, size in pieces]
         if kinds.count("batch") > 1:
             raise GraphNotSupported("A value has the batch axis twice (it compares instances), its rows have no owner.")

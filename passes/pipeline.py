@@ -13,6 +13,7 @@ from .canonicalize import Canonicalize
 from .ditch import Ditch
 from .program import Program
 from .shift import UnshiftLabels
+from .split import Split
 from .token_axes import FindTokenAxes
 
 
@@ -89,5 +90,5 @@ def analysis() -> Pipeline:
 
 
 def rewriting(ditch: Ditch) -> Pipeline:
-    """The analysis and the rewrite."""
-    return analysis() + ditch
+    """The analysis, the rewrite, and the cut into segments."""
+    return analysis() + ditch + Split()

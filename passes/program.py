@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .audit import Audit
     from .blocks import Blocks
     from .ditch import Rewrite
+    from .split import Segments
     from .token_axes import TokenAxes
 
 
@@ -36,6 +37,7 @@ class Program:
     blocks: Blocks | None = None
     attending: Mapping[fx.Node, Attending] = field(default_factory=dict)
     rewrite: Rewrite | None = None
+    segments: Segments | None = None
     audit: Audit | None = None
     notes: tuple[str, ...] = field(default=())
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.utils import _pytree as pytree
 
 from .activity import FindActivity
@@ -163,6 +164,15 @@ class Seek(Retrace):
 
     def get_attr(self, target: Any, args: tuple, kwargs: dict) -> Any:
         return _without_grad(super().get_attr(target, args, kwargs))
+
+    def nodes(self) -> dict[fx.Node, fx.Node]:
+        """Where the tensors of this stream stand in the graph that is being traced."""
+        mode = get_proxy_mode()
+        if mode is None:
+            return {}
+        tensors = {node: value for node, value in self.values.items() if isinstance(value, Tensor)}
+        found = {node: get_proxy_slot(x, mode.tracer, None, lambda p: p.proxy.node) for node, x in tensors.items()}
+        return {node: place for node, place in found.items() if place is not None}
 
     def look(
         self,

@@ -13,14 +13,15 @@ from .audit import Audit
 from .factors import Dim
 from .program import Program
 from .rules.op import is_tensor
+from .split import Segments
 
 #: Arguments that say where and how a value lies in memory, not what it is.
 _PLACEMENT = ("device", "layout", "memory_format", "pin_memory")
 
 
 def show(program: Program) -> str:
-    """What the latest pass made of ``program``: its graph, after ``ditch`` the rewritten one, after ``saved tensors`` what
-    is saved for backward.
+    """What the latest pass made of ``program``: its graph, after ``ditch`` the rewritten one, after ``split`` what
+    its segments take and give, after ``saved tensors`` what is saved for backward.
 
     A line is ``name: type[shape] = operation(arguments)  # remarks``. A leading ``*``: the value carries gradient. In a
     shape, ``t:`` and ``b:`` mark the token axis and the batch; factors of one dim stand in parentheses. In the rewritten
@@ -31,6 +32,8 @@ def show(program: Program) -> str:
     """
     if program.audit is not None:
         return "\n".join(_saved(program.audit))
+    if program.segments is not None:
+        return "\n".join(_segments(program.segments))
     if program.rewrite is not None:
         return "\n".join(_rewritten_line(node) for node in program.rewrite.module.graph.nodes)
     return "\n".join(_line(program, node) for node in program.graph.nodes)
@@ -125,6 +128,19 @@ def _argument(value: Any) -> str:
         inside = ", ".join(map(_argument, value))
         return f"({inside})" if isinstance(value, tuple) else f"[{inside}]"
     return "end" if value == sys.maxsize and not isinstance(value, fx.Node) else str(value)
+
+
+def _segments(segments: Segments) -> Iterator[str]:
+    """For every segment its operations, the values that it takes, and those that it gives."""
+    for number, part in enumerate(segments.parts):
+        count = len(part.run.graph.nodes) - len(part.takes) - 1
+        yield f"  segment {number}: {count} operations"
+        for word, values in (("takes", part.takes), ("gives", part.gives)):
+            yield f"    {word} {', '.join(map(_value, values))}"
+
+
+def _value(x: Any) -> str:
+    return f"{x}: {_plain_type(x.meta.get('val'))}" if isinstance(x, fx.Node) else str(x)
 
 
 def _saved(audit: Audit) -> Iterator[str]:

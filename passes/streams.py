@@ -19,7 +19,7 @@ from torch.fx import traceback as fx_traceback
 from torch.utils import _pytree as pytree
 
 from .call import Call, pad_left
-from .canonicalize import Retrace, is_autocast, record_opaque
+from .canonicalize import ENTER_AUTOCAST, EXIT_AUTOCAST, Retrace, is_autocast, record_opaque
 from .errors import GraphNotSupported, InvariantBroken, located
 from .factors import Axes
 from .geometry import Geometry
@@ -30,6 +30,8 @@ from .rules.rows import LABEL_LOSSES, LOSSES, ROWS_RULES, rerun
 from .token_axes import ATTENDING
 
 aten = torch.ops.aten
+#: Where ``meta["custom"]`` says in which block of the ditch stream a node was traced, beside its kind.
+BLOCK = "tokenseek_block"
 #: Operations that only lay out what they get. A full value is put together before them, so that keys and values are
 #: whole before heads are repeated.
 _LAYOUT_NAMES = (
@@ -75,24 +77,46 @@ class Streams:
         self._merged: dict[fx.Node, torch.Tensor] = {}
         self._context: dict[fx.Node, Any] = {}
         self._known: dict[Any, torch.Tensor] = {}
+        self.first_alike = first_alike(program.graph)
         self._in_context = keys_and_values(program) if kv_grad == "all" else frozenset()
         self._switches = Retrace(program.module)
 
     def run(self) -> None:
         classes = class_factors(self.program)
         routed = {node for route in self.axes.routes if route.exits & self.live for node in route.nodes}
+        block = 1
         for node in self.program.graph.nodes:
-            if is_autocast(node):
-                self._switches.env[node] = self._switches.run_node(node)
-            elif node in routed:
-                with tagged("rows", node):
-                    self._rows[node] = self._in_route(node, routed)
-            elif node in self.live:
-                kind = kind_of(self.program, node, classes)
-                with tagged("rows" if kind in ("activations", "keys/values") else kind, node), located(node):
-                    self._compute(node)
-                    if node in self._in_context:
-                        self._context[node] = self._for_all_tokens(node)
+            with in_block(block):
+                self._run_node(node, classes, routed)
+            if node in self.program.blocks.ends:
+                self._reenter_autocast(block)
+                block += 1
+
+    def _run_node(self, node: fx.Node, classes: set[int], routed: set[fx.Node]) -> None:
+        if is_autocast(node):
+            args, kwargs = self._switches.fetch_args_kwargs_from_env(node)
+            self._switches.env[node] = self._switches.call_function(node.target, args, kwargs)
+        elif node in routed:
+            with tagged("rows", node):
+                self._rows[node] = self._in_route(node, routed)
+        elif node in self.live:
+            kind = kind_of(self.program, node, classes)
+            with tagged("rows" if kind in ("activations", "keys/values") else kind, node), located(node):
+                self._compute(node)
+                if node in self._in_context:
+                    self._context[node] = self._for_all_tokens(node)
+
+    def _reenter_autocast(self, block: int) -> None:
+        """Leave the open regions at the end of a block and enter them in the next: none lies in two."""
+        switch, known = self._switches.call_function, self._switches.env
+        entered = [
+            node for node in known if node.target is ENTER_AUTOCAST and not any(map(known.__contains__, node.users))
+        ]
+        with in_block(block):
+            for node in reversed(entered):
+                switch(EXIT_AUTOCAST, (known[node],), {})
+        with in_block(block + 1):
+            known.update({node: switch(ENTER_AUTOCAST, node.args, {}) for node in entered})
 
     def context(self, node: fx.Node) -> Any:
         """What rows look at: the full value, or the one computed anew for all tokens."""
@@ -134,7 +158,8 @@ class Streams:
     def once(self, key: Any, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """A value that carries no gradient and is the same wherever it is asked for: computed the first time."""
         if key not in self._known:
-            self._known[key] = compute()
+            with in_block(0):
+                self._known[key] = compute()
         return self._known[key]
 
     def aligned_rows(
@@ -291,11 +316,30 @@ def tagged(kind: str, node: fx.Node | None = None) -> Iterator[None]:
     """Nodes traced inside carry the place of ``node`` and ``meta["custom"]["tokenseek"] = kind``."""
     before = fx_traceback.current_meta
     place = node.meta if node is not None else before
-    fx_traceback.current_meta = {**place, "custom": {**place.get("custom", {}), "tokenseek": kind}}
+    with _traced_at(place, {"tokenseek": kind, BLOCK: block_of(before)}):
+        yield
+
+
+@contextmanager
+def in_block(number: int) -> Iterator[None]:
+    """Nodes traced inside belong to this block of the ditch stream (0: to none)."""
+    with _traced_at(fx_traceback.current_meta, {BLOCK: number}):
+        yield
+
+
+@contextmanager
+def _traced_at(place: dict[str, Any], custom: dict[str, Any]) -> Iterator[None]:
+    before = fx_traceback.current_meta
+    fx_traceback.current_meta = {**place, "custom": {**place.get("custom", {}), **custom}}
     try:
         yield
     finally:
         fx_traceback.current_meta = before
+
+
+def block_of(meta: Mapping[str, Any]) -> int:
+    """The block that ``in_block`` wrote into a node's ``meta``; 0: none."""
+    return meta.get("custom", {}).get(BLOCK, 0)
 
 
 def kind_of(program: Program, node: fx.Node, classes: set[int]) -> str:
@@ -316,6 +360,19 @@ def feeds_attention(node: fx.Node) -> bool:
         (node in user.args[1:3] and user.target in ATTENDING) or (user.target in _LAYOUT and feeds_attention(user))
         for user in node.users
     )
+
+
+def first_alike(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """For every node the first that computes the same of the same (what is random: itself)."""
+    known: dict[Any, fx.Node] = {}
+    found: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded not in node.target.tags:
+            key = (node.target, str(fx.map_arg((node.args, node.kwargs), found.__getitem__)))
+            found[node] = known.setdefault(key, node)
+        else:
+            found[node] = node
+    return found
 
 
 def keys_and_values(program: Program) -> frozenset[fx.Node]:

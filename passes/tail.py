@@ -10,15 +10,12 @@ Both parts are traced without pre-dispatch, where autograd's operations are reco
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from .call import Call
 from .canonicalize import is_autocast
@@ -27,6 +24,7 @@ from .factors import same_size
 from .fake import fake_mode_of
 from .geometry import Geometry, example_sizes
 from .head import Head, find_head
+from .part import Part, trace_whole
 from .program import Program
 from .rules.op import bind, bind_values, bytes_hint, hint, is_tensor, operands_of
 from .rules.rows import LABEL_LOSSES, MEAN, SUM, divisor, token_losses
@@ -294,7 +292,7 @@ def _trace_chunk(tail: Tail, size: Any, gradient: bool, captured: Sequence[fx.No
         rows, known = args[: len(tail.frontier)], _frozen(captured, args[len(tail.frontier) :])
         leaves = [row.detach().requires_grad_(gradient) for row in rows]
         geometry = Geometry(axes, axes.main, indices, batch, tokens)
-        streams = _Chunk(tail, known, geometry, dict(zip(tail.frontier, leaves, strict=True)))
+        streams = _Chunk(program, tail.rows, known, geometry, dict(zip(tail.frontier, leaves, strict=True)))
         with torch.set_grad_enabled(gradient):
             streams.run()
             losses, end, given = _losses(tail, streams, gradient)
@@ -374,28 +372,14 @@ def _frozen(nodes: Sequence[fx.Node], values: Sequence[Any]) -> dict[fx.Node, An
 
 
 def _traced(function: Callable[..., Any], inputs: Sequence[Any], tail: Tail) -> fx.GraphModule:
-    with warnings.catch_warnings(), fake_mode_of(inputs):
-        inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]  # no tensor may be two inputs of a trace
-        with enable_python_dispatcher():  # composite operations in Python: in C++ some can't take symbolic sizes
-            module = make_fx(function, tracing_mode="real")(*inputs)
+    module = trace_whole(function, inputs)
     for node in module.graph.nodes:
         node.meta = {**tail.starts[0].meta, **node.meta, "custom": {"tokenseek": "scoring"}}
     return module
 
 
-class _Chunk(Streams):
+class _Chunk(Part):
     """The chunked part of a tail: its rows stream, started from the frontier; nothing of it exists for all tokens."""
-
-    def __init__(self, tail: Tail, known: dict[fx.Node, Any], geometry: Geometry, rows: dict[fx.Node, Tensor]) -> None:
-        activity = replace(tail.program.activity, live=frozenset((*tail.rows, *tail.frontier)))
-        seek = _Shapes(known)
-        super().__init__(replace(tail.program, activity=activity), seek, [geometry], tail.program.inputs, [])
-        self._rows.update(rows)
-        self._switches = fx.Interpreter(tail.program.module)  # switched for real, not recorded
-
-    def _compute(self, node: fx.Node) -> None:
-        if node not in self._rows:
-            super()._compute(node)
 
     def full(self, node: fx.Node) -> Any:
         if node in self.live:
@@ -405,10 +389,3 @@ class _Chunk(Streams):
                 node,
             )
         return self.seek[node]
-
-
-class _Shapes(dict):
-    """Values of nodes; for one that is not computed, its example (only its shape is asked for)."""
-
-    def __missing__(self, node: fx.Node) -> Any:
-        return node.meta["val"]

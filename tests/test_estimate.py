@@ -13,10 +13,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tokenseek_fx
-from tokenseek_fx import ConfigError, GraphNotSupported, StepMemory, estimate, explain
+from tokenseek_fx import ConfigError, GraphNotSupported, StepMemory, compat, estimate, explain
 from tokenseek_fx.estimate import Estimate, bytes_of
 from tokenseek_fx.memory import Live, step_memory
-from tokenseek_fx.passes.received import received
+from tokenseek_fx.ops.head import head_loss
 
 MIB = 2**20
 DROP = {"logits": "drop"}
@@ -34,30 +34,34 @@ def small() -> Estimate:
     return estimate(llama("meta"), 2, 64, options=DROP)
 
 
-def fake_graph(function, *inputs):
-    """A graph and its inputs, as a backend is given them."""
+def step_of(function, *inputs, set_to_none=True):
+    """The step of a function, compiled by Inductor; of ``inputs`` shapes are read, and whether they require grad."""
     mode = FakeTensorMode()
     fakes = [mode.from_tensor(x) for x in inputs]
     with mode:
-        return make_fx(function, tracing_mode="real")(*fakes), fakes
+        graph = make_fx(function, tracing_mode="real")(*fakes)
+    return step_memory(lambda: compat.inductor(None, None)(graph, fakes), fakes, set_to_none)
+
+
+def product(x, w):
+    return ((x @ w).exp().sum(),)
+
+
+X, W = torch.randn(32, 16), torch.randn(16, 64, requires_grad=True)
+RESULT, SCALAR, OF_W = 32 * 64 * 4, 4, 16 * 64 * 4
 
 
 def test_the_bytes_of_a_graph_are_those_counted_by_hand():
-    """``sum(exp(x w))``: exp(x w) [32, 64] is saved; its gradient is made from it in its place, then that of w [16, 64]."""
-    x, w = torch.randn(32, 16), torch.randn(16, 64, requires_grad=True)
-    graph, inputs = fake_graph(lambda x, w: ((x @ w).exp().sum(),), x, w)
-    result, loss, of_w = 32 * 64 * 4, 4, 16 * 64 * 4
-    found = step_memory(graph, inputs, given=2)
-    assert found.saved == {"activations": result}
-    assert found.forward == result + loss
-    assert found.backward == result + loss + of_w  # by then the gradient that came to the loss is given up
+    """exp(x w) [32, 64] is saved; its gradient is made from it in its place, then that of w [16, 64]. All the while there are the
+    loss and the gradient that comes to it."""
+    found = step_of(product, X, W)
+    assert found.saved == {"activations": RESULT}
+    assert found.forward == RESULT + SCALAR
+    assert found.backward == RESULT + 2 * SCALAR + OF_W
 
 
-def test_an_input_that_does_not_exist_before_the_step_counts():
-    x, w = torch.randn(32, 16), torch.randn(16, 64, requires_grad=True)
-    graph, inputs = fake_graph(lambda w, x: ((x @ w).exp().sum(),), w, x)
-    before, within = step_memory(graph, inputs, given=2), step_memory(graph, inputs, given=1)
-    assert within.forward == before.forward + x.nbytes
+def test_gradients_that_are_there_are_not_counted_but_those_added_to_them_are():
+    assert step_of(product, X, W, set_to_none=False) == step_of(product, X, W)
 
 
 def test_storages_count_once_and_only_while_they_live():
@@ -78,13 +82,13 @@ def test_storages_count_once_and_only_while_they_live():
 
 
 def test_what_an_operation_of_this_package_needs_for_itself_counts():
-    """Scores of all queries in one block [1, 64, 64], and their softmax."""
+    """Logits [100, 50] of a single block, beside the losses and the gradient."""
     with FakeTensorMode() as mode:
-        query = torch.empty(1, 64, 8)
+        hidden, weight, target = torch.empty(100, 8), torch.empty(50, 8), torch.empty(100, dtype=torch.long)
         with mode, Live() as live:
-            live.ignore([query])
-            received(query, query, None, False, None)
-    assert live.peak >= 2 * 64 * 64 * 4
+            live.ignore([hidden, weight, target])
+            head_loss(hidden, weight, None, target, -100, 0.0, 1.0, torch.float32, True)
+    assert live.peak > 100 * 50 * 4 + 100 * 8 * 4
 
 
 def test_saved_bytes_are_those_of_the_audit(small, capsys):

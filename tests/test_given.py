@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import tokenseek_fx
 from tokenseek_fx import GraphNotSupported, SelectionError, TokenSeekWarning, selecting
 from tokenseek_fx.given import Given
+from tokenseek_fx.passes.split import Segments
 
 B, T = 2, 11
 
@@ -41,17 +42,16 @@ def train(step, model: nn.Module, batch, indices: Tensor, weights: Tensor | None
 
 
 @pytest.fixture
-def graphs(monkeypatch) -> list[int]:
-    """The numbers of inputs of the graphs that were compiled."""
-    found: list[int] = []
-    plain = sys.modules["tokenseek_fx.backend"].inner_compiler
+def graphs(monkeypatch) -> list[str]:
+    """A name for every graph that was compiled, in however many segments."""
+    found: list[str] = []
 
-    def counting(*args, **kwargs):
-        compile = plain(*args, **kwargs)
-        return lambda gm, inputs: (found.append(len(inputs)), compile(gm, inputs))[1]
+    def count(owner, name):
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: (found.append(name), plain(*args))[1])
 
-    for name in ("backend", "scoring"):
-        monkeypatch.setattr(sys.modules[f"tokenseek_fx.{name}"], "inner_compiler", counting)
+    count(Segments, "compiled")
+    count(sys.modules["tokenseek_fx.scoring"], "inner_compiler")
     return found
 
 

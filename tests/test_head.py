@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from scores import Watch
+from test_random import V
+from test_scores import B, Decoder, T, close, tokens
+from torch import Tensor, nn
 
 from tokenseek_fx.ops import head
 from tokenseek_fx.ops.head import head_loss
+from tokenseek_fx.passes import tail
+from tokenseek_fx.passes.head import Head, find_head
 
 IGNORED = -100
 SIZES = st.integers(1, 9)
@@ -94,3 +103,157 @@ def test_autocast_outside_does_not_change_the_product():
 def test_the_operator_keeps_its_contract(gradient):
     inputs = example(5, 4, 7, True, 0.4, torch.bfloat16)
     torch.library.opcheck(head_loss, (*inputs, IGNORED, 2.0, 0.5, torch.float32, gradient))
+
+
+# ---- in the tail of a model
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 3 * 0.7
+
+
+class CappedInside(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2.0 * torch.tanh(0.4 * super().forward(x))
+
+
+class Product(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.t()
+
+
+class FlatProduct(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.mm(x.flatten(0, 1), self.weight.t()).unflatten(0, (B, T))
+
+
+class Adapted(nn.Linear):
+    """As LoRA does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.1 * F.linear(x[..., :3], self.weight[:, :3])
+
+
+class CappedTwice(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(2 * torch.tanh(super().forward(x)))
+
+
+class ByToken(nn.Linear):
+    """A temperature of every token."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * x[..., :1].sigmoid()
+
+
+class Shifted(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return (super().forward(x) + 1.5).square() * 0.1
+
+
+class Rounded(nn.Linear):
+    """Logits that pass through float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).float().double()
+
+
+def by_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.nll_loss(F.log_softmax(logits.flatten(0, 1), -1), labels.flatten())
+
+
+def nll_of_two(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.nll_loss(F.log_softmax(F.log_softmax(logits.flatten(0, 1), -1) * 2, -1), labels.flatten())
+
+
+def of_plain_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """Not normalised: no cross entropy at all."""
+    return F.nll_loss(logits.flatten(0, 1), labels.flatten())
+
+
+def transposed(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.transpose(1, 2), labels)
+
+
+def with_penalty(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.clone().flatten(0, 1), labels.flatten()) + 0.01 * logits.square().mean()
+
+
+def weighted(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), torch.linspace(0.5, 2, V, dtype=torch.float64))
+
+
+def smoothed(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.1)
+
+
+def decoder(head: type[nn.Linear], loss: Any = None, bias: bool = False) -> Decoder:
+    model = Decoder(loss=loss)
+    model.head = head(16, V, bias=bias)
+    return model.double()
+
+
+@pytest.fixture
+def heads(monkeypatch) -> list[Head | None]:
+    """What was found as the head of every tail that is looked for."""
+    found: list[Head | None] = []
+
+    def keep(*args: Any) -> Head | None:
+        found.append(find_head(*args))
+        return found[-1]
+
+    monkeypatch.setattr(tail, "find_head", keep)
+    return found
+
+
+FOUND = {
+    "linear": decoder(nn.Linear),
+    "linear with a bias": decoder(nn.Linear, bias=True),
+    "factors": decoder(Scaled, bias=True),
+    "a soft cap": decoder(CappedInside),
+    "a product with the transposed weight": decoder(Product),
+    "a product of flat rows": decoder(FlatProduct),
+    "the loss by log-softmax": decoder(nn.Linear, by_nll),
+    "a loss over a sum": decoder(
+        nn.Linear, lambda x, y: F.cross_entropy(x.flatten(0, 1), y.flatten(), reduction="sum")
+    ),
+}
+OTHERS = {
+    "an adapted head": decoder(Adapted),
+    "two caps": decoder(CappedTwice),
+    "a temperature of every token": decoder(ByToken),
+    "another function of the logits": decoder(Shifted),
+    "a narrower dtype on the way": decoder(Rounded),
+    "log-softmax twice": decoder(nn.Linear, nll_of_two),
+    "a loss that normalises nothing": decoder(nn.Linear, of_plain_nll),
+    "classes in the middle": decoder(nn.Linear, transposed),
+    "a penalty on the logits": decoder(nn.Linear, with_penalty),
+    "class weights": decoder(nn.Linear, weighted),
+    "smoothed labels": decoder(nn.Linear, smoothed),
+}
+
+
+def assert_scored(model: Decoder, gradient_of: str, tol: float = 1e-9) -> None:
+    """The full loss and the gradient of every token are those of autograd."""
+    how = {"scorer": "gradient", "report_loss": "full", "logits": "drop", "inner": "eager"}
+    run = compiled(model, tokens(), gradient_of=gradient_of, **how)
+    eager, seen = copy.deepcopy(model), Watch()
+    module = eager.head if gradient_of == "head" else eager.layers[-1]
+    module.register_forward_pre_hook(seen.catch, with_kwargs=True)
+    loss = eager(**tokens())
+    close(run.selection.gradient, torch.autograd.grad(loss, seen.z)[0].abs().sum(-1), tol)
+    close(run.loss.detach(), loss.detach(), tol)
+
+
+@pytest.mark.parametrize("gradient_of", ["last_block", "head"])
+@pytest.mark.parametrize("name", FOUND)
+def test_a_linear_head_is_one_operator(name, gradient_of, heads):
+    assert_scored(FOUND[name], gradient_of)
+    assert heads and all(heads)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_heads_go_through_chunks(name, heads):
+    assert_scored(OTHERS[name], "last_block", 1e-5 if name == "a narrower dtype on the way" else 1e-9)
+    assert not any(heads)

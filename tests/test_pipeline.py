@@ -19,6 +19,7 @@ from tokenseek_fx.passes import (
     Pipeline,
     Program,
     Select,
+    Split,
     analysis,
     rewriting,
 )
@@ -59,7 +60,7 @@ def eager_graph() -> Program:
 
 def test_prints_itself():
     lines = str(rewriting(Ditch(Select(strided())))).splitlines()
-    names = ["canonicalize", "unshift labels", "activity", "token axes", "blocks", "ditch"]
+    names = ["canonicalize", "unshift labels", "activity", "token axes", "blocks", "ditch", "split"]
     assert [line.split(". ")[1].split(":")[0] for line in lines] == names
 
 
@@ -81,6 +82,7 @@ def test_one_by_one_on_a_graph_without_modules():
         FindTokenAxes(),
         FindBlocks(),
         Ditch(Select(strided(), 1.0)),
+        Split(),
         AuditSaved(),
     ):
         program = step.run(program)

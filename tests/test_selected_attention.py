@@ -11,8 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tokenseek_fx.ops import selected_attention
-from tokenseek_fx.ops.attention import definition
+from tokenseek_fx.ops.attention import definition, selected_attention
 
 GRADS = ("query", "row_key", "row_value", "sinks")
 OP = torch.ops.tokenseek_fx.selected_attention

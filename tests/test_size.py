@@ -15,7 +15,7 @@ from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenseek_fx.backend  # noqa: F401 (the module, not the function of the same name)
-from tokenseek_fx.passes.received import received
+from tokenseek_fx.ops.received import attention_received
 
 BATCH, HEADS, INNER, LAYERS = 2, 4, 88, 2
 TOKENS, VOCAB = 520, 9001  # several chunks of logits at the default budget
@@ -30,7 +30,7 @@ def model(layers: int = LAYERS) -> nn.Module:
 
 @pytest.fixture
 def graphs(monkeypatch) -> list[fx.GraphModule]:
-    """The forward and the backward graph, as a compiler gets them."""
+    """The graphs of all segments, forward and backward, as a compiler gets them."""
     found: list[fx.GraphModule] = []
 
     def keep(graph: fx.GraphModule, inputs: list) -> fx.GraphModule:
@@ -71,7 +71,7 @@ def of_size(graphs: list[fx.GraphModule], size: int, rows: int) -> list[torch.Si
 def test_no_logits_of_all_tokens_and_no_attention_map(graphs, scorer, kv_grad, report):
     layers = {} if scorer == "random" else {"attention_layers": "all"}
     train(scorer=scorer, kv_grad=kv_grad, report_loss=report, select="sample", **layers)
-    assert len(graphs) == 2
+    assert len(graphs) == 1 + 2 * (LAYERS + 2), "the seek stream; forward and backward of blocks, embedding and head"
     assert not of_size(graphs, VOCAB, BATCH * TOKENS)
     maps = [shape for shape in shapes(graphs) if shape.count(TOKENS) > 1]  # the model's own mask is [B, 1, T, T]
     assert all(shape.numel() <= BATCH * TOKENS * TOKENS for shape in maps)
@@ -99,7 +99,7 @@ def test_random_rows_run_no_head_in_full(graphs):
 def test_attentions_share_one_mask(shape, dtype):
     """What the mask adds to the scores of all tokens, and the mask of the kept rows: Inductor writes each once."""
     _, codes = run_and_get_code(train, layers=4, scorer="random")
-    buffers = re.findall(r"empty_strided_cpu\(\((.+?)\), \(.+?\), torch\.(\w+)\)", codes[0])
+    buffers = re.findall(r"empty_strided_cpu\(\((.+?)\), \(.+?\), torch\.(\w+)\)", "".join(codes))
     assert buffers.count((f"{BATCH}, 1, {shape[0]}, {shape[1]}", dtype)) == 1
 
 
@@ -118,5 +118,5 @@ class Largest(TorchDispatchMode):
 def test_attention_received_works_in_blocks_of_queries():
     query, key = torch.randn(1, 8, 3000, 4), torch.randn(1, 2, 3000, 4)
     with Largest() as largest:
-        received._init_fn(query, key, None, True, None)
+        attention_received._init_fn(query, key, None, True, None)
     assert largest.elements * 4 <= 4.2 * 2**20 < 8 * 3000 * 3000 * 4 / 50

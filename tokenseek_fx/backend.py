@@ -19,6 +19,7 @@ from .passes.activity import FindActivity
 from .passes.audit import partitioning
 from .passes.blocks import FindBlocks
 from .passes.canonicalize import Canonicalize
+from .passes.chunks import Chunk
 from .passes.ditch import Ditch
 from .passes.errors import GraphNotSupported, NoAttention, NothingToSelect, TokenSeekError
 from .passes.factors import same_size
@@ -30,6 +31,7 @@ from .passes.rules.op import hint
 from .passes.seek import Signals
 from .passes.select import Scorer, Select, kept_tokens, method_of, needs_of
 from .passes.shift import UnshiftLabels
+from .passes.split import Split
 from .passes.streams import weighted_losses
 from .passes.tail import has_token_loss
 from .passes.token_axes import FindTokenAxes, Place, TokenAxis
@@ -40,7 +42,7 @@ from .warnings import TokenSeekWarning
 Passed = tuple[tuple[int, Place], ...]
 #: Without a backward to save it for, Inductor inlines the residual stream into its readers layer after layer: other
 #: kernels for every layer to compile, and the outputs of several layers alive at once (docs/design/0001).
-REWRITTEN = {"realize_reads_threshold": 1}
+_REWRITTEN = {"realize_reads_threshold": 1}
 
 _GIVE = "give every part the same rows: `with tokenseek_fx.selecting(indices): ...`"
 _SPLIT = f'Find the cause with torch.compile(model, backend="tokenseek", fullgraph=True), or {_GIVE}.'
@@ -135,7 +137,7 @@ class Trained:
             return AsItIs(inner_compiler(self.config)(self.gm, inputs), known)
         check_rows(program, tuple(map(hint, example_sizes(program, program.axes.main))))
         program = Pipeline((ditch(self.config, program, rows, self.part),)).run(program)
-        return WithRows(_compiled(program, self.config), program, self.part)
+        return WithRows(compile_rewritten(program, self.config), program, self.part)
 
 
 def _compile_own(
@@ -162,13 +164,15 @@ def _compile_own(
     rewrite = program.rewrite
     if rewrite is None:
         return KeepAll(compile_inner(gm, inputs), program)
-    return Rewritten(_compiled(program, config), program, config.seed)
+    return Rewritten(compile_rewritten(program, config), program, config.seed)
 
 
-def _compiled(program: Program, config: Config) -> Compiled:
-    assert program.rewrite is not None
+def compile_rewritten(program: Program, config: Config) -> Compiled:
+    """The rewritten graph of a program, in chunks and segments."""
+    segments = Pipeline((Chunk(), Split())).run(program).segments
+    assert segments is not None
     with partitioning():
-        return inner_compiler(config, REWRITTEN)(program.rewrite.module, program.rewrite.inputs)
+        return segments.compiled(inner_compiler(config, _REWRITTEN))
 
 
 def ditch(config: Config, program: Program, given: tuple[Any, ...] = (), part: bool = False) -> Ditch:

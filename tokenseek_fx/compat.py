@@ -108,8 +108,3 @@ def body_of_custom_op(operation: Any) -> Any:
         return None
     definition = OPDEFS.get(operation._schema.name)
     return definition._init_fn if definition is not None else None
-
-
-def inductor_settings(mode: str | None, options: dict[str, Any] | None) -> dict[str, Any]:
-    """Inductor's settings by name, as ``torch.compile(mode=..., options=...)`` would make them."""
-    return inductor(mode, options).config

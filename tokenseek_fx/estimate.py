@@ -6,7 +6,6 @@ import copy
 import inspect
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,16 +15,15 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from . import compat
-from .backend import REWRITTEN, ditch, keeps_all, refuse_part, refuse_split, trains
+from .backend import compile_rewritten, ditch, inner_compiler, keeps_all, refuse_part, refuse_split, trains
+from .compiled import Rewritten
 from .config import Config
 from .explain import first_graph
 from .memory import StepMemory, step_memory
-from .passes.audit import partitioning
 from .passes.errors import ConfigError, GraphNotSupported, TokenSeekError
-from .passes.fake import fake_inputs
 from .passes.pipeline import analysis
 from .passes.program import Program
+from .passes.rules.op import hint
 
 #: What accelerators are sold with, in units of 10^9 bytes. What they have beyond it is left for the driver and the allocator.
 GPUS = (24, 48, 80, 141)
@@ -140,13 +138,15 @@ def estimate(
     found: list[tuple[StepMemory, StepMemory | None] | TokenSeekError] = []
 
     def look(gm: fx.GraphModule, values: Sequence[Any]) -> None:
-        with tracing(TracingContext(mode)) if mode else nullcontext():
-            try:
-                found.append(_steps(gm, values, config, plain))
-            except TokenSeekError as error:
-                found.append(error)
+        try:
+            refuse_split(gm)
+            examples = _examples(values)
+            with tracing(TracingContext(examples[0])):
+                found.append(_steps(gm, examples[1], config, plain, set_to_none))
+        except TokenSeekError as error:
+            found.append(error)
 
-    first_graph(model, (), inputs, look, dynamic=False)  # bytes are those of these sizes, whatever was traced before
+    first_graph(model, (), inputs, look)
     if not found:
         raise GraphNotSupported("Dynamo found no graph to compile in the model.")
     if isinstance(found[0], TokenSeekError):
@@ -180,31 +180,23 @@ def bytes_of(size: str | int) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def planned_step(program: Program, config: Config) -> StepMemory:
-    """What a step holds of an analysed graph, rewritten as ``config`` asks; plain where it keeps all tokens."""
-    if keeps_all(program, config):
-        return _plain_step(program.module, program.inputs, config)
-    rewrite = ditch(config, program).run(program).rewrite
-    assert rewrite is not None
-    with partitioning():
-        settings = compat.inductor_settings(config.mode, {**REWRITTEN, **(config.inductor_options or {})})
-        return step_memory(rewrite.module, rewrite.inputs, len(program.inputs), settings)
-
-
-def _plain_step(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> StepMemory:
-    settings = compat.inductor_settings(config.mode, dict(config.inductor_options or {}))
-    return step_memory(gm, fake_inputs(gm, inputs), len(inputs), settings)
-
-
 def _steps(
-    gm: fx.GraphModule, inputs: Sequence[Any], config: Config, plain: bool
+    gm: fx.GraphModule, inputs: Sequence[Any], config: Config, plain: bool, set_to_none: bool
 ) -> tuple[StepMemory, StepMemory | None]:
     if not trains(inputs):
         raise GraphNotSupported("Nothing requires grad.", "Leave some parameters trainable.")
-    refuse_split(gm)
     program = analysis().run(Program(gm, tuple(inputs)))
     refuse_part(program, inputs)
-    return planned_step(program, config), _plain_step(gm, inputs, config) if plain else None
+
+    def as_it_is() -> Any:
+        return inner_compiler(config)(gm, inputs)
+
+    def rewritten() -> Any:
+        ditched = ditch(config, program).run(program)
+        return Rewritten(compile_rewritten(ditched, config), ditched, None)
+
+    step = step_memory(as_it_is if keeps_all(program, config) else rewritten, inputs, set_to_none)
+    return step, step_memory(as_it_is, inputs, set_to_none) if plain else None
 
 
 def _checked(config: Config) -> Config:
@@ -252,6 +244,26 @@ def _faked(x: Tensor, mode: FakeTensorMode, dtype: torch.dtype | None = None) ->
         kind = dtype if dtype and x.is_floating_point() else x.dtype
         fake = torch.empty_strided(x.shape, x.stride(), dtype=kind, device=device)
     return torch.nn.Parameter(fake, x.requires_grad) if isinstance(x, torch.nn.Parameter) else fake
+
+
+def _examples(values: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
+    """Inputs of a graph as fake tensors of these sizes, whatever Dynamo holds for dynamic, in a mode of their own."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    return mode, [_example(x, mode) for x in values]
+
+
+def _example(x: Any, mode: FakeTensorMode) -> Any:
+    if isinstance(x, torch.SymInt):
+        return hint(x)
+    if not isinstance(x, Tensor):
+        return x
+    with mode:
+        fake = torch.empty_strided(*_hints(x.shape, x.stride()), dtype=x.dtype, device=x.device)
+    return fake.requires_grad_(x.requires_grad)
+
+
+def _hints(*sizes: Sequence[Any]) -> list[tuple[int, ...]]:
+    return [tuple(map(hint, each)) for each in sizes]
 
 
 def _inputs(model: torch.nn.Module, batch: int | Mapping[str, Any], seq: int | None) -> dict[str, Any]:

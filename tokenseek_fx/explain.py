@@ -19,9 +19,10 @@ from .passes.audit import Audit, AuditSaved, saved_edges
 from .passes.errors import ConfigError, TokenSeekError
 from .passes.fake import fake_mode_of
 from .passes.geometry import example_sizes
-from .passes.pipeline import analysis
+from .passes.pipeline import Pipeline, analysis
 from .passes.program import Program, module_path, source_line
 from .passes.select import kept_tokens
+from .passes.split import Split
 from .passes.streams import Barrier, class_factors, kind_of
 
 _MIB = 2**20
@@ -109,12 +110,8 @@ def first_graph(
     args: Sequence[Any],
     inputs: Mapping[str, Any],
     look: Callable[[fx.GraphModule, Sequence[Any]], None],
-    dynamic: bool | None = None,
 ) -> None:
-    """Call ``look`` with the first graph that Dynamo traces of ``model(*args, **inputs)``, and its inputs. Nothing is executed.
-
-    ``dynamic``: as for ``torch.compile``.
-    """
+    """Call ``look`` with the first graph that Dynamo traces of ``model(*args, **inputs)``, and its inputs. Nothing is executed."""
 
     def seen(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         look(gm, example_inputs)
@@ -124,7 +121,7 @@ def first_graph(
     plain._compiled_call_impl = None
     try:
         with torch.enable_grad(), compat.unlimited_recompiles():
-            torch.compile(plain, backend=seen, dynamic=dynamic)(*args, **inputs)
+            torch.compile(plain, backend=seen)(*args, **inputs)
     except _Stop:
         pass
 
@@ -144,7 +141,7 @@ def _explain_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) ->
         refuse_split(gm)
         plain = analysis().run(Program(gm, tuple(inputs)))
         refuse_part(plain, inputs)
-        rewritten = AuditSaved().run(ditch(config, plain).run(plain))
+        rewritten = Pipeline((ditch(config, plain), Split(), AuditSaved())).run(plain)
     except ConfigError:
         raise
     except TokenSeekError as error:

@@ -18,6 +18,8 @@ from torch import Tensor
 _ROWS = 64
 #: Scores of a block, in elements: they stay in the cache between the operations on them.
 _SCORES = 2**19
+#: Scores of a block of several instances: few, since their keys are copied into one batch of matrices.
+_SMALL = 2**18
 
 
 @dataclass(frozen=True)
@@ -141,20 +143,30 @@ class Block:
         return x[self.instances, self.heads, self.rows]
 
     def folded(self, x: Tensor) -> Tensor:
-        """``x`` [B, H, k, E] here, the rows of all query heads of a key head in one dim."""
+        """``x`` [B, H, k, E] here, the rows of all query heads of a key head in one matrix."""
         return self.fold(self.of_rows(x).to(wide(x.dtype)))
 
     def fold(self, x: Tensor) -> Tensor:
-        """[b, H, r, E] as [b, h, G r, E]."""
-        return x.unflatten(1, (self.key_heads.stop - self.key_heads.start, -1)).flatten(2, 3)
+        """[b, H, r, E] as [b h, G r, E]."""
+        return x.unflatten(1, (self._key_heads, -1)).flatten(2, 3).flatten(0, 1)
 
-    def unfolded(self, x: Tensor) -> Tensor:
-        """[b, h, G r, E] as [b, H, r, E]."""
-        return x.unflatten(2, (-1, self.rows.stop - self.rows.start)).flatten(1, 2)
+    def unfold(self, x: Tensor) -> Tensor:
+        """[b h, G r, E] as [b, H, r, E]."""
+        rows = self.rows.stop - self.rows.start
+        return x.unflatten(1, (-1, rows)).unflatten(0, (-1, self._key_heads)).flatten(1, 2)
+
+    @property
+    def _key_heads(self) -> int:
+        return self.key_heads.stop - self.key_heads.start
 
     def of_keys(self, x: Tensor) -> Tensor:
-        """``x`` [B, Hkv, n, E] here."""
-        return x[self.instances, self.key_heads, self.keys].to(wide(x.dtype))
+        """``x`` [B, Hkv, n, E] here, as [b h, n, E]: a view for one instance."""
+        return x[self.instances, self.key_heads, self.keys].to(wide(x.dtype)).flatten(0, 1)
+
+    def add(self, x: Tensor, part: Tensor) -> None:
+        """Add to ``x`` [B, Hkv, n, E] here."""
+        here = x[self.instances, self.key_heads, self.keys]
+        here.add_(part.view(here.shape))
 
 
 def _blocks(query: Tensor, key: Tensor, sight: Sight) -> Iterator[Block]:
@@ -162,7 +174,7 @@ def _blocks(query: Tensor, key: Tensor, sight: Sight) -> Iterator[Block]:
     (batch, heads, rows, _), key_heads, dtype = query.shape, key.shape[1], wide(query.dtype)
     groups = heads // key_heads
     height = min(rows, max(_ROWS // 4, _ROWS // groups))
-    together = max(1, _SCORES // (heads * height * max(1, key.shape[2])))
+    together = max(1, _SMALL // (heads * height * max(1, key.shape[2])))
     for i in _slices(batch, together):
         for r in _slices(rows, height):
             c = sight.seen(i, r)
@@ -211,7 +223,7 @@ def _forward_blocks(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> 
         total = scores.logsumexp(-1, keepdim=True)
         total = total.masked_fill_(total == -torch.inf, 0.0)
         shares = scores.sub_(total).exp_()
-        block.of_rows(out)[...] = block.unfolded(block.fold(shares) @ block.of_keys(value))
+        block.of_rows(out)[...] = block.unfold(block.fold(shares) @ block.of_keys(value))
         block.of_rows(lse)[...] = total[..., 0]
     return out, lse
 
@@ -223,7 +235,7 @@ def grad_query(
     result = rows_like(query, query.shape[-1])
     for block in _blocks(query, key, sight):
         _, grad_scores = _backward(block, grad, delta, lse, query, key, value, sight)
-        block.of_rows(result)[...] = block.unfolded(block.fold(grad_scores) @ block.of_keys(key))
+        block.of_rows(result)[...] = block.unfold(block.fold(grad_scores) @ block.of_keys(key))
     return result
 
 
@@ -234,14 +246,14 @@ def grad_keys(
     grad_key, grad_value = (torch.zeros_like(rows_like(t, t.shape[-1]), dtype=lse.dtype) for t in (key, value))
     for block in _blocks(query, key, sight):
         shares, grad_scores = _backward(block, grad, delta, lse, query, key, value, sight)
-        block.of_keys(grad_value).add_(block.fold(shares).mT @ block.folded(grad))
-        block.of_keys(grad_key).add_(block.fold(grad_scores).mT @ block.folded(query))
+        block.add(grad_value, block.fold(shares).mT @ block.folded(grad))
+        block.add(grad_key, block.fold(grad_scores).mT @ block.folded(query))
     return grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
 def _scores(block: Block, query: Tensor, key: Tensor, sight: Sight) -> tuple[Tensor, Tensor | None]:
     """The scores of a block [b, H, r, n], and where they are capped, tanh of them."""
-    scores = block.unfolded(block.folded(query).mul(sight.scale) @ block.of_keys(key).mT)
+    scores = block.unfold(block.folded(query).mul(sight.scale) @ block.of_keys(key).mT)
     capped = scores.div_(sight.softcap).tanh_() if sight.softcap else None
     scores = scores if capped is None else capped * sight.softcap
     return scores if block.bias is None else scores.add_(block.bias), capped
@@ -253,6 +265,6 @@ def _backward(
     """The softmax of a block and the gradient of its scaled scores: p (dp - delta) scale, dp = grad v^T."""
     scores, capped = _scores(block, query, key, sight)
     shares = scores.sub_(block.of_rows(lse)[..., None]).exp_()
-    grad_scores = block.unfolded(block.folded(grad) @ block.of_keys(value).mT)
+    grad_scores = block.unfold(block.folded(grad) @ block.of_keys(value).mT)
     grad_scores = grad_scores.sub_(block.of_rows(delta)[..., None]).mul_(shares).mul_(sight.scale)
     return shares, grad_scores if capped is None else grad_scores.mul_(1 - capped * capped)

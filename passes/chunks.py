@@ -1,0 +1,292 @@
+"""Chunks: what the seek stream does token by token, done for a chunk of tokens after the other.
+
+Between two places where tokens mix the seek stream works on every token alone (projections, MLP, norms; attention too looks
+from every query alone). Such a region, where its values inside are large, becomes calls of one subgraph, one for every chunk
+of tokens: only what comes out of it exists for all tokens. Layers that are alike share the subgraph.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
+
+from .canonicalize import is_autocast
+from .emit import emit
+from .errors import TokenSeekError
+from .fake import fake_mode_of
+from .geometry import Geometry, example_sizes
+from .part import Part, trace_whole
+from .program import Program
+from .rules.op import bytes_hint, is_tensor, operands_of
+from .rules.rows import LOSSES
+from .tail import cut
+from .token_axes import SDPA, TokenAxis
+
+aten = torch.ops.aten
+_MOST_CHUNKS = 64
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Cut the regions of the seek stream so that no value inside one takes more than ``chunk_bytes``. Reads and writes
+    ``rewrite``. Lengths that are symbols are left whole."""
+
+    chunk_bytes: int = 12 * 2**20
+    name: str = "chunks"
+
+    def run(self, program: Program) -> Program:
+        assert program.rewrite is not None
+        module, bodies = program.rewrite.module, _Bodies(program.rewrite.module)
+        for region in _regions(program):
+            sizes = region.sizes(self.chunk_bytes)
+            if len(sizes) > 1:
+                _call_in_chunks(region, sizes, bodies)
+        module.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or is_autocast(node))
+        module.recompile()
+        return program
+
+    def check(self, program: Program) -> None:
+        """The graph is well-formed."""
+        assert program.rewrite is not None
+        program.rewrite.module.graph.lint()
+
+
+@dataclass(frozen=True)
+class _Region:
+    """Operations of the program (``nodes``) that work on every token of an axis alone, between places where tokens mix."""
+
+    program: Program
+    axis: TokenAxis
+    nodes: tuple[fx.Node, ...]
+
+    @property
+    def seek(self) -> dict[fx.Node, fx.Node]:
+        return self.program.rewrite.seek
+
+    @cached_property
+    def rows(self) -> tuple[fx.Node, ...]:
+        """What it reads row by row."""
+        axes, inside = self.program.axes, {*self.nodes}
+        read = [x for node in self.nodes for x, carried in _reads(self.program, node) if carried and axes.has_rows(x)]
+        return tuple(x for x in dict.fromkeys(read) if x not in inside)
+
+    @cached_property
+    def whole(self) -> tuple[fx.Node, ...]:
+        """What else it reads."""
+        inside = {*self.nodes, *self.rows}
+        read = dict.fromkeys(x for node in self.nodes for x, _ in _reads(self.program, node))
+        return tuple(x for x in read if x not in inside)
+
+    @cached_property
+    def inside(self) -> set[fx.Node]:
+        """Its operations in the rewritten graph."""
+        ends = {self.seek[node] for node in (*self.rows, *self.whole)}
+        inside, todo = set[fx.Node](), [self.seek[node] for node in self.nodes]
+        while todo:
+            node = todo.pop()
+            if node not in ends and node not in inside:
+                inside.add(node)
+                todo += node.all_input_nodes
+        return inside
+
+    @cached_property
+    def outputs(self) -> tuple[fx.Node, ...]:
+        """What is read outside of it."""
+        return tuple(node for node in self.nodes if not self.inside >= {*self.seek[node].users})
+
+    def sizes(self, chunk_bytes: int) -> list[int]:
+        """The chunks of tokens: one where there is nothing to cut."""
+        inner = [bytes_hint(node) for node in self.nodes if node not in self.outputs]
+        batch, tokens = example_sizes(self.program, self.axis)
+        symbolic = not isinstance(tokens, int) or not isinstance(batch, int) or not self._is_static
+        count = min(_MOST_CHUNKS, -(-max(inner, default=0) // chunk_bytes))
+        return [tokens] if symbolic or count <= 1 or not self._can_stand else cut(tokens, count)
+
+    def geometry(self, size: int, positions: Any = None) -> Geometry:
+        """That of ``size`` tokens."""
+        batch, tokens = example_sizes(self.program, self.axis)
+        with fake_mode_of(self.program.inputs):
+            positions = torch.empty(batch, size) if positions is None else positions
+        return Geometry(self.program.axes, self.axis, positions, batch, tokens)
+
+    def layout(self, node: fx.Node) -> tuple[list[int], int, bool]:
+        """The sizes of a value with the tokens as a dim of their own, which dim, and whether they share one as it is."""
+        axes, shape = self.program.axes, node.meta["val"].shape
+        pieces = self.geometry(1).cut(shape, axes.of(node), axes.row_dim(node))
+        at = [kind for kind, _ in pieces].index("token")
+        return [size for _, size in pieces], at, len(pieces) > len(shape)
+
+    @property
+    def _is_static(self) -> bool:
+        read = [node.meta["val"] for node in (*self.nodes, *self.rows, *self.whole)]
+        return all(isinstance(size, int) for x in read for size in (*x.shape, *x.stride()))
+
+    @cached_property
+    def _can_stand(self) -> bool:
+        """True where all that it reads comes before all that reads it."""
+        place = {node: i for i, node in enumerate(self.program.rewrite.module.graph.nodes)}
+        last = max((place[self.seek[node]] for node in (*self.rows, *self.whole)), default=-1)
+        users = {user for node in self.outputs for user in self.seek[node].users} - self.inside
+        return all(place[user] > last for user in users)
+
+
+def _regions(program: Program) -> list[_Region]:
+    """All regions, by the number of mixing operations before them."""
+    there, seek = {*program.rewrite.module.graph.nodes}, program.rewrite.seek
+    levels: dict[fx.Node, int] = {}
+    found: dict[tuple[int, TokenAxis], list[fx.Node]] = {}
+    for node in program.graph.nodes:
+        if seek.get(node) not in there:
+            continue
+        parallel = _is_parallel(program, node)
+        read = [(levels.get(x, -1), carried) for x, carried in _reads(program, node)]
+        if parallel:
+            levels[node] = max([0, *(level if carried else level + 1 for level, carried in read)])
+            found.setdefault((levels[node], program.axes.axis_of(node)), []).append(node)
+        elif (level := max((level for level, _ in read), default=-1)) >= 0:
+            levels[node] = level + 1
+    return [_Region(program, axis, tuple(nodes)) for (_, axis), nodes in found.items()]
+
+
+def _reads(program: Program, node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
+    """The tensors that the seek stream's ``node`` reads, and whether it does so row by row."""
+    attending = program.attending.get(node)
+    if attending is not None:
+        yield attending.query, True
+        yield from ((x, False) for x in attending.context)
+        return
+    axes, dim = program.axes, program.axes.row_dim(node) if is_tensor(node) else None
+    for i, x in enumerate(operands_of(node)):
+        at = None if dim is None else axes.carried(node, i, dim)
+        yield x, at is not None and at in axes.token_dims(x)
+
+
+def _is_parallel(program: Program, node: fx.Node) -> bool:
+    """True where a row of the result depends on the same row of what it is made of, and is not random."""
+    axes, target = program.axes, node.target
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in target.tags:
+        return False
+    if not is_tensor(node) or not axes.has_rows(node) or target in LOSSES:
+        return False
+    if target is SDPA:
+        return node in program.attending
+    return all(carried or not axes.token_dims(x) for x, carried in _reads(program, node))
+
+
+class _Bodies:
+    """The subgraphs of a module: traced ones that are alike are one."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self.module, self._known = module, dict[Any, str]()
+
+    def named(self, body: fx.GraphModule, inputs: Sequence[Tensor]) -> str:
+        key = (body.code, *((x.shape, x.stride(), x.dtype) for x in inputs))
+        if [*body.named_buffers()]:  # it holds constants
+            key = id(body)
+        if key not in self._known:
+            self._known[key] = f"chunk_{len(self._known)}"
+            setattr(self.module, self._known[key], body)
+        return self._known[key]
+
+
+def _call_in_chunks(region: _Region, sizes: Sequence[int], bodies: _Bodies) -> None:
+    """Replace a region by calls of a subgraph; one that can't be cut after all stays."""
+    graph, seek = bodies.module.graph, region.seek
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    last = max((seek[node] for node in (*region.rows, *region.whole)), key=order.__getitem__)
+    try:
+        traced = {size: _trace(region, size) for size in {*sizes}}
+    except TokenSeekError:
+        return
+    like, start, calls = seek[region.nodes[-1]], 0, list[fx.Node]()
+    with graph.inserting_before(_after(last)):
+        for size in sizes:
+            body, examples = traced[size]
+            name = bodies.named(body, examples)
+            calls.append(_call(region, like, name, body, start, size))
+            start += size
+        for i, node in enumerate(region.outputs):
+            parts = [emit(seek[node], operator.getitem, call, i) for call in calls]
+            whole = _joined(region, node, parts)
+            seek[node].replace_all_uses_with(whole, lambda user: user not in region.inside)
+            seek[node] = whole
+
+
+def _call(region: _Region, like: fx.Node, name: str, body: fx.GraphModule, start: int, size: int) -> fx.Node:
+    """One call of a subgraph, for the tokens from ``start`` on."""
+    graph, (batch, _) = like.graph, example_sizes(region.program, region.axis)
+    device = like.meta["val"].device
+    positions = emit(like, aten.arange.start, start, start + size, device=device)
+    positions = emit(like, aten.expand.default, positions, [batch, size])
+    rows = []
+    for node in region.rows:
+        place = region.seek[node]
+        rows.append(_rows(region, node, place, start, size, partial(emit, place)))
+    subgraph = graph.get_attr(name)
+    operands = (positions, *rows, *(region.seek[node] for node in region.whole))
+    call = graph.call_function(invoke_subgraph, (subgraph, name, *operands))
+    results = body.graph.output_node().args[0]
+    call.meta = {**like.meta, "val": tuple(node.meta["val"] for node in results)}
+    return call
+
+
+def _rows(region: _Region, node: fx.Node, value: Any, start: int, size: int, apply: Callable[..., Any]) -> Any:
+    """The rows of ``value`` from ``start`` on; ``apply`` calls an operation."""
+    sizes, at, is_cut = region.layout(node)
+    if not is_cut:
+        return apply(aten.slice.Tensor, value, at, start, start + size)
+    pieces = apply(aten.slice.Tensor, apply(aten.reshape.default, value, sizes), at, start, start + size)
+    shape = region.geometry(size).row_shape(node.meta["val"].shape, region.program.axes.row_dim(node))
+    return apply(aten.reshape.default, pieces, shape)
+
+
+def _apply(target: Any, *args: Any) -> Any:
+    return target(*args)
+
+
+def _joined(region: _Region, node: fx.Node, parts: list[fx.Node]) -> fx.Node:
+    """The value of ``node`` from its chunks."""
+    place = region.seek[node]
+    sizes, at, is_cut = region.layout(node)
+    if is_cut:
+        cuts = [[-1 if i == at else size for i, size in enumerate(sizes)] for _ in parts]
+        parts = [emit(place, aten.reshape.default, part, shape) for part, shape in zip(parts, cuts, strict=True)]
+    whole = emit(place, aten.cat.default, parts, at)
+    return emit(place, aten.reshape.default, whole, list(node.meta["val"].shape)) if is_cut else whole
+
+
+def _after(node: fx.Node) -> fx.Node:
+    """The next place where a call may stand."""
+    node = node.next
+    while node.op == "placeholder":
+        node = node.next
+    return node
+
+
+def _trace(region: _Region, size: int) -> tuple[fx.GraphModule, list[Tensor]]:
+    """(positions, *rows, *whole) -> outputs for ``size`` tokens, and examples of its inputs."""
+    program, (batch, _) = region.program, example_sizes(region.program, region.axis)
+    count = len(region.rows) + 1
+
+    def body(positions: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
+        rows = dict(zip(region.rows, args, strict=False))
+        known = dict(zip(region.whole, args[count - 1 :], strict=True))
+        part = Part(program, region.nodes, known, region.geometry(size, positions), rows)
+        part.run()
+        return tuple(part.rows_of(node) for node in region.outputs)
+
+    with fake_mode_of(program.inputs):
+        device = region.nodes[0].meta["val"].device
+        positions = torch.arange(size, device=device).expand(batch, size)
+        rows = [_rows(region, node, region.seek[node].meta["val"], 0, size, _apply) for node in region.rows]
+    inputs = [positions, *rows, *(region.seek[node].meta["val"] for node in region.whole)]
+    with torch.no_grad():
+        module = trace_whole(body, inputs)
+    return module, inputs

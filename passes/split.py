@@ -1,0 +1,163 @@
+"""Split: the rewritten graph in segments, to be compiled one by one and run in order.
+
+The first holds what carries no gradient: the seek stream and the selection. Then comes one for every block of the ditch
+stream, so that autograd calls their backwards one after the other: the gradients of a block are accumulated, and its keys and
+values freed, before the next one's exist. Blocks that are alike give graphs that are alike, names included.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch.fx.experimental.symbolic_shapes import free_symbols
+
+from .errors import InvariantBroken
+from .fake import fake_mode_of
+from .program import Program
+from .streams import BLOCK, block_of
+
+Run = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """``run(*takes) -> gives``: nodes of the whole graph, and symbols of sizes. ``last``: what no later segment takes."""
+
+    run: Run
+    takes: tuple[Any, ...]
+    gives: tuple[fx.Node, ...]
+    last: frozenset
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A graph in parts. Called with its inputs (``inputs`` are examples of them) it gives its ``outputs``.
+
+    ``sizes``: where the symbols that parts take are found, the number of an input and its dim (``None``: it is a number).
+    """
+
+    inputs: tuple[Any, ...]
+    placeholders: tuple[fx.Node, ...]
+    sizes: dict[sympy.Symbol, tuple[int, int | None]]
+    parts: tuple[Segment, ...]
+    outputs: tuple[Any, ...]
+
+    def __call__(self, *args: Any) -> tuple[Any, ...]:
+        return self._each(lambda part, taken: part.run(*taken), args)
+
+    def on_examples(self, look: Callable[[Segment, list], None]) -> None:
+        """Call ``look(part, examples of what it takes)`` for every part, under a tracing context of its own."""
+        mode = detect_fake_mode(self.inputs)
+
+        def run(part: Segment, taken: list) -> Sequence[Any]:
+            with fake_mode_of(self.inputs):
+                given = part.run(*taken)
+            with tracing(TracingContext(mode)):
+                look(part, taken)
+            return given
+
+        self._each(run, self.inputs)
+
+    def compiled(self, compile: Callable[[Any, Sequence[Any]], Run]) -> Segments:
+        """The same with every part compiled for its examples."""
+        parts: list[Segment] = []
+        self.on_examples(lambda part, taken: parts.append(replace(part, run=compile(part.run, taken))))
+        return replace(self, parts=tuple(parts))
+
+    def _each(self, run: Callable[[Segment, list], Sequence[Any]], args: Sequence[Any]) -> tuple[Any, ...]:
+        """Run part after part; what no later one takes is let go."""
+        values: dict[Any, Any] = dict(zip(self.placeholders, args, strict=True))
+        values |= {s: args[i] if dim is None else args[i].shape[dim] for s, (i, dim) in self.sizes.items()}
+        for part in self.parts:
+            taken = [values[key] for key in part.takes]
+            for key in part.last:
+                del values[key]
+            values.update(zip(part.gives, run(part, taken), strict=True))
+        return tuple(values[out] if isinstance(out, fx.Node) else out for out in self.outputs)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Cut the rewritten graph where blocks of the ditch stream end. Reads ``rewrite``; writes ``segments``."""
+
+    name: str = "split"
+
+    def run(self, program: Program) -> Program:
+        assert program.rewrite is not None
+        module, inputs = program.rewrite.module, program.rewrite.inputs
+        outputs = tuple(module.graph.output_node().args[0])
+        sizes = _places_of_symbols(inputs)
+        parts, wanted = list[Segment](), set(outputs)
+        for nodes in reversed(_blocks(module.graph)):
+            parts.insert(0, _segment(module, nodes, sizes, wanted))
+            wanted |= {*parts[0].takes}
+        placeholders = tuple(module.graph.find_nodes(op="placeholder"))
+        return replace(program, segments=Segments(inputs, placeholders, sizes, tuple(parts), outputs))
+
+    def check(self, program: Program) -> None:
+        """Every part is well-formed and takes what is there when it runs."""
+        assert program.segments is not None
+        there = {*program.segments.placeholders, *program.segments.sizes}
+        for part in program.segments.parts:
+            assert isinstance(part.run, fx.GraphModule)
+            part.run.graph.lint()
+            if not there >= {*part.takes}:
+                raise InvariantBroken("A segment of the rewritten graph takes a value that a later one gives.")
+            there |= {*part.gives}
+
+
+def _blocks(graph: fx.Graph) -> list[list[fx.Node]]:
+    """The operations of every segment: a node belongs to the block that it was traced in, or to that of what it gets, where
+    this is later."""
+    numbers: dict[fx.Node, int] = {}
+    found: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op not in ("placeholder", "get_attr", "output"):
+            own = 0 if node.target is operator.getitem else block_of(node.meta)
+            numbers[node] = max([own, *(numbers.get(arg, 0) for arg in node.all_input_nodes)])
+            found.setdefault(numbers[node], []).append(node)
+    return [found[number] for number in sorted(found)]
+
+
+def _segment(module: fx.GraphModule, nodes: list[fx.Node], sizes: dict, wanted: set) -> Segment:
+    """``nodes`` as a graph of their own that gives what is ``wanted`` behind them."""
+    read = dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if arg not in {*nodes})
+    takes = [node for node in read if node.op != "get_attr"]
+    symbols = dict.fromkeys(
+        s for node in takes for s in sorted(free_symbols(node.meta.get("val")), key=str) if s in sizes
+    )
+    gives = tuple(node for node in nodes if node in wanted)
+    graph = fx.Graph()
+    inputs = {key: graph.placeholder(f"input_{i}") for i, key in enumerate((*symbols, *takes))}
+    copies = inputs | {node: graph.get_attr(node.target) for node in read if node.op == "get_attr"}
+    for node in nodes:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
+        copies[node] = graph.create_node(node.op, node.target, args, kwargs)
+    for node in (*takes, *nodes):
+        copies[node].meta = _meta(node)
+    graph.output(tuple(copies[node] for node in gives))
+    return Segment(fx.GraphModule(module, graph), tuple(inputs), gives, frozenset(inputs) - wanted)
+
+
+def _meta(node: fx.Node) -> dict[str, Any]:
+    """That of a node without its block."""
+    custom = {name: value for name, value in node.meta.get("custom", {}).items() if name != BLOCK}
+    return {**node.meta, "custom": custom}
+
+
+def _places_of_symbols(inputs: Sequence[Any]) -> dict[sympy.Symbol, tuple[int, int | None]]:
+    """Symbols of dynamic sizes and the first place where the inputs have each."""
+    found: dict[sympy.Symbol, tuple[int, int | None]] = {}
+    for i, value in enumerate(inputs):
+        dims = enumerate(value.shape) if isinstance(value, torch.Tensor) else [(None, value)]
+        for dim, size in dims:
+            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
+                found.setdefault(size.node.expr, (i, dim))
+    return found

@@ -1,0 +1,110 @@
+"""Attention received: the operator against whole attention maps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tokenseek_fx.ops import received
+from tokenseek_fx.ops.received import attention_received
+
+B = 2
+CASES = st.fixed_dictionaries(
+    {
+        "queries": st.integers(1, 9),
+        "keys": st.integers(1, 9),
+        "heads": st.sampled_from([(1, 1), (4, 2), (3, 3)]),
+        "width": st.integers(1, 5),
+        "mask": st.sampled_from([None, "bool", "keys", "additive", "lowest"]),
+        "is_causal": st.booleans(),
+        "window": st.sampled_from([None, 1, 3, 20]),
+        "segments": st.booleans(),
+        "softcap": st.sampled_from([0.0, 1.5]),
+        "scale": st.sampled_from([None, 0.7]),
+        "lse": st.booleans(),
+        "seed": st.integers(0, 1000),
+    }
+)
+
+
+def masks(kind: str | None, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor | None:
+    """A mask of [B, H, L, S] or of fewer dims."""
+    if kind is None:
+        return None
+    shown = torch.rand(shape[0], 1, 1 if kind == "keys" else shape[-2], shape[-1], generator=generator) < 0.7
+    if kind in ("bool", "keys"):
+        return shown
+    noise = torch.randn(shape[-2:], generator=generator).to(dtype)
+    return noise if kind == "additive" else noise.masked_fill(~shown[0, 0], torch.finfo(dtype).min)
+
+
+def example(case: dict[str, Any], dtype: torch.dtype) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a case."""
+    generator = torch.Generator().manual_seed(case["seed"])
+    heads, key_heads = case["heads"]
+    keys = case["queries"] if case["segments"] else case["keys"]
+    query = torch.randn(B, heads, case["queries"], case["width"], generator=generator).to(dtype)
+    key = torch.randn(B, key_heads, keys, case["width"], generator=generator).to(dtype)
+    mask = masks(case["mask"], (B, heads, case["queries"], keys), dtype, generator)
+    segments = torch.randint(3, (B, keys), generator=generator).sort(-1).values if case["segments"] else None
+    how = {"window": case["window"], "segments": segments, "softcap": case["softcap"]}
+    return (query, key, mask, case["is_causal"], case["scale"]), how
+
+
+def scores_of(
+    query: Tensor, key: Tensor, mask: Any, is_causal: bool, scale: Any, window: Any, segments: Any, softcap: float
+) -> Tensor:
+    """The whole map of masked scores, entry by entry as the definition says."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    i, j = torch.arange(query.shape[2])[:, None], torch.arange(key.shape[2])
+    seen = (j <= i) | (not is_causal)
+    seen = seen & ((i - j).abs() < window) if window else seen
+    seen = seen if segments is None else seen & (segments[:, None, :, None] == segments[:, None, None, :])
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else scores + mask
+
+
+def by_map(*args: Any, **how: Any) -> tuple[Tensor, Tensor]:
+    """(what every key receives, log of the sum of exp of every query)."""
+    scores = scores_of(*args, **how)
+    dead = scores.amax(-1, keepdim=True) < -1e4
+    return scores.softmax(-1).masked_fill(dead, 0).sum(2), scores.logsumexp(-1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(CASES, st.integers(1, 9))
+def test_it_is_the_column_sum_of_the_attention_map(case, rows):
+    args, how = example(case, torch.float64)
+    expected, lse = by_map(*args, **how)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(received, "BLOCK_BYTES", rows * expected.numel() * 8)
+        found = attention_received(*args, **how, lse=lse if case["lse"] else None)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_blocks_of_a_window_read_the_keys_in_reach_alone():
+    """Keys out of reach may be anything."""
+    query, key = torch.randn(1, 1, 8, 4), torch.randn(1, 1, 8, 4)
+    key[..., 4:, :] = torch.nan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(received, "BLOCK_BYTES", 2 * 8 * 4)
+        found = attention_received(query, key, None, True, None, 2)
+    assert found[..., :3].isfinite().all() and found[..., 4:].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("full", [True, False])
+def test_the_operator_keeps_its_contract(dtype, full):
+    query, key = torch.randn(2, 4, 6, 8, dtype=dtype), torch.randn(2, 2, 6, 8, dtype=dtype)
+    segments, lse = torch.tensor([[0, 0, 1, 1, 2, 2]] * 2), torch.zeros(2, 4, 6)
+    more = (torch.ones(6, 6, dtype=torch.bool), True, 0.3, 2, segments, 3.0, lse) if full else (None, False, None)
+    torch.library.opcheck(attention_received, (query, key, *more))
