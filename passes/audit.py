@@ -7,6 +7,7 @@ partitioned graph is explained by the operation that it comes from, not by its s
 from __future__ import annotations
 
 import copy
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +17,10 @@ import torch
 from torch import fx
 from torch._guards import TracingContext, detect_fake_mode, tracing
 
+from .errors import ConfigError
 from .program import Program, where
-from .split import Segment
+from .saving import partitioning
+from .split import Segment, Segments
 
 #: Kinds of edges that hold all tokens on purpose.
 EXPLAINED = ("keys/values", "block inputs", "logits", "barrier", "scores", "rows", "select", "scoring")
@@ -65,27 +68,53 @@ class Audit:
 class AuditSaved:
     """Partition every segment of the rewritten graph and list what they save. Reads ``segments``; writes ``audit``."""
 
+    recompute: str | int = "none"
     name: str = "saved tensors"
 
     def run(self, program: Program) -> Program:
         segments = program.segments
         assert segments is not None
-        found: dict[Any, Edge] = dict.fromkeys(segments.placeholders)
-
-        def look(part: Segment, taken: list) -> None:
-            forward = partitioned(part.run, taken)
-            given = dict(zip(forward.outputs, part.gives, strict=True))
-            takes = dict(zip(forward.inputs, _distinct(part.takes, taken), strict=False))
-            for node in forward.saved:
-                base = _base(node)
-                key = takes.get(base, given.get(base, base))
-                found.setdefault(key, _edge(key if base in takes else node))
-
-        segments.on_examples(look)
-        return replace(program, audit=Audit(tuple(edge for edge in found.values() if edge is not None)))
+        return replace(program, audit=saved_in(segments, computed_again(segments, self.recompute)))
 
     def check(self, program: Program) -> None:
         """Nothing is refused: a full-length activation is reported (``Audit.unexplained``), it is not wrong."""
+
+
+def saved_in(segments: Segments, again: int) -> Audit:
+    """What segments save, where the first ``again`` of them are computed again in backward."""
+    found: dict[Any, Edge | None] = dict.fromkeys(segments.placeholders)
+    parts = {part: number for number, part in enumerate(segments.parts)}
+
+    def look(part: Segment, taken: list) -> None:
+        forward = partitioned(part.run, taken, parts[part] < again)
+        given = dict(zip(forward.outputs, part.gives, strict=True))
+        takes = dict(zip(forward.inputs, _distinct(part.takes, taken), strict=False))
+        for node in forward.saved:
+            base = _base(node)
+            key = takes.get(base, given.get(base, base))
+            found.setdefault(key, _edge(key if base in takes else node))
+
+    segments.on_examples(look)
+    return Audit(tuple(edge for edge in found.values() if edge is not None))
+
+
+def computed_again(segments: Segments, recompute: str | int) -> int:
+    """Of how many segments, from the first, the forward is computed again in backward. "none", "rows": all; or bytes: as
+    many as it takes to save no more than that. The first are, since their values are held the longest.
+
+    Raises:
+        ConfigError: more is saved even where every segment is computed again.
+    """
+    every = len(segments.parts)
+    if isinstance(recompute, str):
+        return every if recompute == "rows" else 0
+    count = bisect_left(range(every + 1), -recompute, key=lambda count: -saved_in(segments, count).bytes)
+    if count > every:
+        raise ConfigError(
+            f"recompute={recompute}: {saved_in(segments, every).bytes} bytes are saved for backward even where every block is "
+            "computed again. Allow so many, or keep fewer tokens."
+        )
+    return count
 
 
 def saved_edges(module: fx.GraphModule, inputs: Sequence[Any]) -> Audit:
@@ -104,8 +133,8 @@ class Forward:
     saved: list[fx.Node]
 
 
-def partitioned(module: fx.GraphModule, inputs: Sequence[Any]) -> Forward:
-    """What Inductor's partitioner makes of the forward of ``module``."""
+def partitioned(module: fx.GraphModule, inputs: Sequence[Any], again: bool = False) -> Forward:
+    """What Inductor's partitioner makes of the forward of ``module``; ``again`` as in ``partitioning``."""
     found: list[Forward] = []
 
     def look(graph: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
@@ -120,15 +149,9 @@ def partitioned(module: fx.GraphModule, inputs: Sequence[Any]) -> Forward:
     from torch._inductor.compile_fx import compile_fx
 
     # a cached graph would not be shown to ``look``
-    with partitioning(), torch._functorch.config.patch(enable_autograd_cache=False):
+    with partitioning(again), torch._functorch.config.patch(enable_autograd_cache=False):
         compile_fx(copy.deepcopy(module), list(inputs), inner_compile=look)
     return found[0]
-
-
-def partitioning() -> Any:
-    """How rewritten graphs are partitioned: whatever is cheap to compute again is not saved. On the selected rows nearly
-    everything is, and keys and values are saved before their heads are repeated."""
-    return torch._functorch.config.patch(aggressive_recomputation=True)
 
 
 def _is_tensor(node: Any) -> bool:

@@ -65,10 +65,10 @@ class Segments:
 
         self._each(run, self.inputs)
 
-    def compiled(self, compile: Callable[[Any, Sequence[Any]], Run]) -> Segments:
-        """The same with every part compiled for its examples."""
+    def compiled(self, compile: Callable[[int, Any, Sequence[Any]], Run]) -> Segments:
+        """The same with every part, given with its number, compiled for its examples."""
         parts: list[Segment] = []
-        self.on_examples(lambda part, taken: parts.append(replace(part, run=compile(part.run, taken))))
+        self.on_examples(lambda part, taken: parts.append(replace(part, run=compile(len(parts), part.run, taken))))
         return replace(self, parts=tuple(parts))
 
     def _each(self, run: Callable[[Segment, list], Sequence[Any]], args: Sequence[Any]) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ from .compiled import AsItIs, Compiled, KeepAll, Rewritten, WithRows, check_rows
 from .config import Config, ConfigError
 from .given import given
 from .passes.activity import FindActivity
-from .passes.audit import partitioning
+from .passes.audit import computed_again
 from .passes.blocks import FindBlocks
 from .passes.canonicalize import Canonicalize
 from .passes.chunks import Chunk
@@ -28,6 +28,7 @@ from .passes.geometry import example_sizes
 from .passes.pipeline import Pipeline, analysis
 from .passes.program import Program, source_line
 from .passes.rules.op import hint
+from .passes.saving import Partition, partitioning
 from .passes.seek import Signals
 from .passes.select import Scorer, Select, kept_tokens, method_of, needs_of
 from .passes.shift import UnshiftLabels
@@ -171,8 +172,16 @@ def compile_rewritten(program: Program, config: Config) -> Compiled:
     """The rewritten graph of a program, in chunks and segments."""
     segments = Pipeline((Chunk(), Split())).run(program).segments
     assert segments is not None
-    with partitioning():
-        return segments.compiled(inner_compiler(config, _REWRITTEN))
+    again = computed_again(segments, config.saving)
+    return segments.compiled(lambda number, part, taken: _compiled_part(part, taken, config, number < again))
+
+
+def _compiled_part(part: fx.GraphModule, inputs: Sequence[Any], config: Config, again: bool) -> Compiled:
+    """A segment; ``again``: its forward is computed again in backward."""
+    if config.inner == "aot_eager":
+        return compat.aot_eager(Partition(again))(part, inputs)
+    with partitioning(again):
+        return inner_compiler(config, _REWRITTEN)(part, inputs)
 
 
 def ditch(config: Config, program: Program, given: tuple[Any, ...] = (), part: bool = False) -> Ditch:

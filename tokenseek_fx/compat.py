@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -85,6 +85,15 @@ def compiled_twice() -> bool:
 def inductor(mode: str | None, options: dict[str, Any] | None) -> Any:
     """Inductor as ``torch.compile(mode=..., options=...)`` would call it."""
     return torch._TorchCompileInductorWrapper(mode, options, None)
+
+
+def aot_eager(partition: Callable[..., Any]) -> Callable[..., Any]:
+    """The backend of this name with another partitioner."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._dynamo.backends.debugging import boxed_nop
+
+    compilers = {"fw_compiler": boxed_nop, "bw_compiler": boxed_nop}
+    return aot_autograd(**compilers, partition_fn=partition, keep_inference_input_mutations=True)
 
 
 def reaches_recompile_limit() -> int | None:

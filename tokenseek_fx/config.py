@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeGuard
@@ -20,6 +21,8 @@ _CHOICES = {
     "gradient_of": ("last_block", "head"),
     "kv_grad": ("selected", "all"),
 }
+_RECOMPUTE = ("none", "rows")
+_UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _LAYERS = ("last", "first", "all")
 _REPORTS = ("full", "kept")
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -48,6 +51,9 @@ class Config:
             found by themselves.
         kv_grad: "selected" cuts keys and values of the other tokens; "all" keeps their own projections live (costs the
             input of every block).
+        recompute: what of the kept rows is computed again in backward: "none"; "rows", everything but the rows that enter each
+            block and the head (costs one more forward of the kept rows); or bytes to save at most, a number or "64MiB":
+            as many blocks are computed again as that takes.
         report_loss: "full" returns the loss of all tokens, "kept" that of the kept ones; ``None``: the full one where the
             scores need it anyway. The gradient is that of the kept tokens.
         inner: what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
@@ -76,6 +82,7 @@ class Config:
     keep_label: bool = True
     pinned: Sequence[int] = ()
     kv_grad: str = "selected"
+    recompute: str | int = "none"
     report_loss: str | None = None
     inner: str = "inductor"
     logits: str = "keep"
@@ -95,6 +102,7 @@ class Config:
             _check_choice("scorer", self.scorer, tuple(scorer_names()))
         self._check_numbers()
         self._check_positions()
+        _check_recompute(self.recompute)
         for name in ("strict", "keep_label"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected True or False.")
@@ -146,6 +154,12 @@ class Config:
         if not isinstance(self.scorer, str):
             return self.scorer
         return scorer_named(self.scorer, {"alpha": self.alpha, "beta": self.beta})
+
+    @property
+    def saving(self) -> str | int:
+        """``recompute``, an amount of memory in bytes."""
+        budget = bytes_in(self.recompute)
+        return self.recompute if budget is None else budget
 
     def ratio_of(self, axis: int) -> float | None:
         """The share that is kept of the tokens of an axis; the last one given also for those that none is given for."""
@@ -210,6 +224,8 @@ class Config:
         """Those of the given options that have no effect, and why."""
         if self.inner != "inductor":
             yield from ((name, f"inner={self.inner!r}") for name in ("mode", "inductor_options") if name in given)
+        if self.inner == "eager" and "recompute" in given:
+            yield "recompute", "inner='eager'"
         for name in given & {"alpha", "beta"}:
             if name not in self._factors():
                 yield name, f"the scorer has no {name}"
@@ -223,6 +239,24 @@ class Config:
 
     def _factors(self) -> Collection[str]:
         return parameters_of(self.scorer) if isinstance(self.scorer, str) else ()
+
+
+def bytes_in(amount: Any) -> int | None:
+    """A number of bytes, given as such or as text with a unit; ``None`` for anything else.
+
+    >>> bytes_in("1.5GiB"), bytes_in(64), bytes_in("64")
+    (1610612736, 64, None)
+    """
+    if isinstance(amount, str):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]iB)", amount)
+        return int(float(match[1]) * _UNITS[match[2]]) if match else None
+    return amount if _is_int(amount) else None
+
+
+def _check_recompute(value: Any) -> None:
+    budget = bytes_in(value)
+    if value not in _RECOMPUTE and (budget is None or budget < 1):
+        raise ConfigError(f"recompute={value!r}: expected 'none', 'rows', or bytes as a number or as text ('64MiB').")
 
 
 def _is_int(value: Any) -> bool:

@@ -141,7 +141,7 @@ def _explain_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) ->
         refuse_split(gm)
         plain = analysis().run(Program(gm, tuple(inputs)))
         refuse_part(plain, inputs)
-        rewritten = Pipeline((ditch(config, plain), Split(), AuditSaved())).run(plain)
+        rewritten = Pipeline((ditch(config, plain), Split(), AuditSaved(config.saving))).run(plain)
     except ConfigError:
         raise
     except TokenSeekError as error:

@@ -1,0 +1,95 @@
+"""Saving: which values of the ditch stream are kept for backward, and which are computed again there.
+
+AOTAutograd's partitioner saves the smallest set of tensors from which backward can compute the rest without repeating a matrix
+product or an attention. Here it is told of blocks (segments of the rewritten graph) that are repeated all the same, and of
+random operations, which never are.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch import partitioners
+from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
+from torch.utils.checkpoint import CheckpointPolicy
+
+from .rules.op import bind
+
+Graphs = tuple[fx.GraphModule, fx.GraphModule]
+
+
+@contextmanager
+def partitioning(again: bool = False) -> Iterator[None]:
+    """How segments of rewritten graphs are partitioned: whatever is cheap to compute again is not saved (on the selected rows
+    nearly everything is); ``again``: nothing is but what enters the segment."""
+    cheap = torch._functorch.config.patch(aggressive_recomputation=True)
+    with cheap, torch._inductor.config.patch(custom_partitioner_fn=Partition(again)):
+        yield
+
+
+class Partition(CustomPartitionerFn):
+    """Cuts a joint graph into forward and backward; ``again``: the forward is computed again in backward."""
+
+    def __init__(self, again: bool = False) -> None:
+        self.again = again
+
+    def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any) -> Graphs:
+        keep_random(gm.graph)
+        if self.again:
+            repeat(gm.graph)
+        with without_generator_states():
+            return partitioners.min_cut_rematerialization_partition(gm, joint_inputs, **options)
+
+    def uuid(self) -> Any:
+        """What AOTAutograd's cache tells two partitions apart by."""
+        return get_hash_for_files((__file__,)), self.again
+
+
+def keep_random(graph: fx.Graph) -> None:
+    """Mark what would come out differently a second time: dropout in backward would not be that of the forward."""
+    for node in graph.nodes:
+        if is_random(node):
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def is_random(node: fx.Node) -> bool:
+    """True for an operation that draws (an attention without dropout does not)."""
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags and bind(node).get("dropout_p") != 0
+
+
+def repeat(graph: fx.Graph) -> None:
+    """Mark the operations of the forward to be computed again in backward."""
+    repeated: set[fx.Node] = set()
+    for node in graph.nodes:
+        if _is_repeatable(node, repeated):
+            repeated.add(node)
+            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+            node.meta["ac_graph_id"] = 0
+
+
+def _is_repeatable(node: fx.Node, repeated: set[fx.Node]) -> bool:
+    """Computed in the forward from inputs and from what is repeated: what is made of constants and of values that all blocks share
+    (masks) is one value for all of them."""
+    if not partitioners._has_tag_is_forward(node) or is_random(node):
+        return False
+    if node.target is operator.getitem:
+        return node.args[0] in repeated
+    return any(arg in repeated or arg.op == "placeholder" for arg in node.all_input_nodes)
+
+
+@contextmanager
+def without_generator_states() -> Iterator[None]:
+    """The partitioner would save a state of the random generator for every attention that is computed again, whether it draws
+    or not; those that draw are not computed again here."""
+    before = partitioners.has_recomputable_rng_ops
+    partitioners.has_recomputable_rng_ops = lambda module: False
+    try:
+        yield
+    finally:
+        partitioners.has_recomputable_rng_ops = before
