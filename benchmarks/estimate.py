@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,7 +172,7 @@ def estimated(index: int) -> Result:
 
 def own_process(function: Callable[[int], Any], index: int) -> Any:
     """The same in a process of its own, forked with everything imported and nothing computed."""
-    with multiprocessing.get_context("fork").Pool(1) as pool, nullcontext():
+    with multiprocessing.get_context("fork").Pool(1) as pool:
         return pool.apply(function, (index,))
 
 
@@ -205,10 +204,13 @@ def main() -> int:
     options = parser.parse_args()
     if not EXACT_MEMORY.items() <= os.environ.items():  # the allocator reads it at the start of a process
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | EXACT_MEMORY)
-    results = [result(index) for index in options.only]
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"machine": machine(), "results": results}, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(markdown(results) + "\n")
+    results: list[Result] = []
+    for index in options.only:
+        results.append(result(index))
+        figures = {"machine": machine(), "results": results}
+        options.out.write_text(json.dumps(figures, indent=1) + "\n")
+        options.out.with_suffix(".md").write_text(markdown(results) + "\n")
     return int(any(abs(found["error"]) > ALLOWED for found in results))
 
 

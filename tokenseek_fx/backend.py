@@ -36,6 +36,7 @@ from .passes.split import Split
 from .passes.streams import weighted_losses
 from .passes.tail import has_token_loss
 from .passes.token_axes import FindTokenAxes, Place, TokenAxis
+from .planner import within_budget
 from .scorers import scorer_named
 from .variants import Variants
 from .warnings import TokenSeekWarning
@@ -152,6 +153,7 @@ def _compile_own(
         program = analysis().run(Program(gm, tuple(inputs)))
         refuse_part(program, inputs)
         if not keeps_all(program, config):
+            config = within_budget(gm, inputs, config)
             program = Pipeline((ditch(config, program),)).run(program)
     except NothingToSelect:
         return compile_inner(gm, inputs)

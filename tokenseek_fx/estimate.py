@@ -15,7 +15,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from .backend import compile_rewritten, ditch, inner_compiler, keeps_all, refuse_part, refuse_split, trains
+from .backend import compile_rewritten, ditch, inner_compiler, keeps_all, refuse_split, trains
 from .compiled import Rewritten
 from .config import Config
 from .explain import first_graph
@@ -24,6 +24,7 @@ from .passes.errors import ConfigError, GraphNotSupported, TokenSeekError
 from .passes.pipeline import analysis
 from .passes.program import Program
 from .passes.rules.op import hint
+from .planner import within_budget
 
 #: What accelerators are sold with, in units of 10^9 bytes. What they have beyond it is left for the driver and the allocator.
 GPUS = (24, 48, 80, 141)
@@ -140,9 +141,11 @@ def estimate(
     def look(gm: fx.GraphModule, values: Sequence[Any]) -> None:
         try:
             refuse_split(gm)
-            examples = _examples(values)
-            with tracing(TracingContext(examples[0])):
-                found.append(_steps(gm, examples[1], config, plain, set_to_none))
+            mode, examples = _examples(values)
+            if not trains(examples):
+                raise GraphNotSupported("Nothing requires grad.", "Leave some parameters trainable.")
+            with tracing(TracingContext(mode)):
+                found.append(_steps(gm, examples, within_budget(gm, values, config), plain, set_to_none))
         except TokenSeekError as error:
             found.append(error)
 
@@ -180,13 +183,18 @@ def bytes_of(size: str | int) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+def held(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> int:
+    """The most bytes that forward and backward of a graph of Dynamo hold."""
+    mode, examples = _examples(inputs)
+    with tracing(TracingContext(mode)):
+        step, _ = _steps(gm, examples, config, plain=False, set_to_none=True)
+    return max(step.forward, step.backward)
+
+
 def _steps(
     gm: fx.GraphModule, inputs: Sequence[Any], config: Config, plain: bool, set_to_none: bool
 ) -> tuple[StepMemory, StepMemory | None]:
-    if not trains(inputs):
-        raise GraphNotSupported("Nothing requires grad.", "Leave some parameters trainable.")
     program = analysis().run(Program(gm, tuple(inputs)))
-    refuse_part(program, inputs)
 
     def as_it_is() -> Any:
         return inner_compiler(config)(gm, inputs)
