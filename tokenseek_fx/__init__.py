@@ -3,8 +3,10 @@
 from . import passes, reference, stats
 from .backend import backend
 from .config import Config, ConfigError
+from .estimate import Estimate, estimate
 from .explain import Explanation, explain
 from .given import SelectionError, selecting
+from .memory import StepMemory
 from .passes.errors import GraphNotSupported, TokenSeekError
 from .passes.select import ScoreInputs, needs
 from .recording import Recording, Selection, record
@@ -15,15 +17,18 @@ from .warnings import TokenSeekWarning
 __all__ = [
     "Config",
     "ConfigError",
+    "Estimate",
     "Explanation",
     "GraphNotSupported",
     "Recording",
     "ScoreInputs",
     "Selection",
     "SelectionError",
+    "StepMemory",
     "TokenSeekError",
     "TokenSeekWarning",
     "backend",
+    "estimate",
     "explain",
     "needs",
     "passes",

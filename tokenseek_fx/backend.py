@@ -36,6 +36,7 @@ from .passes.split import Split
 from .passes.streams import weighted_losses
 from .passes.tail import has_token_loss
 from .passes.token_axes import FindTokenAxes, Place, TokenAxis
+from .planner import within_budget
 from .scorers import scorer_named
 from .variants import Variants
 from .warnings import TokenSeekWarning
@@ -138,7 +139,7 @@ class Trained:
             return AsItIs(inner_compiler(self.config)(self.gm, inputs), known)
         check_rows(program, tuple(map(hint, example_sizes(program, program.axes.main))))
         program = Pipeline((ditch(self.config, program, rows, self.part),)).run(program)
-        return WithRows(_compiled(program, self.config), program, self.part)
+        return WithRows(compile_rewritten(program, self.config), program, self.part)
 
 
 def _compile_own(
@@ -152,6 +153,7 @@ def _compile_own(
         program = analysis().run(Program(gm, tuple(inputs)))
         refuse_part(program, inputs)
         if not keeps_all(program, config):
+            config = within_budget(gm, inputs, config)
             program = Pipeline((ditch(config, program),)).run(program)
     except NothingToSelect:
         return compile_inner(gm, inputs)
@@ -165,10 +167,11 @@ def _compile_own(
     rewrite = program.rewrite
     if rewrite is None:
         return KeepAll(compile_inner(gm, inputs), program)
-    return Rewritten(_compiled(program, config), program, config.seed)
+    return Rewritten(compile_rewritten(program, config), program, config.seed)
 
 
-def _compiled(program: Program, config: Config) -> Compiled:
+def compile_rewritten(program: Program, config: Config) -> Compiled:
+    """The rewritten graph of a program, in chunks and segments."""
     segments = Pipeline((Chunk(), Split())).run(program).segments
     assert segments is not None
     again = computed_again(segments, config.saving)

@@ -107,3 +107,13 @@ def reaches_recompile_limit() -> int | None:
 def unlimited_recompiles() -> Any:
     """Trace once more whatever was compiled before."""
     return torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)
+
+
+def body_of_custom_op(operation: Any) -> Any:
+    """The Python function that an operation of this package was made from by ``torch.library.custom_op``; None for any other."""
+    from torch._library.custom_ops import OPDEFS
+
+    if getattr(operation, "namespace", None) != "tokenseek_fx":
+        return None
+    definition = OPDEFS.get(operation._schema.name)
+    return definition._init_fn if definition is not None else None

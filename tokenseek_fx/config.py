@@ -54,6 +54,8 @@ class Config:
         recompute: what of the kept rows is computed again in backward: "none"; "rows", everything but the rows that enter each
             block and the head (costs one more forward of the kept rows); or bytes to save at most, a number or "64MiB":
             as many blocks are computed again as that takes.
+        memory_budget: what forward and backward may hold beside parameters, gradients and optimizer states that are there
+            before, in bytes or as "8GiB": what it takes of ``recompute`` is chosen at compile time, by estimates.
         report_loss: "full" returns the loss of all tokens, "kept" that of the kept ones; ``None``: the full one where the
             scores need it anyway. The gradient is that of the kept tokens.
         inner: what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
@@ -83,6 +85,7 @@ class Config:
     pinned: Sequence[int] = ()
     kv_grad: str = "selected"
     recompute: str | int = "none"
+    memory_budget: str | int | None = None
     report_loss: str | None = None
     inner: str = "inductor"
     logits: str = "keep"
@@ -103,6 +106,8 @@ class Config:
         self._check_numbers()
         self._check_positions()
         _check_recompute(self.recompute)
+        if self.memory_budget is not None and not bytes_in(self.memory_budget):
+            raise ConfigError(f"memory_budget={self.memory_budget!r}: expected bytes, as a number or as text ('8GiB').")
         for name in ("strict", "keep_label"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected True or False.")
@@ -223,7 +228,8 @@ class Config:
     def _without_effect(self, given: set[str]) -> Iterator[tuple[str, str]]:
         """Those of the given options that have no effect, and why."""
         if self.inner != "inductor":
-            yield from ((name, f"inner={self.inner!r}") for name in ("mode", "inductor_options") if name in given)
+            inductors = ("mode", "inductor_options", "memory_budget")
+            yield from ((name, f"inner={self.inner!r}") for name in inductors if name in given)
         if self.inner == "eager" and "recompute" in given:
             yield "recompute", "inner='eager'"
         for name in given & {"alpha", "beta"}:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,21 +99,31 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
     """
     config = Config.from_options(options)
     found: list[Explanation] = []
+    first_graph(model, args, inputs, lambda gm, values: found.append(_explain_graph(gm, values, config)))
+    explanation = found[0] if found else Explanation("Dynamo found no graph to compile in the model.")
+    print(explanation)
+    return explanation
 
-    def look(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        found.append(_explain_graph(gm, example_inputs, config))
+
+def first_graph(
+    model: torch.nn.Module,
+    args: Sequence[Any],
+    inputs: Mapping[str, Any],
+    look: Callable[[fx.GraphModule, Sequence[Any]], None],
+) -> None:
+    """Call ``look`` with the first graph that Dynamo traces of ``model(*args, **inputs)``, and its inputs. Nothing is executed."""
+
+    def seen(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        look(gm, example_inputs)
         return _stop
 
     plain = copy.copy(getattr(model, "_orig_mod", model))
     plain._compiled_call_impl = None
     try:
         with torch.enable_grad(), compat.unlimited_recompiles():
-            torch.compile(plain, backend=look)(*args, **inputs)
+            torch.compile(plain, backend=seen)(*args, **inputs)
     except _Stop:
         pass
-    explanation = found[0] if found else Explanation("Dynamo found no graph to compile in the model.")
-    print(explanation)
-    return explanation
 
 
 class _Stop(Exception):

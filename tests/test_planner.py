@@ -1,0 +1,85 @@
+"""The planner: which candidate is taken for a budget, and what is said where none fits. Sizes are made up, but for the last test."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_estimate import DROP, llama
+
+from tokenseek_fx import Config, ConfigError, GraphNotSupported, TokenSeekWarning, estimate
+from tokenseek_fx.planner import choose
+
+RATIO = 0.2
+
+
+def size(config: Config) -> int:
+    """1000 bytes whatever is kept; the rows of all tokens take 5000, a fifth of it where they are computed again."""
+    rows = 5000 * (config.keep_ratio if config.keep_tokens is None else config.keep_tokens / 100)
+    return int(1000 + rows / (5 if config.recompute == "rows" else 1))
+
+
+def chosen(budget: int, **options) -> Config:
+    return choose(Config(memory_budget=budget, **({"keep_ratio": RATIO} | options)), size)
+
+
+@pytest.mark.parametrize(("budget", "recompute"), [(2000, "none"), (1999, "rows"), (1200, "rows")])
+def test_the_first_that_fits_is_taken(budget, recompute):
+    assert chosen(budget).recompute == recompute
+
+
+def test_what_costs_nothing_is_tried_alone_where_it_fits():
+    tried = []
+    choose(Config(memory_budget=9000), lambda config: tried.append(config.recompute) or size(config))
+    assert tried == ["none"]
+
+
+def test_recompute_chosen_by_hand_stays():
+    with pytest.warns(TokenSeekWarning, match="would fit"):
+        assert chosen(1070, recompute=500).recompute == 500
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [({}, "keep_ratio=0.05 would fit"), ({"keep_ratio": None, "keep_tokens": 20}, "keep_tokens=5 would")],
+)
+def test_where_nothing_fits_it_is_said_what_would(options, remedy):
+    with pytest.warns(
+        TokenSeekWarning, match=f"memory_budget=1060: forward and backward hold at least .* MiB. {remedy}"
+    ):
+        assert chosen(1060, **options).recompute == "rows"
+    with pytest.raises(GraphNotSupported, match=remedy):
+        chosen(1060, strict=True, **options)
+
+
+def test_where_no_share_fits_that_is_said():
+    with pytest.raises(
+        GraphNotSupported, match="A keep_ratio 16 times as small does not fit either: shorten sequences"
+    ):
+        chosen(1001, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"memory_budget": "8 apples"}, "memory_budget='8 apples': expected bytes, as a number or as text"),
+        ({"memory_budget": 0}, "memory_budget=0: expected bytes"),
+        ({"memory_budget": 5, "inner": "eager"}, "memory_budget=5 has no effect: inner='eager'"),
+    ],
+)
+def test_bad_budgets_are_refused(options, said):
+    with pytest.raises(ConfigError, match=said):
+        Config(**options)
+
+
+def test_a_budget_below_what_is_held_computes_rows_again():
+    options = {**DROP, "keep_ratio": 0.5, "scorer": "random", "strict": True}
+
+    def step(**more):
+        torch._dynamo.reset()
+        return estimate(llama("meta", layers=4), 2, 64, options={**options, **more}, plain=False).step
+
+    kept, again = step(), step(recompute="rows")
+    needed = {name: max(found.forward, found.backward) for name, found in {"kept": kept, "again": again}.items()}
+    assert needed["again"] < needed["kept"]
+    assert step(memory_budget=needed["kept"]) == kept
+    assert step(memory_budget=needed["kept"] - 1) == again

@@ -1,0 +1,301 @@
+"""Estimate: will a training step fit? Answered on fake tensors, for any size of memory, without running the model."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from .backend import compile_rewritten, ditch, inner_compiler, keeps_all, refuse_split, trains
+from .compiled import Rewritten
+from .config import Config
+from .explain import first_graph
+from .memory import StepMemory, step_memory
+from .passes.errors import ConfigError, GraphNotSupported, TokenSeekError
+from .passes.pipeline import analysis
+from .passes.program import Program
+from .passes.rules.op import hint
+from .planner import within_budget
+
+#: What accelerators are sold with, in units of 10^9 bytes. What they have beyond it is left for the driver and the allocator.
+GPUS = (24, 48, 80, 141)
+#: Tensors like the parameter that an optimizer of PyTorch keeps for each.
+_STATES = {"adamw": 2, "adam": 2, "sgd": 0}
+#: Tensors like the parameter that it makes while it updates one: ``sqrt(v) / c``, its square root and the quotient.
+_TEMPORARIES = {"adamw": 2, "adam": 2, "sgd": 0}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of a training step. ``str()`` of it is the report.
+
+    ``parameters``: with buffers. ``gradients``: of all trainable parameters. ``optimizer``: its states; ``update``: what it needs
+    for itself while it updates. ``inputs``: the batch. ``step``: of the compiled forward and backward with token selection,
+    ``plain``: of ``torch.compile`` on all tokens (``None`` where it was not asked for). ``set_to_none``: gradients are given up
+    before each forward (``optimizer.zero_grad()``), so that they come into being during the backward.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    update: int
+    inputs: int
+    step: StepMemory
+    plain: StepMemory | None = field(default=None)
+    set_to_none: bool = True
+
+    @property
+    def peak(self) -> int:
+        """The most bytes at a time: of forward, backward and update."""
+        return max(self.phases().values())
+
+    @property
+    def plain_peak(self) -> int | None:
+        """The same with plain ``torch.compile``."""
+        return max(self.phases(self.plain).values()) if self.plain else None
+
+    def phases(self, step: StepMemory | None = None) -> dict[str, int]:
+        """The most bytes at a time in "forward", "backward" and "update", all counted."""
+        step = step or self.step
+        always = self.parameters + self.inputs + self.optimizer
+        kept = 0 if self.set_to_none else self.gradients
+        return {
+            "forward": always + kept + step.forward,
+            "backward": always + kept + step.backward,
+            "update": always + self.gradients + self.update,
+        }
+
+    def fits(self, size: str | int) -> bool:
+        """Whether the step fits into ``size`` bytes: a number, or text as "24GiB" (2^30) or "24GB" (10^9).
+
+        Raises:
+            ConfigError: the text is no size.
+        """
+        return self.peak <= bytes_of(size)
+
+    def __str__(self) -> str:
+        steps = {"tokenseek": self.step} | ({"torch.compile": self.plain} if self.plain else {})
+        phases = [self.phases(step) for step in steps.values()]
+        kinds = sorted({kind for step in steps.values() for kind in step.saved})
+        rows = [
+            *(
+                (name, [getattr(self, name)] * len(steps))
+                for name in ("parameters", "inputs", "gradients", "optimizer")
+            ),
+            ("saved for backward", [sum(step.saved.values()) for step in steps.values()]),
+            *((f"  {kind}", [step.saved.get(kind, 0) for step in steps.values()]) for kind in kinds),
+            *((f"peak, {name}", [each[name] for each in phases]) for name in phases[0]),
+            ("peak", [max(each.values()) for each in phases]),
+        ]
+        head = f"{'memory of a step (MiB)':<26}" + "".join(f"{name:>16}" for name in steps)
+        lines = [f"{name:<26}" + "".join(f"{value / 2**20:>16.1f}" for value in values) for name, values in rows]
+        return "\n".join([head, *lines, *(self._fit(gpu, phases) for gpu in GPUS)])
+
+    def _fit(self, gpu: int, phases: Sequence[Mapping[str, int]]) -> str:
+        answers = ("yes" if max(each.values()) <= gpu * 10**9 else "no" for each in phases)
+        return f"{f'fits in {gpu} GB':<26}" + "".join(f"{answer:>16}" for answer in answers)
+
+
+def estimate(
+    model: torch.nn.Module,
+    batch: int | Mapping[str, Any],
+    seq: int | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    optimizer: str | float | None = "adamw",
+    dtype: torch.dtype | None = None,
+    plain: bool = True,
+    set_to_none: bool = True,
+) -> Estimate:
+    """Estimate the memory of a training step of ``model``. Nothing is computed, and nothing as large as an activation is made.
+
+    ``model``: real, on the meta device (``with torch.device("meta")``), or made under a ``FakeTensorMode``; its memory is that of
+    its device, a meta or fake model's is that of the CPU. ``batch``: example inputs by name, or the number of sequences, each of
+    ``seq`` tokens, of a model that takes ``input_ids`` and ``labels``. ``options``: those of the backend. ``optimizer``: "adamw",
+    "adam", "sgd", bytes of state for each trainable parameter, or ``None`` for a step without update. ``dtype``: of all floating
+    parameters, where they should be converted first. ``plain``: estimate ``torch.compile`` on all tokens as well.
+    ``set_to_none``: as in ``optimizer.zero_grad``; ``False`` for gradients that stay allocated.
+
+    Raises:
+        ConfigError: a bad argument or option.
+        GraphNotSupported: the model can't be rewritten, or it is not one graph.
+
+    >>> estimate(model, batch=8, seq=4096, options={"keep_ratio": 0.1}).fits("24GiB")  # doctest: +SKIP
+    """
+    config = _checked(Config.from_options(options))
+    states, temporaries = _optimizer(optimizer)
+    model, mode = _traceable(getattr(model, "_orig_mod", model), dtype)
+    inputs = _on_device(_inputs(model, batch, seq), mode)
+    found: list[tuple[StepMemory, StepMemory | None] | TokenSeekError] = []
+
+    def look(gm: fx.GraphModule, values: Sequence[Any]) -> None:
+        try:
+            refuse_split(gm)
+            mode, examples = _examples(values)
+            if not trains(examples):
+                raise GraphNotSupported("Nothing requires grad.", "Leave some parameters trainable.")
+            with tracing(TracingContext(mode)):
+                found.append(_steps(gm, examples, within_budget(gm, values, config), plain, set_to_none))
+        except TokenSeekError as error:
+            found.append(error)
+
+    first_graph(model, (), inputs, look)
+    if not found:
+        raise GraphNotSupported("Dynamo found no graph to compile in the model.")
+    if isinstance(found[0], TokenSeekError):
+        raise found[0]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    largest = max((_bytes(p) for p in trained), default=0)
+    return Estimate(
+        parameters=sum(map(_bytes, [*model.parameters(), *model.buffers()])),
+        gradients=sum(map(_bytes, trained)),
+        optimizer=int(sum(states(p) for p in trained)),
+        update=temporaries * largest,
+        inputs=sum(_bytes(x) for x in inputs.values() if isinstance(x, Tensor)),
+        step=found[0][0],
+        plain=found[0][1],
+        set_to_none=set_to_none,
+    )
+
+
+def bytes_of(size: str | int) -> int:
+    """Bytes of a number, or of text as "24GiB" (2^30 each) or "24GB" (10^9 each).
+
+    Raises:
+        ConfigError: the text is no size.
+
+    >>> bytes_of("1.5KiB")
+    1536
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
+    if match is None or match[2].upper() not in _UNITS or isinstance(size, bool):
+        raise ConfigError(f"{size!r} is no size of memory: expected bytes, or text as '24GiB' or '24GB'.")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def held(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> int:
+    """The most bytes that forward and backward of a graph of Dynamo hold."""
+    mode, examples = _examples(inputs)
+    with tracing(TracingContext(mode)):
+        step, _ = _steps(gm, examples, config, plain=False, set_to_none=True)
+    return max(step.forward, step.backward)
+
+
+def _steps(
+    gm: fx.GraphModule, inputs: Sequence[Any], config: Config, plain: bool, set_to_none: bool
+) -> tuple[StepMemory, StepMemory | None]:
+    program = analysis().run(Program(gm, tuple(inputs)))
+
+    def as_it_is() -> Any:
+        return inner_compiler(config)(gm, inputs)
+
+    def rewritten() -> Any:
+        ditched = ditch(config, program).run(program)
+        return Rewritten(compile_rewritten(ditched, config), ditched, None)
+
+    step = step_memory(as_it_is if keeps_all(program, config) else rewritten, inputs, set_to_none)
+    return step, step_memory(as_it_is, inputs, set_to_none) if plain else None
+
+
+def _checked(config: Config) -> Config:
+    if config.inner != "inductor":
+        raise ConfigError(
+            f"inner={config.inner!r}: the estimate is read off Inductor's plan, which only inner='inductor' has."
+        )
+    return config
+
+
+def _optimizer(optimizer: str | float | None) -> tuple[Any, int]:
+    """Bytes of state of a parameter, and how many tensors like the largest parameter an update makes."""
+    if isinstance(optimizer, str):
+        if optimizer not in _STATES:
+            raise ConfigError(
+                f"optimizer={optimizer!r}: expected {', '.join(map(repr, _STATES))}, or bytes per parameter."
+            )
+        return lambda p: _STATES[optimizer] * _bytes(p), _TEMPORARIES[optimizer]
+    each = optimizer or 0
+    if isinstance(each, bool) or not isinstance(each, (int, float)) or not each >= 0:
+        raise ConfigError(f"optimizer={optimizer!r}: expected a name, bytes per parameter, or None.")
+    return lambda p: each * p.numel(), 0
+
+
+def _bytes(x: Tensor) -> int:
+    return x.numel() * x.element_size()
+
+
+def _traceable(model: torch.nn.Module, dtype: torch.dtype | None) -> tuple[torch.nn.Module, FakeTensorMode | None]:
+    """The model itself, or its like made of fake tensors on the CPU where it is on the meta device, fake or to be converted."""
+    values = [*model.parameters(), *model.buffers()]
+    if dtype is None and not any(map(_has_no_data, values)):
+        return model, None
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    return copy.deepcopy(model, {id(x): _faked(x, mode, dtype) for x in values}), mode
+
+
+def _has_no_data(x: Tensor) -> bool:
+    return x.is_meta or isinstance(x, FakeTensor)
+
+
+def _faked(x: Tensor, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> Tensor:
+    device = "cpu" if x.is_meta else x.device
+    with mode:
+        kind = dtype if dtype and x.is_floating_point() else x.dtype
+        fake = torch.empty_strided(x.shape, x.stride(), dtype=kind, device=device)
+    return torch.nn.Parameter(fake, x.requires_grad) if isinstance(x, torch.nn.Parameter) else fake
+
+
+def _examples(values: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
+    """Inputs of a graph as fake tensors of these sizes, whatever Dynamo holds for dynamic, in a mode of their own."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    return mode, [_example(x, mode) for x in values]
+
+
+def _example(x: Any, mode: FakeTensorMode) -> Any:
+    if isinstance(x, torch.SymInt):
+        return hint(x)
+    if not isinstance(x, Tensor):
+        return x
+    with mode:
+        fake = torch.empty_strided(*_hints(x.shape, x.stride()), dtype=x.dtype, device=x.device)
+    return fake.requires_grad_(x.requires_grad)
+
+
+def _hints(*sizes: Sequence[Any]) -> list[tuple[int, ...]]:
+    return [tuple(map(hint, each)) for each in sizes]
+
+
+def _inputs(model: torch.nn.Module, batch: int | Mapping[str, Any], seq: int | None) -> dict[str, Any]:
+    """Example inputs by name."""
+    if isinstance(batch, Mapping):
+        if seq is not None:
+            raise ConfigError(f"seq={seq!r}: the length is that of the example inputs; give one of them.")
+        return dict(batch)
+    for name, value in {"batch": batch, "seq": seq}.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(
+                f"{name}={value!r}: expected a number of at least 1, or example inputs by name for batch."
+            )
+    if missing := {"input_ids", "labels"} - set(inspect.signature(model.forward).parameters):
+        raise ConfigError(
+            f"The forward of {type(model).__name__} takes no {' and no '.join(sorted(missing))}: give batch as example inputs "
+            "by name."
+        )
+    device = next((x.device for x in model.parameters()), torch.device("cpu"))
+    ids = torch.zeros((batch, seq), dtype=torch.long, device=device)
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def _on_device(inputs: Mapping[str, Any], mode: FakeTensorMode | None) -> dict[str, Any]:
+    if mode is None:
+        return dict(inputs)
+    return {name: _faked(x, mode) if isinstance(x, Tensor) else x for name, x in inputs.items()}
