@@ -28,7 +28,8 @@ from .geometry import Geometry, device_of, example_sizes, sizes_of
 from .program import Program
 from .seek import Seek, Signals
 from .select import ScoreInputs, Select, Selected
-from .streams import Barrier, Streams, class_factors, refuse_unweighted, tagged, weighted_losses
+from .streams import Barrier, Streams, class_factors, refuse_unweighted, weighted_losses
+from .tags import tagged
 from .tail import Traced
 from .token_axes import TokenAxis
 

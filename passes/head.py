@@ -18,6 +18,7 @@ from ..ops.head import head_loss, loss_of_head
 from .call import Call
 from .factors import same_size
 from .rules.op import bind
+from .tags import tagged
 
 if TYPE_CHECKING:
     from .streams import Streams
@@ -67,7 +68,8 @@ class Head:
 
     def losses(self, streams: Streams) -> Tensor:
         """The losses of the rows, through which hidden, weight and bias get their gradient."""
-        return head_loss(*self._operands(streams), self.softcap, self.scale, self.dtype, False)[0]
+        with tagged("rows", self.nodes[0]):
+            return head_loss(*self._operands(streams), self.softcap, self.scale, self.dtype, False)[0]
 
     def _operands(self, streams: Streams) -> tuple[Tensor, Tensor, Tensor | None, Tensor, int]:
         """Hidden rows [N, D], weight [V, D], bias, and the targets with what marks one that is none."""

@@ -26,7 +26,8 @@ from .received import attended_in, received_in
 from .rules.op import bind, bind_values
 from .rules.rows import LABEL_LOSSES, MEAN
 from .select import ScoreInputs
-from .streams import label_losses, tagged
+from .streams import label_losses
+from .tags import tagged
 from .tail import TokenSignals, Traced, find_tail, head_input, run_tail, trace_tail
 from .token_axes import SDPA, Attention, TokenAxis
 

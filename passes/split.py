@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 from .errors import InvariantBroken
 from .fake import fake_mode_of
 from .program import Program
-from .streams import BLOCK, block_of
+from .tags import BLOCK, block_of
 
 Run = Callable[..., Any]
 

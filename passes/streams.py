@@ -8,14 +8,12 @@ into the seek stream's value. What a row looks at as a whole (keys and values: i
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
-from torch.fx import traceback as fx_traceback
 from torch.utils import _pytree as pytree
 
 from .call import Call, pad_left
@@ -28,11 +26,10 @@ from .program import Program, attribute, where
 from .rules.axes import rule_for
 from .rules.op import bytes_hint, is_tensor, operands_of
 from .rules.rows import LABEL_LOSSES, LOSSES, ROWS_RULES, rerun
+from .tags import in_block, tagged
 from .token_axes import ATTENDING
 
 aten = torch.ops.aten
-#: Where ``meta["custom"]`` says in which block of the ditch stream a node was traced, beside its kind.
-BLOCK = "tokenseek_block"
 #: Operations that only lay out what they get. A full value is put together before them, so that keys and values are
 #: whole before heads are repeated.
 _LAYOUT_NAMES = (
@@ -316,37 +313,6 @@ def _applied(node: fx.Node, args: tuple, kwargs: dict) -> Any:
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return record_opaque(node.target, args, kwargs, node.meta["val"])
     return node.target(*args, **kwargs)
-
-
-@contextmanager
-def tagged(kind: str, node: fx.Node | None = None) -> Iterator[None]:
-    """Nodes traced inside carry the place of ``node`` and ``meta["custom"]["tokenseek"] = kind``."""
-    before = fx_traceback.current_meta
-    place = node.meta if node is not None else before
-    with _traced_at(place, {"tokenseek": kind, BLOCK: block_of(before)}):
-        yield
-
-
-@contextmanager
-def in_block(number: int) -> Iterator[None]:
-    """Nodes traced inside belong to this block of the ditch stream (0: to none)."""
-    with _traced_at(fx_traceback.current_meta, {BLOCK: number}):
-        yield
-
-
-@contextmanager
-def _traced_at(place: dict[str, Any], custom: dict[str, Any]) -> Iterator[None]:
-    before = fx_traceback.current_meta
-    fx_traceback.current_meta = {**place, "custom": {**place.get("custom", {}), **custom}}
-    try:
-        yield
-    finally:
-        fx_traceback.current_meta = before
-
-
-def block_of(meta: Mapping[str, Any]) -> int:
-    """The block that ``in_block`` wrote into a node's ``meta``; 0: none."""
-    return meta.get("custom", {}).get(BLOCK, 0)
 
 
 def kind_of(program: Program, node: fx.Node, classes: set[int]) -> str:

@@ -23,7 +23,7 @@ from tokenseek_fx.passes.ditch import Rewrite
 from tokenseek_fx.passes.errors import InvariantBroken
 from tokenseek_fx.passes.fake import fake_mode_of
 from tokenseek_fx.passes.split import Segments
-from tokenseek_fx.passes.streams import BLOCK
+from tokenseek_fx.passes.tags import BLOCK
 from tokenseek_fx.scorers import strided
 
 aten = torch.ops.aten
