@@ -18,7 +18,7 @@ from torch.utils import checkpoint as recompute
 from training import checkpoint
 from transformers.modeling_outputs import CausalLMOutput
 
-from tokenseek_fx import Config
+from tokenseek_fx import Config, backend
 
 Make = Callable[[nn.Module, float], nn.Module]
 """(model, keep_ratio) -> what is trained; exact rows read no ratio."""
@@ -109,7 +109,8 @@ def tokenseek(**options: Any) -> Make:
 
     def make(model: nn.Module, ratio: float) -> nn.Module:
         share = {} if "keep_tokens" in options else {"keep_ratio": ratio}
-        model.compile(backend="tokenseek", options={"logits": "drop", "strict": True, **share, **options})
+        config = Config.from_options({"logits": "drop", "strict": True, **share, **options})
+        model.compile(backend=backend(config))  # by name it would have to be installed
         return model
 
     return make

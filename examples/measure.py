@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
 import torch
@@ -73,6 +74,16 @@ def storages(tensors: list[Tensor]) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
+def nodes(last: Any) -> set[Any]:
+    """All of autograd's graph: a model that Dynamo splits has several compiled functions in it."""
+    found, ahead = set(), [last]
+    while ahead:
+        if (node := ahead.pop()) not in found:
+            found.add(node)
+            ahead += [before for before, _ in node.next_functions if before is not None]
+    return found
+
+
 def saved_bytes(model: nn.Module, batch: dict[str, Tensor], vocab: int) -> dict[str, int]:
     """Bytes that one forward keeps for backward, each storage once, without parameters, buffers and inputs.
 
@@ -90,8 +101,9 @@ def saved_bytes(model: nn.Module, batch: dict[str, Tensor], vocab: int) -> dict[
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(**batch).loss
-    for tensor in getattr(loss.grad_fn, "_tensors_no_vc_check", ()):  # AOTAutograd keeps these beside the hooks
-        pack(tensor)
+    for node in nodes(loss.grad_fn):
+        for tensor in getattr(node, "_tensors_no_vc_check", ()):  # AOTAutograd keeps these beside the hooks
+            pack(tensor)
     loss.backward()
     kinds = ("activations", "logits")
     return {kind: sum(size for which, size in found.values() if which == kind) for kind in kinds}

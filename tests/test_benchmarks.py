@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.modeling_outputs import CausalLMOutput
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -18,6 +19,7 @@ import attention
 import charts
 import cpu
 import gpu
+import measure
 import peers
 import report
 import suite
@@ -264,3 +266,20 @@ def test_shapes_are_as_large_as_they_are_called():
             model = Setting(name, length=16, batch=1, device="meta").model()
         assert round(sum(p.numel() for p in model.parameters()) / 1e9, 2) == size
     assert SHAPES["small"].vocab == 4096
+
+
+def test_saved_bytes_are_those_of_every_compiled_function_of_a_split_model():
+    class Split(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inside = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = self.inside(x).sin()
+            torch._dynamo.graph_break()
+            return CausalLMOutput(loss=self.inside(x).cos().sum())
+
+    whole, split = Split(), Split()
+    split.compile(backend="aot_eager")
+    plain, parts = (measure.saved_bytes(model, {"x": torch.randn(3, 4)}, 99) for model in (whole, split))
+    assert parts == plain and plain["activations"] == 3 * 3 * 4 * 4
