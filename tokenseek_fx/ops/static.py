@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 #: The files of kernels.
-MODULES = ("received_triton",)
+MODULES = ("received_triton", "attention_triton")
 #: Shared memory that one block may have, in bytes: compute capability -> limit (CUDA C++ programming guide).
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 
@@ -26,7 +26,8 @@ class Variant:
 
     ``kernel``: what ``triton.jit`` made. ``signature``: the type of every argument that is no constant, by name (``"*bf16"``,
     ``"i32"``). ``constexprs``: the constants, by name; ``None`` for an argument that is left out. ``label``: what is special of
-    it, for the table.
+    it, for the table. ``aligned``: the numbers that are multiples of 16, as strides are where heads and widths are (pointers
+    are); Triton makes other code for these.
     """
 
     label: str
@@ -35,6 +36,7 @@ class Variant:
     constexprs: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 2
+    aligned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,9 @@ def usage(variant: Variant, capability: int) -> Usage:
 
     signature = {**variant.signature, **dict.fromkeys(variant.constexprs, "constexpr")}
     ordered = {name: signature[name] for name in variant.kernel.arg_names}
-    source = ASTSource(variant.kernel, ordered, dict(variant.constexprs))
+    aligned = [i for i, (name, type) in enumerate(ordered.items()) if type[0] == "*" or name in variant.aligned]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(variant.kernel, ordered, dict(variant.constexprs), attributes)
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     taken = _resources(triton.knobs.nvidia.cuobjdump.path, compiled.asm["cubin"])
