@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -293,3 +297,39 @@ def test_kernels_take_any_layout(triton_attention):
     given["query"], given["key"] = given["query"].contiguous(), given["key"].mT.contiguous().mT
     given["value"] = given["value"].contiguous()
     assert_same(given, triton_attention, 1e-5)
+
+
+SEEN = """
+import types
+import torch, triton
+from torch._functorch.aot_autograd import aot_export_module
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from tokenseek_fx.ops import attention, attention_triton
+
+triton.runtime.driver.set_active(types.SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32)))
+attention._operator = lambda query, value: attention_triton.forward
+
+class Loss(torch.nn.Module):
+    def forward(self, *operands):
+        return (attention.selected_attention(*operands, causal=True).sum(),)
+
+def rows(heads, rows):
+    return torch.empty(2, rows, heads, 16).transpose(1, 2)
+
+with FakeTensorMode():
+    live = [rows(n, 5).requires_grad_() for n in (4, 2, 2)]
+    operands = (*live, rows(2, 13), rows(2, 13), torch.zeros(2, 5, dtype=torch.int64))
+    gm, _ = aot_export_module(Loss(), operands, trace_joint=True, output_loss_index=0)
+kernels = [n for n in gm.graph.nodes if n.target is torch.ops.higher_order.triton_kernel_wrapper_functional]
+print(*(",".join(sorted(use.args[1] for use in kernel.users)) for kernel in kernels))
+"""
+
+
+def test_a_graph_sees_into_the_kernels(tmp_path):
+    """Inductor gets the kernels themselves, and they write what they return alone: an operand that seems written is copied."""
+    pytest.importorskip("triton")
+    (tmp_path / "seen.py").write_text(SEEN)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, tmp_path / "seen.py"], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["lse,out", "out", "grad_key,grad_value"], done.stderr

@@ -130,12 +130,16 @@ def _forward_over(
 
 
 @triton.jit
-def _rows(positions, m, rows, GROUP: tl.constexpr, BY_POSITION: tl.constexpr):
-    """Row, head within the group, whether there is such a row, and its position."""
+def _rows(m, rows, GROUP: tl.constexpr):
+    """Row, head within the group, and whether there is such a row."""
     i = m // GROUP
-    inside = i < rows
-    p = tl.load(positions + i, mask=inside, other=0).to(tl.int32) if BY_POSITION else i
-    return i, m % GROUP, inside, p
+    return i, m % GROUP, i < rows
+
+
+@triton.jit
+def _positions(positions, i, inside, KNOWN: tl.constexpr):
+    """Where rows stand. Apart from ``_rows``: what is stored must not seem to be stored in ``positions``, or they are copied."""
+    return tl.load(positions + i, mask=inside, other=0).to(tl.int32) if KNOWN else i
 
 
 @triton.jit
@@ -153,7 +157,8 @@ def forward_kernel(
     positions += b * rows
     segments += b * keys
     m = first + tl.arange(0, BLOCK_M)
-    i, g, inside, p = _rows(positions, m, rows, GROUP, CAUSAL or WINDOW or SEGMENTS)
+    i, g, inside = _rows(m, rows, GROUP)
+    p = _positions(positions, i, inside, CAUSAL or WINDOW or SEGMENTS)
     own = tl.load(segments + p, mask=inside, other=0) if SEGMENTS else i
     head = h * GROUP + g
     q = _matrix(query + b * q_b, head * q_h + i * q_i, 1, inside, BLOCK_E, E, True)
@@ -239,7 +244,8 @@ def grad_query_kernel(
     positions += b * rows
     segments += b * keys
     m = first + tl.arange(0, BLOCK_M)
-    i, g, inside, p = _rows(positions, m, rows, GROUP, CAUSAL or WINDOW or SEGMENTS)
+    i, g, inside = _rows(m, rows, GROUP)
+    p = _positions(positions, i, inside, CAUSAL or WINDOW or SEGMENTS)
     own = tl.load(segments + p, mask=inside, other=0) if SEGMENTS else i
     head = h * GROUP + g
     q = _matrix(query + b * q_b, head * q_h + i * q_i, 1, inside, BLOCK_E, E, True)
@@ -314,7 +320,8 @@ def grad_keys_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     for block in range(start * GROUP, stop * GROUP, BLOCK_M):
         m = block + tl.arange(0, BLOCK_M)
-        i, g, inside, p = _rows(positions, m, rows, GROUP, CAUSAL or WINDOW or SEGMENTS)
+        i, g, inside = _rows(m, rows, GROUP)
+        p = _positions(positions, i, inside, CAUSAL or WINDOW or SEGMENTS)
         own = tl.load(segments + p, mask=inside, other=0) if SEGMENTS else i
         head = h * GROUP + g
         q = _matrix(query + b * q_b, head * q_h + i * q_i, 1, inside, BLOCK_E, E, True)
