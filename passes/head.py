@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..ops.head import head_loss
+from ..ops.head import loss_of_head
 from .call import Call
 from .factors import same_size
 from .rules.op import bind
@@ -64,7 +64,7 @@ class Head:
         weight = (weight.t() if self.transposed else weight).to(self.product)
         bias = None if self.bias is None else streams.full(self.bias).to(self.product)
         rows = hidden.detach().to(self.product).reshape(-1, hidden.shape[-1])
-        losses, found = head_loss(
+        losses, found = loss_of_head(
             rows,
             weight,
             bias,

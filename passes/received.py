@@ -2,7 +2,7 @@
 
     I1[b, j] = sum over heads h and queries i of softmax(Q K^T scale + mask)[b, h, i, j]
 
-Queries that may look at nothing (rows of padding) count for nothing. The operator ``attention_received`` works in blocks, so no
+Queries that may look at nothing (rows of padding) count for nothing. The operator works in blocks, so no
 ``[B, H, T, T]`` tensor exists.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..ops.received import HIDDEN, attention_received, sees_nothing
+from ..ops.received import HIDDEN, received, sees_nothing
 from .geometry import Geometry
 from .rules.op import bind, bind_values
 from .token_axes import SDPA, Attention
@@ -25,7 +25,7 @@ def received_in(attention: Attention, values: Mapping[fx.Node, Any], geometry: G
     node, axes = attention.node, geometry.axes
     if node.target is SDPA:
         given = bind_values(node, values)
-        total = attention_received(given["query"], given["key"], given["attn_mask"], given["is_causal"], given["scale"])
+        total = received(given["query"], given["key"], given["attn_mask"], given["is_causal"], given["scale"])
         labels = (*axes.of(node.args[0])[:-2], axes.of(node.args[1])[-2])
         return geometry.by_token(total, labels, len(labels) - 1)
     shares = values[attention.shares].masked_fill(sees_nothing(values[node.args[0]]), 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -59,7 +60,7 @@ def test_losses_and_gradients_are_those_of_cross_entropy(n, d, v, bias, ignored,
     dtype = torch.promote_types(kind, torch.float32)
     given = example(n, d, v, bias, ignored, kind)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(head, "BLOCK_BYTES", rows * v * dtype.itemsize)
+        patch.setitem(head.BLOCK_BYTES, "cpu", rows * v * dtype.itemsize)
         losses, grad = head_loss(*given, IGNORED, softcap, scale, dtype, True)
     expected = by_autograd(*given, softcap, scale, dtype)
     tol = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[
@@ -103,6 +104,27 @@ def test_autocast_outside_does_not_change_the_product():
 def test_the_operator_keeps_its_contract(gradient):
     inputs = example(5, 4, 7, True, 0.4, torch.bfloat16)
     torch.library.opcheck(head_loss, (*inputs, IGNORED, 2.0, 0.5, torch.float32, gradient))
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="the kernels need triton")
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 40), st.integers(1, 40), st.integers(2, 150), st.booleans(), st.sampled_from([0.0, 0.4, 1.0]),
+    st.sampled_from([0.0, 3.0]), st.sampled_from([1.0, -0.3]), st.sampled_from([torch.float32, torch.float16]), st.booleans(),
+)  # fmt: skip
+def test_the_kernels_do_what_the_operator_does(n, d, v, bias, ignored, softcap, scale, kind, gradient):
+    from tokenseek_fx.ops import head_triton
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU by Triton's interpreter, see conftest.py
+    inputs = [x if x is None else x.to(device) for x in example(n, d, v, bias, ignored, kind)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(head_triton, "blocks", lambda *_: {"D": d, "BLOCK_N": 16, "BLOCK_V": 32, "BLOCK_D": 16})
+        patch.setattr(head_triton, "PARTS", 3)
+        losses, grad = head_triton.head_loss_triton(*inputs, IGNORED, softcap, scale, gradient)
+    expected = head_loss(*inputs, IGNORED, softcap, scale, torch.float32, gradient)
+    tol = 1e-4 if kind is torch.float32 else 2e-2  # float16: the operator rounds its logits to it, the kernels do not
+    torch.testing.assert_close(losses, expected[0], rtol=tol, atol=tol)
+    torch.testing.assert_close(grad, expected[1], rtol=tol, atol=tol)
 
 
 # ---- in the tail of a model

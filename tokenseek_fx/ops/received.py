@@ -14,11 +14,33 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .device import HALF, runs_triton
+
 #: Additive masks are at most this where a key is hidden: finfo.min of any dtype, -inf, -1e9, -1e4 with scores added; no
 #: position bias is that low.
 HIDDEN = -9e3
 #: Bytes of the scores that are in memory at a time.
 BLOCK_BYTES = 4 * 2**20
+
+
+def received(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    window: int | None = None,
+    segments: Tensor | None = None,
+    softcap: float = 0.0,
+    lse: Tensor | None = None,
+) -> Tensor:
+    """``attention_received``, by the Triton kernels on a GPU where they can."""
+    narrow = query.ndim == 4 and query.shape[-1] <= 256 and query.dtype in (*HALF, torch.float32)
+    if narrow and runs_triton(query):
+        from .received_triton import attention_received_triton
+
+        return attention_received_triton(query, key, mask, is_causal, scale, window, segments, softcap, lse)
+    return attention_received(query, key, mask, is_causal, scale, window, segments, softcap, lse)
 
 
 @torch.library.custom_op("tokenseek_fx::attention_received", mutates_args=())
@@ -76,7 +98,7 @@ def _(query: Tensor, key: Tensor, *how: Any, **options: Any) -> Tensor:
 
 
 @register_flop_formula(torch.ops.tokenseek_fx.attention_received)
-def _flops(query: Any, key: Any, *how: Any, out_shape: Any = None, **options: Any) -> int:
+def flops_of_received(query: Any, key: Any, *how: Any, out_shape: Any = None, **options: Any) -> int:
     """One product of queries and keys (masks are not counted, as in the formula of attention)."""
     return 2 * math.prod(query) * key[-2]
 

@@ -11,8 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import triton_op, wrap_triton
+from torch.utils.flop_counter import register_flop_formula
 
-from .received import HIDDEN
+from .received import HIDDEN, flops_of_received
 from .static import Variant
 
 WARPS = 8
@@ -169,6 +170,9 @@ def attention_received_triton(
     return out
 
 
+register_flop_formula(torch.ops.tokenseek_fx.attention_received_triton)(flops_of_received)
+
+
 def blocks(width: int, dtype: torch.dtype, plain: bool) -> dict[str, int]:
     """Block sizes for heads of a width; ``plain``: no mask and no segments, whose loads take registers."""
     side = 64 if plain and width <= 128 and dtype.itemsize == 2 else 32
@@ -190,6 +194,7 @@ def _variant(kernel: triton.JITFunction, dtype: str, width: int, how: dict, labe
     types = dict.fromkeys(kernel.arg_names, "i32")
     types |= dict.fromkeys(("query", "key", "mask"), f"*{dtype}") | dict.fromkeys(("lse", "out"), "*fp32")
     types |= {"segments": "*i64"} | dict.fromkeys(("scale", "softcap", "hidden"), "fp32")
-    constants = {**sizes, **how}
+    constants = {**sizes, **how, "q_e": 1, "k_e": 1, "mask_j": 1}
+    aligned = ("q_b", "q_h", "q_i", "k_b", "k_h", "k_j", "mask_b", "mask_h", "mask_i")
     signature = {name: types[name] for name in kernel.arg_names if name not in constants}
-    return Variant(f"{dtype}, heads of {width}, {label}", kernel, signature, constants, WARPS)
+    return Variant(f"{dtype}, heads of {width}, {label}", kernel, signature, constants, WARPS, aligned=aligned)

@@ -1,5 +1,5 @@
 """What the Triton kernels take of a GPU, without a GPU: ``python -m tokenseek_fx.ops.static`` compiles every variant of every
-kernel for sm_80 and sm_90 and prints registers, spills and shared memory as a table.
+kernel for sm_80 and sm_90 and prints registers, spills and shared memory as a table. Its exit status is 1 where one does not fit.
 
 A file of kernels lists what it is compiled for in a function ``variants()``.
 """
@@ -9,13 +9,14 @@ from __future__ import annotations
 import importlib
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 #: The files of kernels.
-MODULES = ("received_triton", "attention_triton")
+MODULES = ("received_triton", "head_triton", "attention_triton")
 #: Shared memory that one block may have, in bytes: compute capability -> limit (CUDA C++ programming guide).
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 
@@ -49,6 +50,11 @@ class Usage:
     registers: int
     spills: int
     shared: int
+
+    @property
+    def fits(self) -> bool:
+        """No register is spilled and the shared memory is there."""
+        return not self.spills and self.shared <= SHARED[self.capability]
 
 
 def variants() -> list[Variant]:
@@ -100,13 +106,16 @@ def markdown(found: Usage) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
-def main() -> None:
-    """Print the table."""
+def main() -> int:
+    """Print the table; 1 where a variant spills registers or needs more shared memory than there is."""
     print("| kernel | variant | warps / stages | target | registers | spilled bytes | shared KiB |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
+    bad = 0
     for found in report():
         print(markdown(found), flush=True)
+        bad += not found.fits
+    return int(bad > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
