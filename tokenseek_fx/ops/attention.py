@@ -13,7 +13,6 @@ Triton kernels (``attention_triton``).
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,10 +20,10 @@ from torch import Tensor
 
 from . import attention_blocks as blocks
 from .attention_blocks import Sight, lse_like, rows_like
+from .device import runs_triton
 
 #: What the kernels take: wider heads have no room in the registers of a GPU.
 WIDEST = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
-_HAS_TRITON = find_spec("triton") is not None
 
 
 def selected_attention(
@@ -70,7 +69,7 @@ def selected_attention(
 
 def _operator(query: Tensor, value: Tensor) -> Any:
     """The Triton kernels where they apply, else blocks of ATen operations."""
-    if _HAS_TRITON and query.is_cuda and max(query.shape[-1], value.shape[-1]) <= WIDEST.get(query.dtype, 0):
+    if runs_triton(query) and max(query.shape[-1], value.shape[-1]) <= WIDEST.get(query.dtype, 0):
         from . import attention_triton
 
         return attention_triton.forward
