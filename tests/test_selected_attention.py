@@ -128,6 +128,17 @@ def test_equals_the_definition_where_the_rows_are_all_tokens():
     given = operands(2, 4, 2, 90, 90, 8, causal=True)
     assert_same(given)
     assert_same(given | {"row_key": None, "row_value": None})
+    assert_same(given | {"mask": torch.rand(2, 1, 1, 90) < 0.8})
+    assert_same(given | {"segments": torch.randint(3, (2, 90)).sort().values})
+    assert_same(given | {"window": 7})
+
+
+def test_columns_after_all_rows_have_no_gradient():
+    last = {"positions": torch.tensor([[1, 2]]), "columns": torch.tensor([[1, 9, 12]])}
+    given = operands(1, 4, 2, 2, 13, causal=True, columns=last["columns"]) | last
+    found = grads(selected_attention, given, torch.ones(1, 4, 2, 8).double())
+    assert found["row_value"][:, :, 0].any() and not found["row_value"][:, :, 1:].any()
+    assert_same(given)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float16, 4e-3)])
