@@ -13,7 +13,6 @@ Triton kernels (``attention_triton``).
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,10 +20,10 @@ from torch import Tensor
 
 from . import attention_blocks as blocks
 from .attention_blocks import Sight, lse_like, rows_like
+from .device import runs_triton
 
-#: Wider heads have no room in the registers of a GPU.
-WIDEST = 256
-_HAS_TRITON = find_spec("triton") is not None
+#: What the kernels take: wider heads have no room in the registers of a GPU.
+WIDEST = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
 
 
 def selected_attention(
@@ -70,12 +69,7 @@ def selected_attention(
 
 def _operator(query: Tensor, value: Tensor) -> Any:
     """The Triton kernels where they apply, else blocks of ATen operations."""
-    if (
-        _HAS_TRITON
-        and query.is_cuda
-        and query.dtype != torch.float64
-        and max(query.shape[-1], value.shape[-1]) <= WIDEST
-    ):
+    if runs_triton(query) and max(query.shape[-1], value.shape[-1]) <= WIDEST.get(query.dtype, 0):
         from . import attention_triton
 
         return attention_triton.forward
@@ -85,6 +79,8 @@ def _operator(query: Tensor, value: Tensor) -> Any:
 def _check(query, row_key, row_value, key, value, positions, columns, mask, segments, causal, window) -> None:
     if query.shape[1] % key.shape[1]:
         raise ValueError(f"{query.shape[1]} query heads cannot share {key.shape[1]} key heads.")
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(f"query is {query.dtype}, key {key.dtype}, value {value.dtype}; give them one dtype.")
     if key.shape[:3] != value.shape[:3] or query.shape[-1] != key.shape[-1] or query.shape[0] != key.shape[0]:
         shapes = [list(t.shape) for t in (query, key, value)]
         raise ValueError("query {}, key {} and value {} do not fit together.".format(*shapes))

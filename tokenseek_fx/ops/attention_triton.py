@@ -81,10 +81,10 @@ def _reach(
 
 
 @triton.jit
-def _matrix(base, at, stride, width, inside, BLOCK: tl.constexpr, WIDTH: tl.constexpr, HIDE: tl.constexpr):
+def _matrix(base, at, stride, inside, BLOCK: tl.constexpr, WIDTH: tl.constexpr, HIDE: tl.constexpr):
     """Rows ``at`` of a matrix, [at, BLOCK], 0 outside."""
     e = tl.arange(0, BLOCK)
-    here = base + at[:, None].to(tl.int64) * stride + e[None, :]
+    here = base + at[:, None] * stride + e[None, :]
     if WIDTH == BLOCK:
         if HIDE:
             return tl.load(here, mask=inside[:, None], other=0)
@@ -104,10 +104,11 @@ def _forward_over(
 ):  # fmt: skip
     """Online softmax over the keys ``start`` .. ``stop``."""
     for block in range(start, stop, BLOCK_N):
-        j = block + tl.arange(0, BLOCK_N)
-        k = _matrix(key, j, k_j, E, j < keys, BLOCK_E, E, HIDE)
+        n, at = tl.arange(0, BLOCK_N), tl.cast(block, tl.int64)
+        j = block + n
+        k = _matrix(key + at * k_j, n, k_j, j < keys, BLOCK_E, E, HIDE)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if SOFTCAP:
+        if SOFTCAP:  # noqa: SIM108
             scores = _capped(scores * scale, softcap) * (softcap * LOG2E)
         else:
             scores = scores * (scale * LOG2E)
@@ -122,19 +123,23 @@ def _forward_over(
         shares = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(shares, 1)
-        v = _matrix(value, j, v_j, V, j < keys, BLOCK_V, V, HIDE)
+        v = _matrix(value + at * v_j, n, v_j, j < keys, BLOCK_V, V, HIDE)
         acc = tl.dot(shares.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         top = higher
     return acc, top, total
 
 
 @triton.jit
-def _rows(positions, m, rows, GROUP: tl.constexpr, BY_POSITION: tl.constexpr):
-    """Row, head within the group, whether there is such a row, and its position."""
+def _rows(m, rows, GROUP: tl.constexpr):
+    """Row, head within the group, and whether there is such a row."""
     i = m // GROUP
-    inside = i < rows
-    p = tl.load(positions + i, mask=inside, other=0).to(tl.int32) if BY_POSITION else i
-    return i, m % GROUP, inside, p
+    return i, m % GROUP, i < rows
+
+
+@triton.jit
+def _positions(positions, i, inside, KNOWN: tl.constexpr):
+    """Where rows stand. Apart from ``_rows``: what is stored must not seem to be stored in ``positions``, or they are copied."""
+    return tl.load(positions + i, mask=inside, other=0).to(tl.int32) if KNOWN else i
 
 
 @triton.jit
@@ -152,10 +157,11 @@ def forward_kernel(
     positions += b * rows
     segments += b * keys
     m = first + tl.arange(0, BLOCK_M)
-    i, g, inside, p = _rows(positions, m, rows, GROUP, CAUSAL or WINDOW or SEGMENTS)
+    i, g, inside = _rows(m, rows, GROUP)
+    p = _positions(positions, i, inside, CAUSAL or WINDOW or SEGMENTS)
     own = tl.load(segments + p, mask=inside, other=0) if SEGMENTS else i
     head = h * GROUP + g
-    q = _matrix(query + b * q_b, head * q_h + i * q_i, 1, E, inside, BLOCK_E, E, True)
+    q = _matrix(query + b * q_b, head * q_h + i * q_i, 1, inside, BLOCK_E, E, True)
     top = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if SINKS:
@@ -199,8 +205,9 @@ def _grad_query_over(
 ):  # fmt: skip
     """dq / scale over the keys ``start`` .. ``stop``."""
     for block in range(start, stop, BLOCK_N):
-        j = block + tl.arange(0, BLOCK_N)
-        k = _matrix(key, j, k_j, E, j < keys, BLOCK_E, E, HIDE)
+        n, at = tl.arange(0, BLOCK_N), tl.cast(block, tl.int64)
+        j = block + n
+        k = _matrix(key + at * k_j, n, k_j, j < keys, BLOCK_E, E, HIDE)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if SOFTCAP:
             capped = _capped(scores * scale, softcap)
@@ -214,7 +221,7 @@ def _grad_query_over(
                 mask, mask_rows[:, None], mask_j, CAUSAL, WINDOW, SEGMENTS, MASK, BY_ROW,
             )  # fmt: skip
         shares = tl.exp2(scores - lse[:, None])
-        v = _matrix(value, j, v_j, V, j < keys, BLOCK_V, V, HIDE)
+        v = _matrix(value + at * v_j, n, v_j, j < keys, BLOCK_V, V, HIDE)
         grad_scores = shares * (tl.dot(grad, tl.trans(v), input_precision="ieee") - delta[:, None])
         if SOFTCAP:
             grad_scores *= 1 - capped * capped
@@ -237,11 +244,12 @@ def grad_query_kernel(
     positions += b * rows
     segments += b * keys
     m = first + tl.arange(0, BLOCK_M)
-    i, g, inside, p = _rows(positions, m, rows, GROUP, CAUSAL or WINDOW or SEGMENTS)
+    i, g, inside = _rows(m, rows, GROUP)
+    p = _positions(positions, i, inside, CAUSAL or WINDOW or SEGMENTS)
     own = tl.load(segments + p, mask=inside, other=0) if SEGMENTS else i
     head = h * GROUP + g
-    q = _matrix(query + b * q_b, head * q_h + i * q_i, 1, E, inside, BLOCK_E, E, True)
-    do = _matrix(grad + b * g_b, head * g_h + i * g_i, 1, V, inside, BLOCK_V, V, True)
+    q = _matrix(query + b * q_b, head * q_h + i * q_i, 1, inside, BLOCK_E, E, True)
+    do = _matrix(grad + b * g_b, head * g_h + i * g_i, 1, inside, BLOCK_V, V, True)
     at = (b * key_heads * GROUP + head) * rows + i
     logs = tl.load(lse + at, mask=inside, other=float("inf")) * LOG2E
     given = tl.load(delta + at, mask=inside, other=0)
@@ -298,8 +306,8 @@ def grad_keys_kernel(
     segments += b * keys
     c = first + tl.arange(0, BLOCK_N)
     j = tl.load(columns + c, mask=c < selected, other=keys).to(tl.int32)
-    k = _matrix(key + b * k_b + h * k_h, j, k_j, E, c < selected, BLOCK_E, E, True)
-    v = _matrix(value + b * v_b + h * v_h, j, v_j, V, c < selected, BLOCK_V, V, True)
+    k = _matrix(key + b * k_b + h * k_h, j.to(tl.int64), k_j, c < selected, BLOCK_E, E, True)
+    v = _matrix(value + b * v_b + h * v_h, j.to(tl.int64), v_j, c < selected, BLOCK_V, V, True)
     theirs = tl.load(segments + j, mask=j < keys, other=0) if SEGMENTS else j
     start, stop = 0, rows
     if CAUSAL:
@@ -312,11 +320,12 @@ def grad_keys_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     for block in range(start * GROUP, stop * GROUP, BLOCK_M):
         m = block + tl.arange(0, BLOCK_M)
-        i, g, inside, p = _rows(positions, m, rows, GROUP, CAUSAL or WINDOW or SEGMENTS)
+        i, g, inside = _rows(m, rows, GROUP)
+        p = _positions(positions, i, inside, CAUSAL or WINDOW or SEGMENTS)
         own = tl.load(segments + p, mask=inside, other=0) if SEGMENTS else i
         head = h * GROUP + g
-        q = _matrix(query + b * q_b, head * q_h + i * q_i, 1, E, inside, BLOCK_E, E, True)
-        do = _matrix(grad + b * g_b, head * g_h + i * g_i, 1, V, inside, BLOCK_V, V, True)
+        q = _matrix(query + b * q_b, head * q_h + i * q_i, 1, inside, BLOCK_E, E, True)
+        do = _matrix(grad + b * g_b, head * g_h + i * g_i, 1, inside, BLOCK_V, V, True)
         at = (b * key_heads * GROUP + head) * rows + i
         logs = tl.load(lse + at, mask=inside, other=float("inf")) * LOG2E
         given = tl.load(delta + at, mask=inside, other=0)
@@ -351,11 +360,11 @@ def forward(
     columns: Tensor | None, mask: Tensor | None, segments: Tensor | None, sinks: Tensor | None,
     causal: bool, window: int, scale: float | None, softcap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``selected_attention`` by ``forward_kernel``: head dims up to 256, dtypes up to float32."""
+    """``selected_attention`` by ``forward_kernel``: see ``attention.WIDEST``."""
     out, lse = rows_like(query, value.shape[-1]), lse_like(query)
     query, key, value = _dense(query), _dense(key), _dense(value)
     options = _options(query, key, value, mask, segments, causal, window, softcap) | {"SINKS": sinks is not None}
-    tile = tile_of("forward", query.dtype, max(options["BLOCK_E"], options["BLOCK_V"]))
+    tile = tile_of("forward", query.dtype, max(options["BLOCK_E"], options["BLOCK_V"]), options["BY_ROW"])
     wrap_triton(forward_kernel)[_grid(query.shape[2] * options["GROUP"], tile["BLOCK_M"], key)](
         query, key, value, *_hidden_by(query, positions, mask, segments), query if sinks is None else sinks, out, lse,
         *_strides(query, key, value, out), *_mask_strides(mask, query, key),
@@ -373,7 +382,7 @@ def grad_query(
     out = rows_like(query, query.shape[-1])
     grad, query, key, value = _dense(grad), _dense(query), _dense(key), _dense(value)
     options = _options(query, key, value, mask, segments, causal, window, softcap)
-    tile = tile_of("grad_query", query.dtype, max(options["BLOCK_E"], options["BLOCK_V"]))
+    tile = tile_of("grad_query", query.dtype, max(options["BLOCK_E"], options["BLOCK_V"]), options["BY_ROW"])
     wrap_triton(grad_query_kernel)[_grid(query.shape[2] * options["GROUP"], tile["BLOCK_M"], key)](
         grad, delta.contiguous(), lse.contiguous(), query, key, value, *_hidden_by(query, positions, mask, segments), out,
         *_strides(grad, query, key, value, out), *_mask_strides(mask, query, key),
@@ -393,7 +402,7 @@ def grad_keys(
     grad_key, grad_value = (rows_like(t[:, :, :selected], t.shape[-1]) for t in (key, value))
     grad, query, key, value = _dense(grad), _dense(query), _dense(key), _dense(value)
     options = _options(query, key, value, mask, segments, causal, window, softcap)
-    tile = tile_of("grad_keys", query.dtype, max(options["BLOCK_E"], options["BLOCK_V"]))
+    tile = tile_of("grad_keys", query.dtype, max(options["BLOCK_E"], options["BLOCK_V"]), options["BY_ROW"])
     positions, mask_at, segments_at = _hidden_by(query, positions, mask, segments)
     heads, rows, keys, *rest = _sizes(query, key, window, scale, softcap)
     wrap_triton(grad_keys_kernel)[_grid(selected, tile["BLOCK_N"], key)](
@@ -460,21 +469,32 @@ def _widths(width: int, value_width: int) -> dict[str, int]:
     return {"E": width, "V": value_width} | {n: max(16, triton.next_power_of_2(w)) for n, w in padded.items()}
 
 
-def tile_of(kernel: str, dtype: torch.dtype, width: int) -> dict[str, int]:
-    """Rows and keys of a block, warps and stages, for heads of ``width`` (a power of 2)."""
-    if dtype is torch.float32:
-        side = 32 if width <= 128 else 16
-        return {"BLOCK_M": side, "BLOCK_N": side, "num_warps": 4, "num_stages": 1}
-    rows, keys, warps, stages = _TILES[kernel][min(w for w in _TILES[kernel] if w >= width)]
+#: For half precision, by kernel and width of heads: rows and keys of a block, warps, stages; chosen by the static report.
+_TILES = {
+    "forward": {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
+    "grad_query": {64: (128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+    "grad_keys": {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+}
+#: Those with a mask by row, whose addresses take registers.
+_TILES_BY_ROW = {
+    "forward": {64: (64, 64, 4, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 2)},
+    "grad_query": {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 2)},
+    "grad_keys": {64: (32, 64, 8, 1), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
+}
+#: For float32.
+_TILES_WIDE = {
+    "forward": {64: (32, 32, 4, 1), 128: (32, 32, 8, 1)},
+    "grad_query": {64: (16, 32, 4, 1), 128: (16, 16, 8, 1)},
+    "grad_keys": {64: (32, 32, 4, 1), 128: (32, 32, 8, 1)},
+}
+
+
+def tile_of(kernel: str, dtype: torch.dtype, width: int, by_row: bool) -> dict[str, int]:
+    """Rows and keys of a block, warps and stages, for heads of ``width`` (a power of 2) and a mask ``by_row``."""
+    tiles = (_TILES_WIDE if dtype is torch.float32 else _TILES_BY_ROW if by_row else _TILES)[kernel]
+    rows, keys, warps, stages = tiles[min(w for w in tiles if w >= width)]
     return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
 
-
-#: By kernel and width of heads, for half precision: rows, keys, warps, stages.
-_TILES = {
-    "forward": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
-    "grad_query": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-    "grad_keys": {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1)},
-}
 
 register(forward, grad_query, grad_keys)
 
@@ -492,14 +512,19 @@ def variants() -> list[Variant]:
     }
     full = dict.fromkeys(plain, True) | {"MASK": 2}
     half = [("bf16", width, group, plain, "causal") for width in (32, 64, 96, 128, 256) for group in (1, 4)]
-    wide = [(dtype, width, 4, full, "everything") for dtype in ("bf16", "fp32") for width in (64, 128, 256)]
+    wide = [
+        (dtype, width, 4, full, "everything")
+        for dtype in ("bf16", "fp32")
+        for width in (64, 128, 256)
+        if dtype == "bf16" or width <= 128
+    ]
     kernels = {"forward": forward_kernel, "grad_query": grad_query_kernel, "grad_keys": grad_keys_kernel}
     return [_variant(name, kernel, *case) for name, kernel in kernels.items() for case in [*half, *wide]]
 
 
 def _variant(name: str, kernel: Any, dtype: str, width: int, group: int, how: dict, label: str) -> Variant:
     widths = _widths(width, width)
-    tile = tile_of(name, torch.float32 if dtype == "fp32" else torch.bfloat16, widths["BLOCK_E"])
+    tile = tile_of(name, torch.float32 if dtype == "fp32" else torch.bfloat16, widths["BLOCK_E"], how["BY_ROW"])
     warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
     constants = {"GROUP": group, **widths, **tile, **how}
     constants = {n: value for n, value in constants.items() if n in kernel.arg_names}
@@ -508,4 +533,7 @@ def _variant(name: str, kernel: Any, dtype: str, width: int, group: int, how: di
     types |= dict.fromkeys(tensors, f"*{dtype}") | dict.fromkeys(("positions", "columns", "segments"), "*i64")
     types |= {"lse": "*fp32", "delta": "*fp32"}
     signature = {n: types[n] for n in kernel.arg_names if n not in constants}
-    return Variant(f"{dtype}, heads of {width}, group {group}, {label}", kernel, signature, constants, warps, stages)
+    strides = tuple(n for n in signature if n[-2:] in ("_b", "_h", "_i", "_j") and not n.startswith("mask"))
+    return Variant(
+        f"{dtype}, heads of {width}, group {group}, {label}", kernel, signature, constants, warps, stages, strides
+    )

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 #: The files of kernels.
-MODULES = ("received_triton", "head_triton")
+MODULES = ("received_triton", "head_triton", "attention_triton")
 #: Shared memory that one block may have, in bytes: compute capability -> limit (CUDA C++ programming guide).
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 
