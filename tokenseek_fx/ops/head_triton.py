@@ -127,7 +127,7 @@ def head_loss_triton(
 ) -> tuple[Tensor, Tensor]:
     """``head_loss`` with losses in float32, for inputs no wider than that; arguments as there."""
     (rows, width), classes = hidden.shape, weight.shape[0]
-    options = blocks(width, hidden.dtype) | {
+    options = blocks(width) | {
         "BIAS": bias is not None,
         "SOFTCAP": softcap != 0,
         "num_warps": WARPS,
@@ -151,23 +151,21 @@ def head_loss_triton(
 register_flop_formula(torch.ops.tokenseek_fx.head_loss_triton)(flops_of_head)
 
 
-def blocks(width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Block sizes for hidden states of a width."""
-    half = dtype.itemsize == 2
-    return {"D": width, "BLOCK_N": 64 if half else 32, "BLOCK_V": 128 if half else 64, "BLOCK_D": 64 if half else 32}
+def blocks(width: int) -> dict[str, int]:
+    """Block sizes for hidden states of a width in half precision."""
+    return {"D": width, "BLOCK_N": 64, "BLOCK_V": 128, "BLOCK_D": 64}
 
 
 def variants() -> list[Variant]:
-    """Both kernels in half precision and in float32, plain and with a bias and a soft cap."""
-    cases = [(dtype, width, full) for dtype in ("bf16", "fp32") for width in (512, 4096) for full in (False, True)]
+    """Both kernels in half precision, plain and with a bias and a soft cap."""
+    cases = [(width, full) for width in (512, 4096) for full in (False, True)]
     return [_variant(kernel, *case) for kernel in (loss_kernel, gradient_kernel) for case in cases]
 
 
-def _variant(kernel: triton.JITFunction, dtype: str, width: int, full: bool) -> Variant:
-    sizes = blocks(width, torch.float32 if dtype == "fp32" else torch.bfloat16)
-    constants = {**sizes, "BIAS": full, "SOFTCAP": full, "h_d": 1, "w_d": 1}
-    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("hidden", "weight", "bias"), f"*{dtype}")
+def _variant(kernel: triton.JITFunction, width: int, full: bool) -> Variant:
+    constants = {**blocks(width), "BIAS": full, "SOFTCAP": full, "h_d": 1, "w_d": 1}
+    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("hidden", "weight", "bias"), "*bf16")
     types |= dict.fromkeys(("lse", "chosen", "grad"), "*fp32") | {"target": "*i64", "scale": "fp32", "softcap": "fp32"}
     signature = {name: types[name] for name in kernel.arg_names if name not in constants}
-    label = f"{dtype}, width {width}" + (", bias and soft cap" if full else "")
+    label = f"bf16, width {width}" + (", bias and soft cap" if full else "")
     return Variant(label, kernel, signature, constants, WARPS, STAGES, aligned=("h_n", "w_v"))
