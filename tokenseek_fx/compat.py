@@ -98,3 +98,10 @@ def reaches_recompile_limit() -> int | None:
 def unlimited_recompiles() -> Any:
     """Trace once more whatever was compiled before."""
     return torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)
+
+
+def wrap_kernel(kernel: Any) -> Any:
+    """``torch.library.wrap_triton``; PyTorch 2.11 has none for kernels that Triton's interpreter runs."""
+    import triton
+
+    return torch.library.wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel

@@ -11,9 +11,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 from torch.utils.flop_counter import register_flop_formula
 
+from ..compat import wrap_kernel
 from .head import flops_of_head
 from .static import Variant
 
@@ -138,13 +139,13 @@ def head_loss_triton(
     part = triton.cdiv(triton.cdiv(classes, PARTS), options["BLOCK_V"]) * options["BLOCK_V"]
     lse, chosen = (hidden.new_empty((PARTS, rows), dtype=torch.float32) for _ in range(2))
     blocks_of_rows = triton.cdiv(rows, options["BLOCK_N"])
-    wrap_triton(loss_kernel)[(blocks_of_rows, PARTS)](*given, lse, chosen, rows, classes, part, *how, **options)
+    wrap_kernel(loss_kernel)[(blocks_of_rows, PARTS)](*given, lse, chosen, rows, classes, part, *how, **options)
     whole = lse.logsumexp(0)
     losses = (whole - chosen.sum(0)).where(target != ignore_index, 0.0)
     if not gradient:
         return losses, hidden.new_empty(0)
     grad = hidden.new_zeros((rows, width), dtype=torch.float32)
-    wrap_triton(gradient_kernel)[(blocks_of_rows,)](*given, whole, grad, rows, classes, ignore_index, *how, **options)
+    wrap_kernel(gradient_kernel)[(blocks_of_rows,)](*given, whole, grad, rows, classes, ignore_index, *how, **options)
     return losses, grad.to(hidden.dtype)
 
 
