@@ -93,7 +93,7 @@ def find_head(loss: fx.Node, rows: set[fx.Node], inside: set[fx.Node]) -> Head |
         return None
     hidden, weight, bias = (*first.args, None)[:3]
     factors, dtypes = _factors(way), [dtype for dtype, _ in groupby(_value(node).dtype for node in reversed(way))]
-    known = hidden in inside and not {weight, bias} & inside
+    known = hidden in inside and weight not in inside and bias not in inside
     if not known or not {*way} <= rows or factors is None or not _are_logits(way, weight) or not _widen(dtypes):
         return None
     return Head(
@@ -113,7 +113,7 @@ def _way_back(node: fx.Node) -> Iterator[fx.Node]:
     """From the logits of a loss back to the first operation that is not one of a head's."""
     yield node
     while _is_step(node):
-        node = node.args[0]
+        node = node.all_input_nodes[0]
         yield node
 
 

@@ -117,3 +117,10 @@ def body_of_custom_op(operation: Any) -> Any:
         return None
     definition = OPDEFS.get(operation._schema.name)
     return definition._init_fn if definition is not None else None
+
+
+def wrap_kernel(kernel: Any) -> Any:
+    """``torch.library.wrap_triton``; PyTorch 2.11 has none for kernels that Triton's interpreter runs."""
+    import triton
+
+    return torch.library.wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel

@@ -11,9 +11,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 from torch.utils.flop_counter import register_flop_formula
 
+from ..compat import wrap_kernel
 from .head import flops_of_head
 from .static import Variant
 
@@ -127,7 +128,7 @@ def head_loss_triton(
 ) -> tuple[Tensor, Tensor]:
     """``head_loss`` with losses in float32, for inputs no wider than that; arguments as there."""
     (rows, width), classes = hidden.shape, weight.shape[0]
-    options = blocks(width, hidden.dtype) | {
+    options = blocks(width) | {
         "BIAS": bias is not None,
         "SOFTCAP": softcap != 0,
         "num_warps": WARPS,
@@ -138,36 +139,34 @@ def head_loss_triton(
     part = triton.cdiv(triton.cdiv(classes, PARTS), options["BLOCK_V"]) * options["BLOCK_V"]
     lse, chosen = (hidden.new_empty((PARTS, rows), dtype=torch.float32) for _ in range(2))
     blocks_of_rows = triton.cdiv(rows, options["BLOCK_N"])
-    wrap_triton(loss_kernel)[(blocks_of_rows, PARTS)](*given, lse, chosen, rows, classes, part, *how, **options)
+    wrap_kernel(loss_kernel)[(blocks_of_rows, PARTS)](*given, lse, chosen, rows, classes, part, *how, **options)
     whole = lse.logsumexp(0)
     losses = (whole - chosen.sum(0)).where(target != ignore_index, 0.0)
     if not gradient:
         return losses, hidden.new_empty(0)
     grad = hidden.new_zeros((rows, width), dtype=torch.float32)
-    wrap_triton(gradient_kernel)[(blocks_of_rows,)](*given, whole, grad, rows, classes, ignore_index, *how, **options)
+    wrap_kernel(gradient_kernel)[(blocks_of_rows,)](*given, whole, grad, rows, classes, ignore_index, *how, **options)
     return losses, grad.to(hidden.dtype)
 
 
 register_flop_formula(torch.ops.tokenseek_fx.head_loss_triton)(flops_of_head)
 
 
-def blocks(width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Block sizes for hidden states of a width."""
-    half = dtype.itemsize == 2
-    return {"D": width, "BLOCK_N": 64 if half else 32, "BLOCK_V": 128 if half else 64, "BLOCK_D": 64 if half else 32}
+def blocks(width: int) -> dict[str, int]:
+    """Block sizes for hidden states of a width in half precision."""
+    return {"D": width, "BLOCK_N": 64, "BLOCK_V": 128, "BLOCK_D": 64}
 
 
 def variants() -> list[Variant]:
-    """Both kernels in half precision and in float32, plain and with a bias and a soft cap."""
-    cases = [(dtype, width, full) for dtype in ("bf16", "fp32") for width in (512, 4096) for full in (False, True)]
+    """Both kernels in half precision, plain and with a bias and a soft cap."""
+    cases = [(width, full) for width in (512, 4096) for full in (False, True)]
     return [_variant(kernel, *case) for kernel in (loss_kernel, gradient_kernel) for case in cases]
 
 
-def _variant(kernel: triton.JITFunction, dtype: str, width: int, full: bool) -> Variant:
-    sizes = blocks(width, torch.float32 if dtype == "fp32" else torch.bfloat16)
-    constants = {**sizes, "BIAS": full, "SOFTCAP": full, "h_d": 1, "w_d": 1}
-    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("hidden", "weight", "bias"), f"*{dtype}")
+def _variant(kernel: triton.JITFunction, width: int, full: bool) -> Variant:
+    constants = {**blocks(width), "BIAS": full, "SOFTCAP": full, "h_d": 1, "w_d": 1}
+    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("hidden", "weight", "bias"), "*bf16")
     types |= dict.fromkeys(("lse", "chosen", "grad"), "*fp32") | {"target": "*i64", "scale": "fp32", "softcap": "fp32"}
     signature = {name: types[name] for name in kernel.arg_names if name not in constants}
-    label = f"{dtype}, width {width}" + (", bias and soft cap" if full else "")
+    label = f"bf16, width {width}" + (", bias and soft cap" if full else "")
     return Variant(label, kernel, signature, constants, WARPS, STAGES, aligned=("h_n", "w_v"))

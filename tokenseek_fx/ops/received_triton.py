@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 from torch.utils.flop_counter import register_flop_formula
 
+from ..compat import wrap_kernel
 from .received import HIDDEN, flops_of_received
 from .static import Variant
 
@@ -162,11 +163,11 @@ def attention_received_triton(
     if lse is None:
         lse = query.new_empty((batch, heads, queries), dtype=torch.float32)
         grid = (triton.cdiv(queries, options["BLOCK_I"]), batch * heads)
-        wrap_triton(lse_kernel)[grid](query, key, spread, numbers, lse, *where, *sizes, **options)
+        wrap_kernel(lse_kernel)[grid](query, key, spread, numbers, lse, *where, *sizes, **options)
     else:
         lse = lse.to(torch.float32).contiguous()
     grid = (triton.cdiv(keys, options["BLOCK_J"]), batch * heads)
-    wrap_triton(received_kernel)[grid](query, key, spread, numbers, lse, out, *where, *sizes, HIDDEN, **options)
+    wrap_kernel(received_kernel)[grid](query, key, spread, numbers, lse, out, *where, *sizes, HIDDEN, **options)
     return out
 
 
@@ -176,7 +177,7 @@ register_flop_formula(torch.ops.tokenseek_fx.attention_received_triton)(flops_of
 def blocks(width: int, dtype: torch.dtype, plain: bool) -> dict[str, int]:
     """Block sizes for heads of a width; ``plain``: no mask and no segments, whose loads take registers."""
     side = 64 if plain and width <= 128 and dtype.itemsize == 2 else 32
-    return {"E": width, "BLOCK_E": max(16, triton.next_power_of_2(width)), "BLOCK_I": side, "BLOCK_J": side}
+    return {"E": width, "BLOCK_E": max(16, 1 << (width - 1).bit_length()), "BLOCK_I": side, "BLOCK_J": side}
 
 
 def variants() -> list[Variant]:
