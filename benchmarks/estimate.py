@@ -59,7 +59,15 @@ def bert() -> nn.Module:
 
 
 def t5() -> nn.Module:
-    sizes = {"d_model": 384, "d_kv": 64, "d_ff": 1024, "num_layers": 2, "num_heads": 6}
+    sizes = {
+        "d_model": 384,
+        "d_kv": 64,
+        "d_ff": 1024,
+        "num_layers": 2,
+        "num_heads": 6,
+        "decoder_start_token_id": 0,
+        "pad_token_id": 0,
+    }
     return transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=VOCAB, **sizes, use_cache=False))
 
 
