@@ -7,6 +7,7 @@ partitioned graph is explained by the operation that it comes from, not by its s
 from __future__ import annotations
 
 import copy
+import operator
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
@@ -161,8 +162,11 @@ def _is_tensor(node: Any) -> bool:
 
 def _base(node: Any) -> Any:
     """What a view is one of."""
-    while isinstance(node, fx.Node) and isinstance(node.target, torch._ops.OpOverload) and node.target.is_view:
-        node = node.args[0]
+    while isinstance(node, fx.Node):
+        made = node.args[0] if node.target is operator.getitem else node
+        if not isinstance(made.target, torch._ops.OpOverload) or not made.target.is_view:
+            break
+        node = made.args[0]
     return node
 
 
