@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ..ops.attention import selected_attention
+from ..ops.received import received
 from .factors import same_size
 from .masks import Mask, read_mask
 from .program import Program
@@ -66,6 +67,20 @@ class Attending:
             causal=self.mask.causal,
             window=self.mask.window,
             scale=self.scale,
+        )
+
+    def received(self, values: Mapping[fx.Node, Any]) -> Tensor:
+        """The attention that every key gets from all queries, [B, H, S]."""
+        query, mask = values[self.query], self.mask
+        segments = mask.segments_of(values)
+        return received(
+            query,
+            values[self.key],
+            mask.visible(values),
+            mask.causal,
+            self.scale,
+            mask.window or None,
+            None if segments is None else segments.expand(query.shape[0], -1),
         )
 
 

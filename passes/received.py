@@ -15,14 +15,20 @@ import torch
 from torch import Tensor, fx
 
 from ..ops.received import HIDDEN, received, sees_nothing
+from .attend import Attending
 from .geometry import Geometry
 from .rules.op import bind, bind_values
 from .token_axes import SDPA, Attention
 
 
-def received_in(attention: Attention, values: Mapping[fx.Node, Any], geometry: Geometry) -> Tensor:
-    """I1 of one attention, [B, T], from the seek stream's values."""
+def received_in(
+    attention: Attention, attending: Attending | None, values: Mapping[fx.Node, Any], geometry: Geometry
+) -> Tensor:
+    """I1 of one attention, [B, T], from the seek stream's values; by position where it is ``attending``."""
     node, axes = attention.node, geometry.axes
+    if attending is not None and (attending.mask.causal or not attending.mask.window):
+        labels = (*axes.of(node.args[0])[:-2], axes.of(node.args[1])[-2])
+        return geometry.by_token(attending.received(values), labels, len(labels) - 1)
     if node.target is SDPA:
         given = bind_values(node, values)
         total = received(given["query"], given["key"], given["attn_mask"], given["is_causal"], given["scale"])
@@ -34,9 +40,13 @@ def received_in(attention: Attention, values: Mapping[fx.Node, Any], geometry: G
     return geometry.by_token(shares, labels, len(labels) - 1)
 
 
-def attended_in(attention: Attention, values: Mapping[fx.Node, Any], geometry: Geometry) -> Tensor | None:
+def attended_in(
+    attention: Attention, attending: Attending | None, values: Mapping[fx.Node, Any], geometry: Geometry
+) -> Tensor | None:
     """True for tokens that any query may look at (bool [B, T]), i.e. that are no padding; ``None``: all."""
     node, axes = attention.node, geometry.axes
+    if attending is not None:
+        return _attended_by_position(attending, values, geometry)
     if node.target is not SDPA:
         seen = (values[attention.shares] > 0) & ~sees_nothing(values[node.args[0]])
         labels = axes.of(attention.shares)
@@ -46,3 +56,14 @@ def attended_in(attention: Attention, values: Mapping[fx.Node, Any], geometry: G
         return None
     visible = values[mask] if values[mask].dtype is torch.bool else values[mask] > HIDDEN
     return geometry.by_token(visible, axes.of(mask), len(axes.of(mask)) - 1)
+
+
+def _attended_by_position(attending: Attending, values: Mapping[fx.Node, Any], geometry: Geometry) -> Tensor | None:
+    """Every token may look at itself, so all but the keys that are hidden from all queries."""
+    visible = attending.mask.visible(values)
+    if visible is None:
+        return None
+    visible = visible if visible.dtype is torch.bool else visible > HIDDEN
+    labels = geometry.axes.of(attending.key)
+    shape = (values[attending.key].shape[0], *visible.shape[1:])
+    return geometry.by_token(visible.expand(shape), (labels[0], (), (), labels[2]), 3)

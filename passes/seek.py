@@ -206,11 +206,11 @@ class Seek(Retrace):
         return Geometry(self.program.axes, axis, everything, batch, tokens)
 
     def _look_at(self, geometry: Geometry, signals: Signals, needs: Iterable[str]) -> ScoreInputs:
-        axes = self.program.axes
+        axes, attending = self.program.axes, self.program.attending
         attention = None
         if "attention" in needs:
             looking = signals.attentions(self.program, geometry.axis)
-            attention = sum(received_in(a, self.values, geometry) for a in looking)
+            attention = sum(received_in(a, attending.get(a.node), self.values, geometry) for a in looking)
         first = next((a for a in axes.attentions if axes.keys_of(a) == geometry.axis), None)
         return ScoreInputs(
             geometry.batch,
@@ -218,7 +218,7 @@ class Seek(Retrace):
             geometry.indices.device,
             attention=attention,
             labelled=self._labelled(geometry),
-            attended=None if first is None else attended_in(first, self.values, geometry),
+            attended=None if first is None else attended_in(first, attending.get(first.node), self.values, geometry),
             pinned=self._pinned(signals.pinned, geometry),
         )
 
