@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from compare import compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels import needs_triton
 from scores import Watch
 from test_random import V
 from test_scores import B, Decoder, T, close, tokens
@@ -106,7 +106,7 @@ def test_the_operator_keeps_its_contract(gradient):
     torch.library.opcheck(head_loss, (*inputs, IGNORED, 2.0, 0.5, torch.float32, gradient))
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="the kernels need triton")
+@needs_triton
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 40), st.integers(1, 40), st.integers(2, 150), st.booleans(), st.sampled_from([0.0, 0.4, 1.0]),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels import needs_triton
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -116,7 +116,7 @@ def test_the_operator_keeps_its_contract(dtype, full):
     torch.library.opcheck(attention_received, (query, key, *more))
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="the kernels need triton")
+@needs_triton
 @settings(max_examples=60, deadline=None)
 @given(CASES, st.sampled_from([(16, 32), (32, 16), (16, 16)]), st.integers(1, 45), st.integers(1, 45))
 def test_the_kernels_do_what_the_operator_does(case, sides, queries, keys):
@@ -134,7 +134,7 @@ def test_the_kernels_do_what_the_operator_does(case, sides, queries, keys):
     torch.testing.assert_close(found, attention_received(*args, **how), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="the kernels need triton")
+@needs_triton
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=NO_INTERPRETER)])
 def test_the_kernels_in_half_precision(dtype):
     from tokenseek_fx.ops.received_triton import attention_received_triton
