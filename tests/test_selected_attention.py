@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from tokenseek_fx.ops import attention_blocks as blocks
 from tokenseek_fx.ops.attention import definition, selected_attention
 
 GRADS = ("query", "row_key", "row_value", "sinks")
@@ -250,6 +253,31 @@ def test_saves_its_operands_once_and_nothing_of_rows_by_keys():
     kept = ("query", "key", "value", "positions")
     floor = sum(given[name].nbytes for name in kept) + out.nbytes + 4 * 20 * 4
     assert saved_bytes(out) == floor
+
+
+class Largest(TorchDispatchMode):
+    """The largest storage that any operation made or read, in bytes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = (t.untyped_storage().nbytes() for t in tree_leaves(out) if torch.is_tensor(t))
+        self.bytes = max(self.bytes, *made, 0)
+        return out
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_no_tensor_of_rows_by_keys_exists(softcap):
+    given = operands(1, 4, 2, 256, 8192, 8, dtype=torch.float32, causal=True, softcap=softcap)
+    query, _, _, key, value, positions, columns, mask, segments, _, *form = form_of(given)
+    sight = blocks.Sight.of(query, key, positions, mask, segments, *form)
+    with Largest() as largest:
+        out, lse = blocks.forward(query, key, value, None, sight)
+        delta = (out * out).sum(-1)
+        blocks.grad_query(out, delta, lse, query, key, value, sight)
+        blocks.grad_keys(out, delta, lse, query, key[:, :, :256], value[:, :, :256], sight.at(columns))
+    assert 0 < largest.bytes <= 4 * blocks._SCORES < 256 * 8192 * 4
 
 
 @pytest.mark.parametrize(

@@ -98,3 +98,10 @@ def reaches_recompile_limit() -> int | None:
 def unlimited_recompiles() -> Any:
     """Trace once more whatever was compiled before."""
     return torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)
+
+
+def wrap_triton(kernel: Any) -> Any:
+    """``torch.library.wrap_triton``, which in torch 2.11 does not know a kernel that is interpreted."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    return kernel if isinstance(kernel, InterpretedFunction) else torch.library.wrap_triton(kernel)

@@ -14,8 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
+from ..compat import wrap_triton
 from .attention import register
 from .attention_blocks import lse_like, rows_like
 from .static import Variant
