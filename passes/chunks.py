@@ -238,13 +238,14 @@ def _call(region: _Region, like: fx.Node, name: str, body: fx.GraphModule, start
 
 
 def _rows(region: _Region, node: fx.Node, value: Any, start: int, size: int, apply: Callable[..., Any]) -> Any:
-    """The rows of ``value`` from ``start`` on; ``apply`` calls an operation."""
+    """The rows of ``value`` from ``start`` on, contiguous whatever the layout of ``value`` is when it is computed; ``apply`` calls an
+    operation."""
     sizes, at, is_cut = region.layout(node)
     if not is_cut:
-        return apply(aten.slice.Tensor, value, at, start, start + size)
+        return apply(aten.contiguous.default, apply(aten.slice.Tensor, value, at, start, start + size))
     pieces = apply(aten.slice.Tensor, apply(aten.reshape.default, value, sizes), at, start, start + size)
     shape = region.geometry(size).row_shape(node.meta["val"].shape, region.program.axes.row_dim(node))
-    return apply(aten.reshape.default, pieces, shape)
+    return apply(aten.contiguous.default, apply(aten.reshape.default, pieces, shape))
 
 
 def _apply(target: Any, *args: Any) -> Any:

@@ -92,10 +92,10 @@ class Sight:
 
     def _visible(self, i: slice, r: slice, c: slice) -> Tensor | None:
         seen = []
-        if self.causal or self.window:
-            distance = self.rows[i, r, None] - self.keys[i, None, c]
-            seen += [distance >= 0] if self.causal else []
-            seen += [distance < self.window] if self.window else []
+        if self.causal:
+            seen.append(self.keys[i, None, c] <= self.rows[i, r, None])
+        if self.window:
+            seen.append(self.keys[i, None, c] > self.rows[i, r, None] - self.window)
         if self.key_segments is not None:
             seen.append(self.row_segments[i, r, None] == self.key_segments[i, None, c])
         if not seen:

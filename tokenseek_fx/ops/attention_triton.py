@@ -14,8 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
+from ..compat import wrap_kernel
 from .attention import register
 from .attention_blocks import lse_like, rows_like
 from .static import Variant
@@ -365,7 +366,7 @@ def forward(
     query, key, value = _dense(query), _dense(key), _dense(value)
     options = _options(query, key, value, mask, segments, causal, window, softcap) | {"SINKS": sinks is not None}
     tile = tile_of("forward", query.dtype, max(options["BLOCK_E"], options["BLOCK_V"]), options["BY_ROW"])
-    wrap_triton(forward_kernel)[_grid(query.shape[2] * options["GROUP"], tile["BLOCK_M"], key)](
+    wrap_kernel(forward_kernel)[_grid(query.shape[2] * options["GROUP"], tile["BLOCK_M"], key)](
         query, key, value, *_hidden_by(query, positions, mask, segments), query if sinks is None else sinks, out, lse,
         *_strides(query, key, value, out), *_mask_strides(mask, query, key),
         *_sizes(query, key, window, scale, softcap), **options, **tile,
@@ -383,7 +384,7 @@ def grad_query(
     grad, query, key, value = _dense(grad), _dense(query), _dense(key), _dense(value)
     options = _options(query, key, value, mask, segments, causal, window, softcap)
     tile = tile_of("grad_query", query.dtype, max(options["BLOCK_E"], options["BLOCK_V"]), options["BY_ROW"])
-    wrap_triton(grad_query_kernel)[_grid(query.shape[2] * options["GROUP"], tile["BLOCK_M"], key)](
+    wrap_kernel(grad_query_kernel)[_grid(query.shape[2] * options["GROUP"], tile["BLOCK_M"], key)](
         grad, delta.contiguous(), lse.contiguous(), query, key, value, *_hidden_by(query, positions, mask, segments), out,
         *_strides(grad, query, key, value, out), *_mask_strides(mask, query, key),
         *_sizes(query, key, window, scale, softcap), **options, **tile,
@@ -405,7 +406,7 @@ def grad_keys(
     tile = tile_of("grad_keys", query.dtype, max(options["BLOCK_E"], options["BLOCK_V"]), options["BY_ROW"])
     positions, mask_at, segments_at = _hidden_by(query, positions, mask, segments)
     heads, rows, keys, *rest = _sizes(query, key, window, scale, softcap)
-    wrap_triton(grad_keys_kernel)[_grid(selected, tile["BLOCK_N"], key)](
+    wrap_kernel(grad_keys_kernel)[_grid(selected, tile["BLOCK_N"], key)](
         grad, delta.contiguous(), lse.contiguous(), query, key, value, positions, columns.contiguous(), mask_at, segments_at,
         grad_key, grad_value, *_strides(grad, query, key, value, grad_key, grad_value), *_mask_strides(mask, query, key),
         heads, rows, keys, selected, *rest, **options, **tile,
