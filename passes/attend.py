@@ -69,6 +69,12 @@ class Attending:
             scale=self.scale,
         )
 
+    def of_all_tokens(self, values: Mapping[fx.Node, Any]) -> Tensor:
+        """That of all tokens, all of their keys and values with gradient."""
+        query, key, value = (values[node] for node in (self.query, self.key, self.value))
+        rows, columns = (torch.arange(x.shape[2], device=x.device).expand(x.shape[0], -1) for x in (query, key))
+        return self(values, query, rows, (key, value, columns))
+
     def received(self, values: Mapping[fx.Node, Any]) -> Tensor:
         """The attention that every key gets from all queries, [B, H, S]."""
         query, mask = values[self.query], self.mask

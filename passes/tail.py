@@ -210,9 +210,9 @@ class Traced(NamedTuple):
 
 def trace_tail(tail: Tail, gradient: bool, chunk_bytes: int) -> Traced:
     """Trace the parts of ``tail``: the chunked one without gradients unless ``gradient``, and then the way back."""
-    captured = _captured(tail.chunked, tail.frontier) if tail.loss is not None else ()
+    captured = _captured(tail.program, tail.chunked, tail.frontier) if tail.loss is not None else ()
     chunks = _trace_chunks(tail, chunk_bytes, gradient, captured) if tail.loss is not None else []
-    captured_back = _captured(tail.rest, (*tail.starts, tail.loss, *tail.frontier))
+    captured_back = _captured(tail.program, tail.rest, (*tail.starts, tail.loss, *tail.frontier))
     back = _trace_back(tail, captured_back) if gradient else None
     return Traced(tail, chunks, captured, back, captured_back)
 
@@ -277,10 +277,10 @@ def _trace_chunks(
     return [(size, others) for size in sizes[:-1]] + [(sizes[-1], last)]
 
 
-def _captured(nodes: Sequence[fx.Node], known: Sequence[fx.Node | None]) -> tuple[fx.Node, ...]:
+def _captured(program: Program, nodes: Sequence[fx.Node], known: Sequence[fx.Node | None]) -> tuple[fx.Node, ...]:
     """What ``nodes`` read that is neither one of them nor ``known``, nor a body of a higher-order operator."""
     inside = {*nodes, *known}
-    read = dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if arg not in inside)
+    read = dict.fromkeys(arg for node in nodes for arg in _read_by(program, node) if arg not in inside)
     return tuple(node for node in read if "val" in node.meta)
 
 
@@ -358,12 +358,20 @@ def _gradients(outputs: list[Tensor], inputs: list[Tensor], given: list[Tensor] 
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
 
 
+def _read_by(program: Program, node: fx.Node) -> Sequence[fx.Node]:
+    """What an operation reads; attention by position reads no mask of all pairs."""
+    attending = program.attending.get(node)
+    return node.all_input_nodes if attending is None else (attending.query, *attending.context)
+
+
 def _run(program: Program, nodes: Sequence[fx.Node], known: dict[fx.Node, Any]) -> None:
-    """Run ``nodes`` as they are, adding to ``known``; autocast is switched for real on the way."""
+    """Run ``nodes``, adding to ``known``; autocast is switched for real on the way."""
     interpreter = fx.Interpreter(program.module)
     interpreter.env, wanted = known, set(nodes)
     for node in program.graph.nodes:
-        if is_autocast(node) or node in wanted or (node.op == "get_attr" and "val" not in node.meta):
+        if node in wanted and node in program.attending:
+            known[node] = program.attending[node].of_all_tokens(known)
+        elif is_autocast(node) or node in wanted or (node.op == "get_attr" and "val" not in node.meta):
             known[node] = interpreter.run_node(node)
 
 
