@@ -36,6 +36,7 @@ class Attending:
     value: fx.Node
     mask: Mask
     scale: float | None
+    dtype: torch.dtype  # of the products: under autocast not that of the operands
 
     @property
     def by_position(self) -> bool:
@@ -54,12 +55,9 @@ class Attending:
         """The attention of ``query`` [B, H, k, E] at ``positions`` [B, k] to the keys of ``values``; ``live``: selected rows of
         key and value and their places, which get the gradient."""
         row_key, row_value, columns = live or (None, None, None)
+        operands = (query, row_key, row_value, values[self.key], values[self.value])
         return selected_attention(
-            query,
-            row_key,
-            row_value,
-            values[self.key],
-            values[self.value],
+            *map(self._cast, operands),
             positions if self.by_position else None,
             columns=columns,
             mask=self.mask.visible(values),
@@ -68,6 +66,9 @@ class Attending:
             window=self.mask.window,
             scale=self.scale,
         )
+
+    def _cast(self, x: Tensor | None) -> Tensor | None:
+        return x if x is None or x.dtype is self.dtype else x.to(self.dtype)
 
     def of_all_tokens(self, values: Mapping[fx.Node, Any]) -> Tensor:
         """That of all tokens, all of their keys and values with gradient."""
@@ -80,8 +81,8 @@ class Attending:
         query, mask = values[self.query], self.mask
         segments = mask.segments_of(values)
         return received(
-            query,
-            values[self.key],
+            self._cast(query),
+            self._cast(values[self.key]),
             mask.visible(values),
             mask.causal,
             self.scale,
@@ -124,7 +125,7 @@ def _read(program: Program, node: fx.Node, mask: Mask | None) -> Attending | Non
     heads, groups = query.meta["val"].shape[1], key.meta["val"].shape[1]
     if not same_size(groups, value.meta["val"].shape[1]) or not isinstance(heads, int) or heads % groups:
         return None
-    return Attending(query, key, value, mask, given["scale"])
+    return Attending(query, key, value, mask, given["scale"], node.meta["val"].dtype)
 
 
 def _is_by_token(axes: TokenAxes, node: fx.Node) -> bool:

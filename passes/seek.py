@@ -23,7 +23,7 @@ from .factors import same_size
 from .geometry import Geometry, device_of, sizes_of
 from .program import Program
 from .received import attended_in, received_in
-from .rules.op import bind, bind_values
+from .rules.op import bind, bind_values, hint
 from .rules.rows import LABEL_LOSSES, MEAN
 from .select import ScoreInputs
 from .streams import label_losses
@@ -138,7 +138,7 @@ class Seek(Retrace):
         axis = axes.axis_of(attending.query)
         if axis not in self._positions:
             self._positions[axis] = self._everything(axis).indices
-        return attending(self.env, self.env[attending.query], self._positions[axis])
+        return laid_out_as(n.meta["val"], attending(self.env, self.env[attending.query], self._positions[axis]))
 
     def _seen_by_rows(self, n: fx.Node) -> Any:
         """Keys and values, which rows look at: kept for backward."""
@@ -279,6 +279,13 @@ def _picks_one_token(program: Program, node: fx.Node, axis: TokenAxis) -> bool:
         return False
     whole, part, tokens = source.meta["val"], node.meta["val"], axes.space.size(axis.token)
     return same_size(part.numel() * tokens, whole.numel())
+
+
+def laid_out_as(example: Tensor, value: Tensor) -> Tensor:
+    """``value`` with its dims in the order in memory of ``example``: views that follow were traced with that."""
+    order = sorted(range(value.ndim), key=lambda dim: -hint(example.stride(dim)))
+    back = [order.index(dim) for dim in range(value.ndim)]
+    return value.permute(order).contiguous().permute(back)
 
 
 def _without_grad(value: Any) -> Any:

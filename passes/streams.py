@@ -82,11 +82,11 @@ class Streams:
     def run(self) -> None:
         classes = class_factors(self.program)
         routed = {node for route in self.axes.routes if route.exits & self.live for node in route.nodes}
-        block = 1
+        block, ends = 1, self.program.blocks.ends if self.program.blocks is not None else ()
         for node in self.program.graph.nodes:
             with in_block(block):
                 self._run_node(node, classes, routed)
-            if node in self.program.blocks.ends:
+            if node in ends:
                 self._reenter_autocast(block)
                 block += 1
 
