@@ -107,7 +107,9 @@ class Call:
     def attending(self) -> Attending | None:
         """How this attention looks at keys and values by position, where it can, and where no more than its rows are live."""
         found = self.streams.program.attending.get(self.node)
-        return None if found is None or self.streams.keeps_live(found.key) else found
+        if found is None or any(map(self.streams.keeps_live, (found.key, found.value))):
+            return None
+        return found
 
     def live_keys(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """The selected rows of keys and values, and their places [B, m] (``None``: none of them is trained)."""

@@ -21,7 +21,7 @@ from .canonicalize import is_autocast
 from .emit import emit
 from .errors import TokenSeekError
 from .fake import fake_mode_of
-from .geometry import Geometry, example_sizes
+from .geometry import Geometry, device_of, example_sizes
 from .part import Part, trace_whole
 from .program import Program
 from .rules.op import bytes_hint, is_tensor, operands_of
@@ -30,22 +30,24 @@ from .tail import cut
 from .token_axes import SDPA, TokenAxis
 
 aten = torch.ops.aten
+#: What a value inside a region may take: about what a CPU's caches hold; a GPU is busy with larger ones only.
+CHUNK_BYTES = {"cpu": 12 * 2**20, "cuda": 256 * 2**20}
 _MOST_CHUNKS = 64
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Cut the regions of the seek stream so that no value inside one takes more than ``chunk_bytes``. Reads and writes
+    """Cut the regions of the seek stream so that no value inside one takes more than ``CHUNK_BYTES``. Reads and writes
     ``rewrite``. Lengths that are symbols are left whole."""
 
-    chunk_bytes: int = 12 * 2**20
     name: str = "chunks"
 
     def run(self, program: Program) -> Program:
         assert program.rewrite is not None
         module, bodies = program.rewrite.module, _Bodies(program.rewrite.module)
+        chunk_bytes = CHUNK_BYTES.get(device_of(program).type, CHUNK_BYTES["cpu"])
         for region in _regions(program):
-            sizes = region.sizes(self.chunk_bytes)
+            sizes = region.sizes(chunk_bytes)
             if len(sizes) > 1:
                 _call_in_chunks(region, sizes, bodies)
         module.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or is_autocast(node))

@@ -141,10 +141,13 @@ class Seek(Retrace):
         return laid_out_as(n.meta["val"], attending(self.env, self.env[attending.query], self._positions[axis]))
 
     def _seen_by_rows(self, n: fx.Node) -> Any:
-        """Keys and values, which rows look at: kept for backward."""
+        """Keys and values, which rows look at: kept for backward, so they hold on to nothing larger (queries, keys and values that
+        are parts of one product)."""
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         with tagged("keys/values", n):
-            return self._after(self.call_function(n.target, args, kwargs))
+            value = self._after(self.call_function(n.target, args, kwargs))
+            whole = hint(value.untyped_storage().nbytes()) > hint(value.numel()) * value.element_size()
+            return value.clone(memory_format=torch.contiguous_format) if whole else value
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple, dict]:
         """As they are, but attentions share what a boolean mask adds to their scores."""
@@ -283,7 +286,9 @@ def _picks_one_token(program: Program, node: fx.Node, axis: TokenAxis) -> bool:
 
 def laid_out_as(example: Tensor, value: Tensor) -> Tensor:
     """``value`` with its dims in the order in memory of ``example``: views that follow were traced with that."""
-    order = sorted(range(value.ndim), key=lambda dim: -hint(example.stride(dim)))
+    order, found = (sorted(range(x.ndim), key=lambda dim: -hint(x.stride(dim))) for x in (example, value))
+    if order == found:
+        return value
     back = [order.index(dim) for dim in range(value.ndim)]
     return value.permute(order).contiguous().permute(back)
 

@@ -60,7 +60,7 @@ def eager_graph() -> Program:
 
 def test_prints_itself():
     lines = str(rewriting(Ditch(Select(strided())))).splitlines()
-    names = ["canonicalize", "unshift labels", "activity", "token axes", "blocks", "ditch", "split"]
+    names = ["canonicalize", "unshift labels", "activity", "token axes", "blocks", "attending", "ditch", "split"]
     assert [line.split(". ")[1].split(":")[0] for line in lines] == names
 
 

@@ -275,12 +275,18 @@ def in_autocast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """Selected attention adds up in float32 and rounds its results, PyTorch's attention rounds in other places: they differ by a
+    rounding or two of half precision. In float32 and float64 they are compared tightly."""
+    return 2 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("scorer", ["random", "loss", "tokenseek"])
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
 def test_autocast_around_the_call(dtype, scorer):
     model = llama(torch.float32)
     with torch.autocast("cpu", dtype):
-        assert_matches(model, batch(model), 1e-5, scorer=scorer)
+        assert_matches(model, batch(model), rounding(dtype), scorer=scorer)
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])
@@ -295,8 +301,8 @@ def test_autocast_inside_the_model(dtype):
     with tokenseek_fx.reference.ditching(eager, rec[0].indices):
         expected = eager(**inputs)
         expected.loss.backward()
-    torch.testing.assert_close(output.loss, expected.loss, rtol=1e-6, atol=0)
-    assert error(grads_of(ours), grads_of(eager)) < 1e-5
+    torch.testing.assert_close(output.loss, expected.loss, rtol=rounding(dtype), atol=0)
+    assert error(grads_of(ours), grads_of(eager)) < rounding(dtype)
     assert output.logits.dtype == torch.float32
 
 

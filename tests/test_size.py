@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import transformers
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.utils import run_and_get_code
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,13 +42,13 @@ def graphs(monkeypatch) -> list[fx.GraphModule]:
     return found
 
 
-def train(layers: int = LAYERS, **options) -> None:
+def train(layers: int = LAYERS, mask: Tensor | None = None, **options) -> None:
     torch._dynamo.reset()
     ids = torch.randint(VOCAB, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
     step = torch.compile(
         model(layers), backend="tokenseek", options={"logits": "drop", "strict": True, "keep_ratio": 0.1, **options}
     )
-    step(input_ids=ids, labels=ids).loss.backward()
+    step(input_ids=ids, labels=ids, attention_mask=mask).loss.backward()
 
 
 def shapes(graphs: list[fx.GraphModule]) -> Iterator[torch.Size]:
@@ -97,10 +97,20 @@ def test_random_rows_run_no_head_in_full(graphs):
 
 @pytest.mark.parametrize(("shape", "dtype"), [((TOKENS, TOKENS), "float32"), ((52, TOKENS), "bool")])
 def test_attentions_share_one_mask(shape, dtype):
-    """What the mask adds to the scores of all tokens, and the mask of the kept rows: Inductor writes each once."""
-    _, codes = run_and_get_code(train, layers=4, scorer="random")
+    """What a mask that says more than positions adds to the scores of all tokens, and its rows: Inductor writes each once."""
+    mask = torch.rand(BATCH, 1, TOKENS, TOKENS, generator=torch.Generator().manual_seed(0)) < 0.9
+    _, codes = run_and_get_code(train, layers=4, mask=mask, scorer="random")
     buffers = re.findall(r"empty_strided_cpu\(\((.+?)\), \(.+?\), torch\.(\w+)\)", "".join(codes))
     assert buffers.count((f"{BATCH}, 1, {shape[0]}, {shape[1]}", dtype)) == 1
+
+
+@pytest.mark.parametrize("scorer", ["random", "loss", "attention", "tokenseek"])
+def test_no_value_has_both_queries_and_keys(graphs, scorer):
+    """Neither a mask nor scores of all tokens, nor of the kept rows."""
+    train(scorer=scorer)
+    found = {*shapes(graphs)}
+    assert any(TOKENS in shape for shape in found)
+    assert not [shape for shape in found if list(shape).count(TOKENS) > 1 or {52, TOKENS} <= {*shape}]
 
 
 class Largest(TorchDispatchMode):

@@ -267,7 +267,11 @@ def _example(x: Any, mode: FakeTensorMode) -> Any:
         return x
     with mode:
         fake = torch.empty_strided(*_hints(x.shape, x.stride()), dtype=x.dtype, device=x.device)
-    return fake.requires_grad_(x.requires_grad)
+    return (
+        torch.nn.Parameter(fake, x.requires_grad)
+        if isinstance(x, torch.nn.Parameter)
+        else fake.requires_grad_(x.requires_grad)
+    )
 
 
 def _hints(*sizes: Sequence[Any]) -> list[tuple[int, ...]]:

@@ -1,0 +1,92 @@
+"""Chunks: token-parallel regions run chunk by chunk give what they give as a whole; layers that are alike share a subgraph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compare import assert_matches
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_random import RATIOS, Transformer, batches, configurations
+from transformers import LlamaConfig, LlamaForCausalLM
+from zoo import batch as batch_of
+from zoo import build
+
+from tokenseek_fx.backend import backend
+from tokenseek_fx.config import Config
+from tokenseek_fx.passes import chunks
+from tokenseek_fx.passes.chunks import Chunk
+
+RELAXED = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Chunks of a few tokens; what is cut is recorded."""
+    seen = []
+    run = Chunk.run
+
+    def recorded(self, program):
+        program = run(self, program)
+        seen.append(program.rewrite.module)
+        return program
+
+    monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 600)
+    monkeypatch.setattr(Chunk, "run", recorded)
+    return seen
+
+
+def calls(module) -> list[str]:
+    """The subgraphs that are called, in order."""
+    return [node.args[1] for node in module.graph.nodes if "invoke_subgraph" in str(node.target)]
+
+
+@settings(max_examples=6, **RELAXED)
+@given(configurations(), batches(), RATIOS, st.sampled_from(["random", "loss", "tokenseek"]))
+def test_chunks_equal_the_reference(small, configuration, batch, ratio, scorer):
+    assert_matches(Transformer(configuration), batch, 1e-9, keep_ratio=ratio, scorer=scorer, inner="eager")
+
+
+@pytest.mark.parametrize("padding", [None, "right"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+def test_models_in_chunks_equal_the_reference(small, name, padding):
+    model = build(name, "sdpa").double()
+    assert_matches(model, batch_of(model, 3, 13, padding), 1e-6, inner="aot_eager")
+    assert len(calls(small[-1])) > 2
+
+
+def test_inductor_runs_chunks(small):
+    model = build("llama", "sdpa")
+    assert_matches(model, batch_of(model, 3, 13, "right"), 1e-4, inner="inductor")
+    assert calls(small[-1])
+
+
+def test_layers_that_are_alike_share_a_subgraph(small):
+    torch._dynamo.reset()
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 31}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=6, use_cache=False)).train()
+    ids = torch.randint(31, (1, 24))
+    torch.compile(model, backend=backend(Config(inner="eager", scorer="random", logits="drop", strict=True)))(
+        input_ids=ids, labels=ids
+    )
+    called = calls(small[-1])
+    assert len(called) > 12
+    assert len({*called}) <= 4
+
+
+def test_nothing_of_all_tokens_lies_between_attentions_but_what_comes_out(small):
+    model = build("llama", "sdpa")
+    inner = model.config.intermediate_size
+    assert_matches(model.double(), batch_of(model, 3, 13, None), 1e-6, inner="eager", scorer="random", logits="drop")
+    values = [node.meta["val"] for node in small[-1].graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    assert not any({inner, 13} <= {*value.shape} for value in values)
+
+
+def test_symbolic_lengths_are_left_whole(small):
+    torch._dynamo.reset()
+    model = build("llama", "sdpa")
+    data = batch_of(model, 2, 13, None)
+    for tensor in data.values():
+        torch._dynamo.mark_dynamic(tensor, 1)
+    torch.compile(model, backend=backend(Config(inner="eager", strict=True)))(**data).loss.backward()
+    assert not calls(small[-1])
