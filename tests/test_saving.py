@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from compare import assert_matches
 from hypothesis import HealthCheck, given, settings
 from test_random import RATIOS, Transformer, batches, configurations
 from torch import Tensor, nn
+
+import tokenseek_fx
 
 RELAXED = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 B, T, D, V = 2, 13, 12, 29
@@ -78,3 +81,42 @@ def test_backward_sees_what_the_forward_drew(inner, recompute):
     above = loss()
     weight.data -= 2 * slope
     torch.testing.assert_close((above - loss()).detach(), expected, rtol=1e-4, atol=0)
+
+
+# -- bytes --------------------------------------------------------------------------------------------------------------
+
+LENGTH, WIDTH, INNER, WORDS = 128, 128, 384, 256
+SIZES = {"vocab_size": WORDS, "use_cache": False, "bos_token_id": 0, "eos_token_id": 0}
+LLAMA = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": 3, "num_attention_heads": 4}
+GPT2 = {"n_embd": WIDTH, "n_layer": 3, "n_head": 4, "n_positions": LENGTH}
+DRY = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+def llama(key_heads: int) -> nn.Module:
+    config = transformers.LlamaConfig(**SIZES, **LLAMA, num_key_value_heads=key_heads)
+    return transformers.LlamaForCausalLM(config).train()
+
+
+def gpt2() -> nn.Module:
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES, **GPT2, **DRY)).train()
+
+
+MODELS = {"grouped heads": lambda: llama(2), "as many key heads": lambda: llama(4), "fused": gpt2}
+
+
+def explained(model: nn.Module, **options) -> tokenseek_fx.Explanation:
+    torch._dynamo.reset()
+    ids = torch.randint(WORDS, (B, LENGTH), generator=torch.Generator().manual_seed(0))
+    return tokenseek_fx.explain(model, input_ids=ids, labels=ids, options={"logits": "drop", **options})
+
+
+@pytest.mark.parametrize("recompute", ["none", "rows"])
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_saved_is_near_the_floor(name, recompute):
+    report = explained(MODELS[name](), recompute=recompute)
+    heads = 2 if name == "grouped heads" else 4
+    assert report.rewritten.by_kind()["keys/values"] == 3 * 2 * B * LENGTH * heads * 32 * 4
+    assert report.rewritten.bytes <= 1.15 * report.floor
+    assert not report.rewritten.unexplained
+    if recompute == "rows":
+        assert report.floor == report.rewritten.by_kind()["keys/values"] + (3 + 1) * B * report.kept * WIDTH * 4
