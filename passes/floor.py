@@ -25,15 +25,20 @@ def keys_and_values(program: Program) -> list[fx.Node]:
     return list(dict.fromkeys(_unrepeated(x) for x in context if program.axes.token_dims(x)))
 
 
-def floor(program: Program, shares: Mapping[TokenAxis, float], plain: Audit | None = None) -> int:
+def floor(program: Program, shares: Mapping[TokenAxis, float], kv: str = "keep", plain: Audit | None = None) -> int:
     """Bytes that have to be kept where ``shares`` of the tokens of every axis are: with what the ``plain`` graph of all tokens
-    keeps, or without it, where blocks are computed again."""
+    keeps, or without it, where blocks are computed again. ``kv``: how keys and values are kept (``context.py``)."""
     assert program.axes is not None and program.blocks is not None
-    context = sum(map(bytes_hint, keys_and_values(program)))
+    context = sum(bytes_hint(node) * _share(node, kv) for node in keys_and_values(program))
     if plain is not None:
-        return context + int(shares[program.axes.main] * plain.bytes)
+        return int(context + shares[program.axes.main] * plain.bytes)
     rows = ((node, program.axes.axis_of(node)) for node in program.blocks.ends)
-    return context + sum(int(bytes_hint(node) * shares[axis]) for node, axis in rows if axis)
+    return int(context + sum(bytes_hint(node) * shares[axis] for node, axis in rows if axis))
+
+
+def _share(node: fx.Node, kv: str) -> float:
+    """The share of the bytes of a key or value that is kept on the device."""
+    return {"keep": 1, "fp8": 1 / node.meta["val"].element_size(), "offload": 0}[kv]
 
 
 def _unrepeated(node: fx.Node) -> fx.Node:

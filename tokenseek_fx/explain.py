@@ -144,7 +144,7 @@ def _explain_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) ->
         refuse_split(gm)
         plain = analysis().run(Program(gm, tuple(inputs)))
         refuse_part(plain, inputs)
-        rewritten = Pipeline((ditch(config, plain), Split(), AuditSaved(config.saving))).run(plain)
+        rewritten = Pipeline((ditch(config, plain), Split(), AuditSaved(config.saving, config.kv))).run(plain)
     except ConfigError:
         raise
     except TokenSeekError as error:
@@ -175,7 +175,7 @@ def _described(plain: Program, rewritten: Program, config: Config) -> Explanatio
         barriers=barriers,
         plain=everything,
         rewritten=rewritten.audit,
-        floor=floor(plain, shares, everything if config.recompute == "none" else None),
+        floor=floor(plain, shares, config.kv, everything if config.recompute == "none" else None),
         forwards=_forwards(plain, rewritten),
     )
 
