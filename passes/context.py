@@ -1,7 +1,7 @@
 """Context: what is kept for backward of keys and values, which alone have all tokens.
 
 The forward of a block uses them as they are. ``"fp8"``: backward sees copies of 8 bits for each element, with a scale for each
-instance and head. ``"offload"``: they wait in pinned host memory. Both are put into the graphs that AOTAutograd cut, where keys
+instance and head, and computes the attention again from them (``saving.repeat_attention``). ``"offload"``: they wait in pinned host memory. Both are put into the graphs that AOTAutograd cut, where keys
 and values are inputs: of attentions that look at them by position (``attend.py``).
 """
 

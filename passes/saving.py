@@ -20,6 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from . import context
 from .rules.op import bind
+from .streams import LAYOUT
 
 Graphs = tuple[fx.GraphModule, fx.GraphModule]
 
@@ -44,6 +45,8 @@ class Partition(CustomPartitionerFn):
         keep_random(gm.graph)
         if self.again:
             repeat(gm.graph)
+        elif self.kv == "fp8":
+            repeat_attention(gm.graph, self.places)
         with without_generator_states():
             graphs = partitioners.min_cut_rematerialization_partition(gm, joint_inputs, **options)
         if self.kv != "keep":
@@ -81,6 +84,21 @@ def repeat(graph: fx.Graph) -> None:
             repeated.add(node)
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
             node.meta["ac_graph_id"] = 0
+
+
+def repeat_attention(graph: fx.Graph, places: Sequence[int]) -> None:
+    """Mark what reads the keys and values at these places of the inputs. Shares in backward are exp(scores - log-sum-exp): of rounded
+    keys and the exact log-sum-exp they would not sum to 1, and be off without bound where scores are large."""
+    inputs = graph.find_nodes(op="placeholder")
+    context, readers = {inputs[place] for place in places}, set[fx.Node]()
+    for node in graph.nodes:
+        if partitioners._has_tag_is_forward(node) and not {*node.all_input_nodes}.isdisjoint(context):
+            (context if node.target in LAYOUT else readers).add(node)
+        elif node.target is operator.getitem and node.args[0] in readers:
+            readers.add(node)
+    for node in readers | context - {*inputs}:
+        node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+        node.meta["ac_graph_id"] = 0
 
 
 def _is_repeatable(node: fx.Node, repeated: set[fx.Node]) -> bool:

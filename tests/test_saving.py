@@ -180,8 +180,7 @@ def test_values_that_are_all_0_are_0_in_8_bits():
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("recompute", ["none", "rows"])
-def test_the_loss_is_exact_and_the_gradient_that_of_keys_and_values_rounded_in_backward(inner, recompute):
+def test_the_loss_is_exact_and_the_gradient_that_of_blocks_computed_again_from_rounded_keys_and_values(inner):
     """Compared with the exact step, whose saved keys and values autograd rounds when it takes them."""
     torch._dynamo.reset()
     batch, found = data(), []
@@ -192,7 +191,7 @@ def test_the_loss_is_exact_and_the_gradient_that_of_keys_and_values_rounded_in_b
 
     for kv in ("keep", "fp8"):
         model = Model()
-        options = {"inner": inner, "scorer": "first", "recompute": recompute, "strict": True}
+        options = {"inner": inner, "scorer": "first", "recompute": "rows", "strict": True}
         step = compile_eager(model, **options, kv=kv)
         step(**batch).backward()
         exact = grads_of(model)
@@ -204,6 +203,23 @@ def test_the_loss_is_exact_and_the_gradient_that_of_keys_and_values_rounded_in_b
     (loss, expected, exact), (rounded_loss, grads, _) = found
     torch.testing.assert_close(rounded_loss, loss, rtol=1e-12, atol=0)
     assert error(grads, expected) < 1e-9 < error(grads, exact)
+
+
+def test_rounded_keys_and_values_do_not_blow_the_gradient_up_where_scores_are_large():
+    """Shares in backward sum to 1: the attention is computed again, of which nothing is saved. Measured: 0.8 % of the norm; 40000 times
+    the norm where its log-sum-exp is saved."""
+    torch.manual_seed(0)
+    batch, found = data(), []
+    for kv in ("keep", "fp8"):
+        torch._dynamo.reset()
+        model = Model()
+        with torch.no_grad():
+            for block in model.blocks:
+                block.qkv.weight[: 2 * model.lm_head.in_features] *= 20
+        compile_eager(model, inner="aot_eager", scorer="first", kv=kv)(**batch).backward()
+        found.append(torch.cat([grad.flatten() for grad in grads_of(model).values()]))
+    exact, grads = found
+    assert 0 < (grads - exact).norm() < 0.1 * exact.norm()
 
 
 def test_keys_and_values_in_8_bits_take_a_byte_each_and_a_scale_for_each_head():
