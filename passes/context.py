@@ -36,7 +36,8 @@ def keep(kv: str, places: Sequence[int], forward: fx.GraphModule, backward: fx.G
     """Keep the inputs of ``forward`` at ``places`` as ``kv`` says; it has so many ``outputs`` of its own before what it saves."""
     make, restore = {"fp8": (_rounded, _as_it_was), "offload": (_on_host, _on_device)}[kv]
     inputs = forward.graph.find_nodes(op="placeholder")
-    saved = forward.graph.output_node().args[0][outputs:]
+    returned: Any = forward.graph.output_node().args[0]
+    saved = returned[outputs:]
     for node in (inputs[place] for place in places if inputs[place] in saved):
         with forward.graph.inserting_before(_first_operation(forward)):
             stored = make(node)
@@ -62,8 +63,9 @@ def _save_instead(
 ) -> tuple[list[fx.Node], fx.Node]:
     """Save ``stored`` in place of ``node``. Returns the new inputs of ``backward``, and the one that nothing fills any more."""
     output, old = forward.graph.output_node(), next(n for n in backward.graph.nodes if n.name == node.name)
-    own, saved = output.args[0][:outputs], output.args[0][outputs:]
-    output.args = ((*own, *(x for out in saved for x in (stored if out is node else (out,)))),)
+    returned: Any = output.args[0]
+    saved = (x for out in returned[outputs:] for x in (stored if out is node else (out,)))
+    output.args = ((*returned[:outputs], *saved),)
     with backward.graph.inserting_before(old):
         read = [backward.graph.placeholder(x.name) for x in stored]
     for new, x in zip(read, stored, strict=True):
