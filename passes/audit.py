@@ -18,9 +18,10 @@ import torch
 from torch import fx
 from torch._guards import TracingContext, detect_fake_mode, tracing
 
+from .context import ON_HOST
 from .errors import ConfigError
 from .program import Program, where
-from .saving import partitioning
+from .saving import Partition, partition_of, partitioning
 from .split import Segment, Segments
 
 #: Kinds of edges that hold all tokens on purpose.
@@ -70,28 +71,32 @@ class AuditSaved:
     """Partition every segment of the rewritten graph and list what they save. Reads ``segments``; writes ``audit``."""
 
     recompute: str | int = "none"
+    kv: str = "keep"
     name: str = "saved tensors"
 
     def run(self, program: Program) -> Program:
         segments = program.segments
         assert segments is not None
-        return replace(program, audit=saved_in(segments, computed_again(segments, self.recompute)))
+        return replace(program, audit=saved_in(segments, computed_again(segments, self.recompute, self.kv), self.kv))
 
     def check(self, program: Program) -> None:
         """Nothing is refused: a full-length activation is reported (``Audit.unexplained``), it is not wrong."""
 
 
-def saved_in(segments: Segments, again: int) -> Audit:
-    """What segments save, where the first ``again`` of them are computed again in backward."""
+def saved_in(segments: Segments, again: int, kv: str = "keep") -> Audit:
+    """What segments save, where the first ``again`` of them are computed again in backward, and keys and values are kept as
+    ``kv`` says. What waits in host memory does not count."""
     found: dict[Any, Edge | None] = dict.fromkeys(segments.placeholders)
     parts = {part: number for number, part in enumerate(segments.parts)}
 
     def look(part: Segment, taken: list) -> None:
-        forward = partitioned(part.run, taken, parts[part] < again)
+        forward = partitioned(part.run, taken, partition_of(part.run, taken, parts[part] < again, kv))
         given = dict(zip(forward.outputs, part.gives, strict=True))
         takes = dict(zip(forward.inputs, _distinct(part.takes, taken), strict=False))
         for node in forward.saved:
             base = _base(node)
+            if node.meta.get("custom", {}).get("tokenseek") == ON_HOST:
+                continue
             key = _base(takes.get(base, given.get(base, base)))
             found.setdefault(key, _edge(takes.get(base, node)))
 
@@ -99,7 +104,7 @@ def saved_in(segments: Segments, again: int) -> Audit:
     return Audit(tuple(edge for edge in found.values() if edge is not None))
 
 
-def computed_again(segments: Segments, recompute: str | int) -> int:
+def computed_again(segments: Segments, recompute: str | int, kv: str = "keep") -> int:
     """Of how many segments, from the first, the forward is computed again in backward. "none", "rows": all; or bytes: as
     many as it takes to save no more than that. The first are, since their values are held the longest.
 
@@ -109,10 +114,10 @@ def computed_again(segments: Segments, recompute: str | int) -> int:
     every = len(segments.parts)
     if isinstance(recompute, str):
         return every if recompute == "rows" else 0
-    count = bisect_left(range(every + 1), -recompute, key=lambda count: -saved_in(segments, count).bytes)
+    count = bisect_left(range(every + 1), -recompute, key=lambda count: -saved_in(segments, count, kv).bytes)
     if count > every:
         raise ConfigError(
-            f"recompute={recompute}: {saved_in(segments, every).bytes} bytes are saved for backward even where every block is "
+            f"recompute={recompute}: {saved_in(segments, every, kv).bytes} bytes are saved for backward even where every block is "
             "computed again. Allow so many, or keep fewer tokens."
         )
     return count
@@ -121,7 +126,7 @@ def computed_again(segments: Segments, recompute: str | int) -> int:
 def saved_edges(module: fx.GraphModule, inputs: Sequence[Any]) -> Audit:
     """What Inductor's partitioner saves for the backward of ``module``; parameters and inputs are not counted."""
     with tracing(TracingContext.try_get() or TracingContext(detect_fake_mode(inputs))):
-        forward = partitioned(module, inputs)
+        forward = partitioned(module, inputs, Partition())
     bases = {_base(node): node for node in forward.saved}
     return Audit(tuple(_edge(node) for base, node in bases.items() if base not in forward.inputs))
 
@@ -135,8 +140,8 @@ class Forward:
     saved: list[fx.Node]
 
 
-def partitioned(module: fx.GraphModule, inputs: Sequence[Any], again: bool = False) -> Forward:
-    """What Inductor's partitioner makes of the forward of ``module``; ``again`` as in ``partitioning``."""
+def partitioned(module: fx.GraphModule, inputs: Sequence[Any], partition: Partition) -> Forward:
+    """What a partition makes of the forward of ``module``."""
     found: list[Forward] = []
 
     def look(graph: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
@@ -151,7 +156,7 @@ def partitioned(module: fx.GraphModule, inputs: Sequence[Any], again: bool = Fal
     from torch._inductor.compile_fx import compile_fx
 
     # a cached graph would not be shown to ``look``
-    with partitioning(again), torch._functorch.config.patch(enable_autograd_cache=False):
+    with partitioning(partition), torch._functorch.config.patch(enable_autograd_cache=False):
         compile_fx(copy.deepcopy(module), list(inputs), inner_compile=look)
     return found[0]
 

@@ -18,36 +18,49 @@ from torch._functorch import partitioners
 from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_files
 from torch.utils.checkpoint import CheckpointPolicy
 
+from . import context
 from .rules.op import bind
+from .streams import LAYOUT
 
 Graphs = tuple[fx.GraphModule, fx.GraphModule]
 
 
 @contextmanager
-def partitioning(again: bool = False) -> Iterator[None]:
+def partitioning(partition: Partition) -> Iterator[None]:
     """How segments of rewritten graphs are partitioned: whatever is cheap to compute again is not saved (on the selected rows
-    nearly everything is); ``again``: nothing is but what enters the segment."""
+    nearly everything is)."""
     cheap = torch._functorch.config.patch(aggressive_recomputation=True)
-    with cheap, torch._inductor.config.patch(custom_partitioner_fn=Partition(again)):
+    with cheap, torch._inductor.config.patch(custom_partitioner_fn=partition):
         yield
 
 
 class Partition(CustomPartitionerFn):
-    """Cuts a joint graph into forward and backward; ``again``: the forward is computed again in backward."""
+    """Cuts a joint graph into forward and backward; ``again``: the forward is computed again in backward, nothing is saved but what
+    enters the segment. ``kv``: what is kept of keys and values, among the inputs those at ``places`` (``context.py``)."""
 
-    def __init__(self, again: bool = False) -> None:
-        self.again = again
+    def __init__(self, again: bool = False, kv: str = "keep", places: tuple[int, ...] = ()) -> None:
+        self.again, self.kv, self.places = again, kv, places
 
     def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any) -> Graphs:
         keep_random(gm.graph)
         if self.again:
             repeat(gm.graph)
+        elif self.kv == "fp8":
+            repeat_attention(gm.graph, self.places)
         with without_generator_states():
-            return partitioners.min_cut_rematerialization_partition(gm, joint_inputs, **options)
+            graphs = partitioners.min_cut_rematerialization_partition(gm, joint_inputs, **options)
+        if self.kv != "keep":
+            context.keep(self.kv, self.places, *graphs, options["num_fwd_outputs"])
+        return graphs
 
     def uuid(self) -> Any:
         """What AOTAutograd's cache tells two partitions apart by."""
-        return get_hash_for_files((__file__,)), self.again
+        return get_hash_for_files((__file__, context.__file__)), self.again, self.kv, self.places
+
+
+def partition_of(part: fx.GraphModule, taken: Sequence[Any], again: bool = False, kv: str = "keep") -> Partition:
+    """That of a segment with these inputs."""
+    return Partition(again, kv, context.inputs_of(part, taken))
 
 
 def keep_random(graph: fx.Graph) -> None:
@@ -71,6 +84,21 @@ def repeat(graph: fx.Graph) -> None:
             repeated.add(node)
             node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
             node.meta["ac_graph_id"] = 0
+
+
+def repeat_attention(graph: fx.Graph, places: Sequence[int]) -> None:
+    """Mark what reads the keys and values at these places of the inputs. Shares in backward are exp(scores - log-sum-exp): of rounded
+    keys and the exact log-sum-exp they would not sum to 1, and be off without bound where scores are large."""
+    inputs = graph.find_nodes(op="placeholder")
+    context, readers = {inputs[place] for place in places}, set[fx.Node]()
+    for node in graph.nodes:
+        if partitioners._has_tag_is_forward(node) and not {*node.all_input_nodes}.isdisjoint(context):
+            (context if node.target in LAYOUT else readers).add(node)
+        elif node.target is operator.getitem and node.args[0] in readers:
+            readers.add(node)
+    for node in readers | context - {*inputs}:
+        node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+        node.meta["ac_graph_id"] = 0
 
 
 def _is_repeatable(node: fx.Node, repeated: set[fx.Node]) -> bool:

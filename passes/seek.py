@@ -141,13 +141,10 @@ class Seek(Retrace):
         return laid_out_as(n.meta["val"], attending(self.env, self.env[attending.query], self._positions[axis]))
 
     def _seen_by_rows(self, n: fx.Node) -> Any:
-        """Keys and values, which rows look at: kept for backward, so they hold on to nothing larger (queries, keys and values that
-        are parts of one product)."""
+        """Keys and values, which rows look at: kept for backward."""
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         with tagged("keys/values", n):
-            value = self._after(self.call_function(n.target, args, kwargs))
-            whole = hint(value.untyped_storage().nbytes()) > hint(value.numel()) * value.element_size()
-            return value.clone(memory_format=torch.contiguous_format) if whole else value
+            return self._after(self.call_function(n.target, args, kwargs))
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple, dict]:
         """As they are, but attentions share what a boolean mask adds to their scores."""

@@ -2,7 +2,8 @@
 
 The first holds what carries no gradient: the seek stream and the selection. Then comes one for every block of the ditch
 stream, so that autograd calls their backwards one after the other: the gradients of a block are accumulated, and its keys and
-values freed, before the next one's exist. Blocks that are alike give graphs that are alike, names included.
+values freed, before the next one's exist. Blocks that are alike give graphs that are alike, names included. Keys and values
+that are parts of one product with the queries are copied: as views they would keep the queries of all tokens.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from torch import fx
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
+from .emit import emit
 from .errors import InvariantBroken
 from .fake import fake_mode_of
 from .program import Program
+from .rules.op import bytes_hint, hint, is_tensor
 from .tags import BLOCK, block_of
 
 Run = Callable[..., Any]
@@ -92,6 +95,7 @@ class Split:
     def run(self, program: Program) -> Program:
         assert program.rewrite is not None
         module, inputs = program.rewrite.module, program.rewrite.inputs
+        _copy_parts(module.graph)
         returned: Any = module.graph.output_node().args[0]
         outputs = tuple(returned)
         sizes = _places_of_symbols(inputs)
@@ -125,6 +129,29 @@ def _blocks(graph: fx.Graph) -> list[list[fx.Node]]:
             numbers[node] = max([own, *(numbers.get(arg, 0) for arg in node.all_input_nodes)])
             found.setdefault(numbers[node], []).append(node)
     return [found[number] for number in sorted(found)]
+
+
+def _copy_parts(graph: fx.Graph) -> None:
+    """Give blocks of the ditch stream copies of what they read of the seek stream, where all of a larger value would be kept."""
+    read: dict[Any, list[fx.Node]] = {}
+    kept = {_storage(node) for node in (*graph.find_nodes(op="placeholder"), *graph.output_node().all_input_nodes)}
+    for node in graph.nodes:
+        if is_tensor(node) and not block_of(node.meta) and any(block_of(user.meta) for user in node.users):
+            read.setdefault(_storage(node), []).append(node)
+    for storage, nodes in read.items():
+        if storage not in kept and sum(map(bytes_hint, nodes)) < hint(storage.nbytes()):
+            for node in nodes:
+                _copy_for_blocks(node)
+
+
+def _storage(node: fx.Node) -> Any:
+    return node.meta["val"].untyped_storage() if is_tensor(node) else None
+
+
+def _copy_for_blocks(node: fx.Node) -> None:
+    with node.graph.inserting_after(node):
+        copy = emit(node, torch.ops.aten.clone.default, node, memory_format=torch.contiguous_format)
+    node.replace_all_uses_with(copy, lambda user: bool(block_of(user.meta)))
 
 
 def _segment(module: fx.GraphModule, nodes: list[fx.Node], sizes: dict, wanted: set) -> Segment:

@@ -35,7 +35,7 @@ aten = torch.ops.aten
 _LAYOUT_NAMES = (
     "view reshape _unsafe_view flatten unflatten squeeze unsqueeze transpose permute expand t numpy_T contiguous clone"
 )
-_LAYOUT = {
+LAYOUT = {
     getattr(packet, overload)
     for packet in (getattr(aten, name) for name in _LAYOUT_NAMES.split())
     for overload in packet.overloads()
@@ -301,7 +301,7 @@ class Streams:
             )
 
     def _merge(self, node: fx.Node) -> torch.Tensor:
-        if node.target in _LAYOUT and len(operands_of(node)) == 1:
+        if node.target in LAYOUT and len(operands_of(node)) == 1:
             args, kwargs = Call(node, self, None).in_full
             return node.target(*args, **kwargs)
         dim = self.axes.row_dim(node)
@@ -330,7 +330,7 @@ def kind_of(program: Program, node: fx.Node, classes: set[int]) -> str:
 def feeds_attention(node: fx.Node) -> bool:
     """True when attention reads the value at all positions: its keys or values, or the right side of its products."""
     return any(
-        (node in user.args[1:3] and user.target in ATTENDING) or (user.target in _LAYOUT and feeds_attention(user))
+        (node in user.args[1:3] and user.target in ATTENDING) or (user.target in LAYOUT and feeds_attention(user))
         for user in node.users
     )
 

@@ -75,6 +75,32 @@ def test_the_first_segment_carries_no_gradient_and_all_others_do(model):
     assert carry[0] == {False} and carry[1:] == [{True}] * 4
 
 
+class OneProduct(Model):
+    """An attention whose keys and values are all of one product, or ``whole``: this has the queries too and is returned."""
+
+    def __init__(self, whole: bool) -> None:
+        super().__init__(layers=0)
+        self.whole, self.query, self.context = whole, nn.Linear(D, D), nn.Linear(D, 3 * D if whole else 2 * D)
+        self.double()
+
+    def forward(self, ids, labels=None):
+        x = self.embed(ids) + self.position
+        product = self.context(x)
+        q, k, v = (part[:, None] for part in (self.query(x), *product.chunk(3 if self.whole else 2, -1)[-2:]))
+        loss = self.loss(x + nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0], labels)
+        return (loss, product.detach()) if self.whole else loss
+
+
+def copies(model: nn.Module) -> int:
+    return sum(node.target is aten.clone.default for node in split(model).parts[0].gives)
+
+
+def test_keys_and_values_that_are_parts_of_a_larger_product_are_copied_where_nothing_else_keeps_it():
+    first = split(Model()).parts[0]
+    assert all(node.meta["val"].untyped_storage().nbytes() == node.meta["val"].nbytes for node in first.gives)
+    assert copies(Model()) == 4 and not copies(OneProduct(whole=False)) and not copies(OneProduct(whole=True))
+
+
 def test_a_value_is_let_go_after_the_last_segment_that_takes_it():
     segments = split(Model(layers=3))
     let_go = [key for part in segments.parts for key in part.last]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from .compiled import AsItIs, Compiled, KeepAll, Rewritten, WithRows, check_rows
 from .config import Config, ConfigError
 from .given import given
 from .passes.activity import FindActivity
+from .passes.attend import FindAttending
 from .passes.audit import computed_again
 from .passes.blocks import FindBlocks
 from .passes.canonicalize import Canonicalize
@@ -28,7 +29,7 @@ from .passes.geometry import example_sizes
 from .passes.pipeline import Pipeline, analysis
 from .passes.program import Program, source_line
 from .passes.rules.op import hint
-from .passes.saving import Partition, partitioning
+from .passes.saving import partition_of, partitioning
 from .passes.seek import Signals
 from .passes.select import Scorer, Select, kept_tokens, method_of, needs_of
 from .passes.shift import UnshiftLabels
@@ -45,6 +46,8 @@ Passed = tuple[tuple[int, Place], ...]
 #: Without a backward to save it for, Inductor inlines the residual stream into its readers layer after layer: other
 #: kernels for every layer to compile, and the outputs of several layers alive at once (docs/design/0001).
 _REWRITTEN = {"realize_reads_threshold": 1}
+
+_CONVERTS_FP8 = (8, 9)
 
 _GIVE = "give every part the same rows: `with tokenseek_fx.selecting(indices): ...`"
 _SPLIT = f'Find the cause with torch.compile(model, backend="tokenseek", fullgraph=True), or {_GIVE}.'
@@ -128,7 +131,7 @@ class Trained:
         inputs, rows = tuple(inputs[:-count]), tuple(inputs[-count:])
         known = Pipeline((Canonicalize(), UnshiftLabels(), FindActivity())).run(Program(self.gm, inputs))
         try:
-            program = Pipeline((FindTokenAxes(passed), FindBlocks())).run(known)
+            program = Pipeline((FindTokenAxes(passed), FindBlocks(), FindAttending())).run(known)
         except NothingToSelect:
             return AsItIs(inner_compiler(self.config)(self.gm, inputs), known, parallel=False)
         except NoAttention:
@@ -174,15 +177,16 @@ def compile_rewritten(program: Program, config: Config) -> Compiled:
     """The rewritten graph of a program, in chunks and segments."""
     segments = Pipeline((Chunk(), Split())).run(program).segments
     assert segments is not None
-    again = computed_again(segments, config.saving)
+    again = computed_again(segments, config.saving, config.kv)
     return segments.compiled(lambda number, part, taken: _compiled_part(part, taken, config, number < again))
 
 
 def _compiled_part(part: fx.GraphModule, inputs: Sequence[Any], config: Config, again: bool) -> Compiled:
     """A segment; ``again``: its forward is computed again in backward."""
+    partition = partition_of(part, inputs, again, config.kv)
     if config.inner == "aot_eager":
-        return compat.aot_eager(Partition(again))(part, inputs)
-    with partitioning(again):
+        return compat.aot_eager(partition)(part, inputs)
+    with partitioning(partition):
         return inner_compiler(config, _REWRITTEN)(part, inputs)
 
 
@@ -191,9 +195,10 @@ def ditch(config: Config, program: Program, given: tuple[Any, ...] = (), part: b
 
     Raises:
         GraphNotSupported: the options ask for what the graph doesn't have, and ``config.strict``.
+        ConfigError: the device can't keep keys and values as ``config.kv`` says.
     """
-    if not given:
-        _say_what_has_no_effect(config, program)
+    check_kv(config, next(x.device for x in program.inputs if isinstance(x, torch.Tensor)))
+    _say_what_has_no_effect(config, [*_keeps_kv(config, program), *(() if given else _no_use(config, program))])
     signals = Signals(_layers(config), config.gradient_of, tuple(config.pinned))
     main, *others = (
         _select(config, i, config.scoring if given else _scorer(config, program, signals, axis), program)
@@ -209,6 +214,21 @@ def ditch(config: Config, program: Program, given: tuple[Any, ...] = (), part: b
         given=given,
         part=part,
     )
+
+
+def check_kv(config: Config, device: torch.device) -> None:
+    """Raise ``ConfigError`` where keys and values of this device can't be kept as ``config.kv`` says."""
+    if config.kv == "offload" and device.type == "cpu":
+        raise ConfigError(
+            "kv='offload' has no effect: the model is on the CPU, and so are keys and values. Use kv='keep'."
+        )
+    if config.kv == "fp8" and device.type == "cuda" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+        if config.inner == "inductor" and capability < _CONVERTS_FP8:
+            has = ".".join(map(str, capability))
+            raise ConfigError(
+                f"kv='fp8': Triton converts float8_e4m3fn from compute capability 8.9 on, this GPU has {has}. Use kv='offload'."
+            )
 
 
 def _select(config: Config, number: int, scorer: Scorer, program: Program) -> Select:
@@ -248,12 +268,21 @@ def _instead(fact: str, name: str) -> Scorer:
     return scorer_named(name, {})
 
 
-def _say_what_has_no_effect(config: Config, program: Program) -> None:
-    """Tell of options that this graph has no use for, or raise where ``config.strict``."""
-    for fact, remedy in _no_use(config, program):
+def _say_what_has_no_effect(config: Config, facts: Iterable[tuple[str, str]]) -> None:
+    """Tell facts and remedies of options that this graph has no use for, or raise where ``config.strict``."""
+    for fact, remedy in facts:
         if config.strict:
             raise GraphNotSupported(fact, remedy)
         warnings.warn(f"tokenseek: {fact} {remedy}", TokenSeekWarning, stacklevel=2)
+
+
+def _keeps_kv(config: Config, program: Program) -> Iterator[tuple[str, str]]:
+    """A fact and a remedy: what looks at no keys and values by position has none that could be kept otherwise."""
+    live = [a.node for a in program.axes.attentions if a.node in program.activity.live]
+    count = sum(node not in program.attending for node in live)
+    if config.kv != "keep" and count:
+        fact = f"kv={config.kv!r}: {count} of {len(live)} attentions keep their keys and values as they are."
+        yield fact, "Use scaled_dot_product_attention without dropout, with a mask that compares positions."
 
 
 def _no_use(config: Config, program: Program) -> Iterator[tuple[str, str]]:

@@ -20,6 +20,7 @@ _CHOICES = {
     "logits": _LOGITS,
     "gradient_of": ("last_block", "head"),
     "kv_grad": ("selected", "all"),
+    "kv": ("keep", "offload", "fp8"),
 }
 _RECOMPUTE = ("none", "rows")
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -54,6 +55,8 @@ class Config:
         recompute: what of the kept rows is computed again in backward: "none"; "rows", everything but the rows that enter each
             block and the head (costs one more forward of the kept rows); or bytes to save at most, a number or "64MiB":
             as many blocks are computed again as that takes.
+        kv: keys and values of all tokens between forward and backward: "keep"; "offload", in pinned host memory (on a GPU); "fp8", in
+            8 bits (the loss is exact, the gradient approximate).
         memory_budget: what forward and backward may hold beside parameters, gradients and optimizer states that are there
             before, in bytes or as "8GiB": what it takes of ``recompute`` is chosen at compile time, by estimates.
         report_loss: "full" returns the loss of all tokens, "kept" that of the kept ones; ``None``: the full one where the
@@ -85,6 +88,7 @@ class Config:
     pinned: Sequence[int] = ()
     kv_grad: str = "selected"
     recompute: str | int = "none"
+    kv: str = "keep"
     memory_budget: str | int | None = None
     report_loss: str | None = None
     inner: str = "inductor"
@@ -230,8 +234,10 @@ class Config:
         if self.inner != "inductor":
             inductors = ("mode", "inductor_options", "memory_budget")
             yield from ((name, f"inner={self.inner!r}") for name in inductors if name in given)
-        if self.inner == "eager" and "recompute" in given:
-            yield "recompute", "inner='eager'"
+        if self.inner == "eager":
+            yield from ((name, "inner='eager'") for name in ("recompute", "kv") if name in given)
+        if "kv" in given and self.kv_grad == "all":
+            yield "kv", "kv_grad='all' keeps the inputs of blocks and makes keys and values of them"
         for name in given & {"alpha", "beta"}:
             if name not in self._factors():
                 yield name, f"the scorer has no {name}"

@@ -18,6 +18,7 @@ from .config import Config
 from .passes.audit import Audit, AuditSaved, saved_edges
 from .passes.errors import ConfigError, TokenSeekError
 from .passes.fake import fake_mode_of
+from .passes.floor import floor
 from .passes.geometry import example_sizes
 from .passes.pipeline import Pipeline, analysis
 from .passes.program import Program, module_path, source_line
@@ -35,7 +36,7 @@ class Explanation:
     ``refusal``: why the model would be compiled as it is (the rest is then empty). ``batch``, ``tokens``, ``kept``: of the
     token axis of the loss; ``others``: (tokens, kept) of further ones. ``forwards``: predicted cost of a
     training step in units of one forward of the model (training on all tokens costs 3). ``plain``, ``rewritten``: the
-    tensors saved for backward.
+    tensors saved for backward; ``floor``: the bytes that have to be (``passes/floor.py``).
     """
 
     refusal: str | None = None
@@ -50,6 +51,7 @@ class Explanation:
     barriers: tuple[Barrier, ...] = ()
     plain: Audit = field(default_factory=lambda: Audit(()))
     rewritten: Audit = field(default_factory=lambda: Audit(()))
+    floor: int = 0
     forwards: float = 3.0
 
     def __str__(self) -> str:
@@ -82,7 +84,8 @@ class Explanation:
         rows = [(kind, self.plain.by_kind().get(kind, 0), self.rewritten.by_kind().get(kind, 0)) for kind in kinds]
         rows.append(("total", self.plain.bytes, self.rewritten.bytes))
         head = "  saved for backward (MiB)     all tokens     tokenseek"
-        return [head, *(f"    {kind:<22} {a / _MIB:>13.2f} {b / _MIB:>13.2f}" for kind, a, b in rows)]
+        floor = f"    {'floor':<22} {'':>13} {self.floor / _MIB:>13.2f}"
+        return [head, *(f"    {kind:<22} {a / _MIB:>13.2f} {b / _MIB:>13.2f}" for kind, a, b in rows), floor]
 
     def _unexplained(self) -> list[str]:
         return [
@@ -141,7 +144,7 @@ def _explain_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) ->
         refuse_split(gm)
         plain = analysis().run(Program(gm, tuple(inputs)))
         refuse_part(plain, inputs)
-        rewritten = Pipeline((ditch(config, plain), Split(), AuditSaved(config.saving))).run(plain)
+        rewritten = Pipeline((ditch(config, plain), Split(), AuditSaved(config.saving, config.kv))).run(plain)
     except ConfigError:
         raise
     except TokenSeekError as error:
@@ -158,7 +161,8 @@ def _described(plain: Program, rewritten: Program, config: Config) -> Explanatio
     classes = class_factors(plain)
     for node in plain.graph.nodes:
         node.meta["custom"] = {**node.meta.get("custom", {}), "tokenseek": kind_of(plain, node, classes)}
-    barriers = rewritten.rewrite.barriers
+    barriers, everything = rewritten.rewrite.barriers, saved_edges(plain.module, plain.inputs)
+    shares = {axis: k / t for axis, k, t in zip(plain.axes.tokens, kept, lengths, strict=True)}
     return Explanation(
         batch=int(sizes[0][0]),
         tokens=lengths[0],
@@ -169,8 +173,9 @@ def _described(plain: Program, rewritten: Program, config: Config) -> Explanatio
         ditched=sum(plain.axes.has_rows(node) for node in live) - len({b.node for b in barriers}),
         live=len(live),
         barriers=barriers,
-        plain=saved_edges(plain.module, plain.inputs),
+        plain=everything,
         rewritten=rewritten.audit,
+        floor=floor(plain, shares, config.kv, everything if config.recompute == "none" else None),
         forwards=_forwards(plain, rewritten),
     )
 
