@@ -19,7 +19,7 @@ from ..ops.received import received
 from .factors import same_size
 from .masks import Mask, read_mask
 from .program import Program
-from .rules.op import bind, is_tensor
+from .rules.op import bind, hint, is_tensor
 from .token_axes import SDPA, TokenAxes
 
 aten = torch.ops.aten
@@ -135,7 +135,7 @@ def _is_by_token(axes: TokenAxes, node: fx.Node) -> bool:
     return axis is not None and bool(axis.batch) and labels[0] == axis.batch and labels[2] == axis.token
 
 
-def _before_groups(node: fx.Node) -> fx.Node:
+def _before_groups(node: fx.Node) -> Any:
     """Keys or values [B, Hkv, S, E] that are repeated for groups of heads: before that, else as they are."""
     view = node
     while view.target in _COPIES:
@@ -151,3 +151,12 @@ def _before_groups(node: fx.Node) -> fx.Node:
     shape, heads = spread.meta["val"].shape, node.meta["val"].shape
     whole = (shape[0], shape[1] * shape[2], *shape[3:])
     return group.args[0] if all(map(same_size, whole, heads)) else node
+
+
+def laid_out_as(example: Tensor, value: Tensor) -> Tensor:
+    """``value`` with its dims in the order in memory of ``example``: views that follow were traced with that."""
+    order, found = (sorted(range(x.ndim), key=lambda dim: -hint(x.stride(dim))) for x in (example, value))
+    if order == found:
+        return value
+    back = [order.index(dim) for dim in range(value.ndim)]
+    return value.permute(order).contiguous().permute(back)

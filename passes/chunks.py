@@ -234,7 +234,7 @@ def _call(region: _Region, like: fx.Node, name: str, body: fx.GraphModule, start
     subgraph = graph.get_attr(name)
     operands = (positions, *rows, *(region.seek[node] for node in region.whole))
     call = graph.call_function(invoke_subgraph, (subgraph, name, *operands))
-    results = body.graph.output_node().args[0]
+    results: Any = body.graph.output_node().args[0]
     call.meta = {**like.meta, "val": tuple(node.meta["val"] for node in results)}
     return call
 

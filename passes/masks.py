@@ -127,7 +127,8 @@ def _is_along_last(node: fx.Node, target: Any) -> bool:
 
 def _with_order(mask: Mask, part: Any) -> Mask | None:
     """``difference <= 0`` for a difference of positions: causal, or a window."""
-    difference = part.lhs - part.rhs if isinstance(part, (sympy.Le, sympy.Lt)) else part.rhs - part.lhs
+    sides: tuple[Any, Any] = part.lhs, part.rhs
+    difference = sides[0] - sides[1] if isinstance(part, (sympy.Le, sympy.Lt)) else sides[1] - sides[0]
     difference = sympy.expand(difference + (1 if isinstance(part, (sympy.Lt, sympy.Gt)) else 0))
     if difference == _KEY - _QUERY:
         return replace(mask, causal=True)
@@ -196,7 +197,7 @@ def _arange(reader: _Reader, node: fx.Node, index: Index) -> Meaning:
 
 @_rule(aten.unsqueeze.default)
 def _unsqueeze(reader: _Reader, node: fx.Node, index: Index) -> Meaning:
-    dim = node.args[1] % len(index)  # type: ignore[operator]
+    dim = bind(node)["dim"] % len(index)
     return reader.at(node.args[0], (*index[:dim], *index[dim + 1 :]))
 
 
@@ -238,14 +239,14 @@ def _slice(reader: _Reader, node: fx.Node, index: Index) -> Meaning:
 
 @_rule(aten.index.Tensor)
 def _index(reader: _Reader, node: fx.Node, index: Index) -> Meaning:
-    source, places = node.args
+    """A position that is not known to be at least 0 may count from the end."""
+    given = bind(node)
+    source, places = given["self"], given["indices"]
     if any(place is None or place.meta["val"].dtype is torch.bool for place in places):
         return None
     at = tuple(reader.operand(place, index) for place in places)
     whole = len(at) == source.meta["val"].ndim
-    return (
-        reader.at(source, at) if whole and all(i.is_nonnegative for i in at) else None
-    )  # a negative one counts from the end
+    return reader.at(source, at) if whole and all(i.is_nonnegative for i in at) else None
 
 
 @_rule(aten.new_ones.default, aten.ones.default, aten.ones_like.default)

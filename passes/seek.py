@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.utils import _pytree as pytree
 
 from .activity import FindActivity
+from .attend import laid_out_as
 from .blocks import FindBlocks
 from .canonicalize import Retrace
 from .errors import GraphNotSupported
@@ -23,7 +24,7 @@ from .factors import same_size
 from .geometry import Geometry, device_of, sizes_of
 from .program import Program
 from .received import attended_in, received_in
-from .rules.op import bind, bind_values, hint
+from .rules.op import bind, bind_values
 from .rules.rows import LABEL_LOSSES, MEAN
 from .select import ScoreInputs
 from .streams import label_losses
@@ -279,15 +280,6 @@ def _picks_one_token(program: Program, node: fx.Node, axis: TokenAxis) -> bool:
         return False
     whole, part, tokens = source.meta["val"], node.meta["val"], axes.space.size(axis.token)
     return same_size(part.numel() * tokens, whole.numel())
-
-
-def laid_out_as(example: Tensor, value: Tensor) -> Tensor:
-    """``value`` with its dims in the order in memory of ``example``: views that follow were traced with that."""
-    order, found = (sorted(range(x.ndim), key=lambda dim: -hint(x.stride(dim))) for x in (example, value))
-    if order == found:
-        return value
-    back = [order.index(dim) for dim in range(value.ndim)]
-    return value.permute(order).contiguous().permute(back)
 
 
 def _without_grad(value: Any) -> Any:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from .attend import laid_out_as
 from .call import Call
 from .canonicalize import is_autocast
 from .errors import GraphNotSupported
@@ -63,7 +64,7 @@ class Tail:
     rest: tuple[fx.Node, ...]
 
     @property
-    def chunked(self) -> tuple[fx.Node, ...]:
+    def chunked(self) -> tuple[Any, ...]:
         """The label loss and what leads to it from the frontier."""
         return (*self.rows, *(() if self.head is None else self.head.nodes), self.loss)
 
@@ -370,7 +371,7 @@ def _run(program: Program, nodes: Sequence[fx.Node], known: dict[fx.Node, Any]) 
     interpreter.env, wanted = known, set(nodes)
     for node in program.graph.nodes:
         if node in wanted and node in program.attending:
-            known[node] = program.attending[node].of_all_tokens(known)
+            known[node] = laid_out_as(node.meta["val"], program.attending[node].of_all_tokens(known))
         elif is_autocast(node) or node in wanted or (node.op == "get_attr" and "val" not in node.meta):
             known[node] = interpreter.run_node(node)
 

@@ -204,7 +204,7 @@ def _noting(call: Callable[[list], Sequence[Any]], kinds: Sequence[str], live: L
 
 
 def _kinds_of_outputs(module: torch.fx.GraphModule) -> list[str]:
-    outputs = module.graph.output_node().args[0]
+    outputs: Any = module.graph.output_node().args[0]
     customs = (x.meta.get("custom", {}) if isinstance(x, torch.fx.Node) else {} for x in outputs)
     return [custom.get("tokenseek", "activations") for custom in customs]
 

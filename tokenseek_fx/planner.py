@@ -68,7 +68,7 @@ def _fewer(config: Config) -> Iterator[Config]:
                 yield replace(config, keep_tokens=int(config.keep_tokens * share))
         elif isinstance(config.keep_ratio, Sequence):
             yield replace(config, keep_ratio=[ratio * share for ratio in config.keep_ratio])
-        else:
+        elif config.keep_ratio is not None:
             yield replace(config, keep_ratio=config.keep_ratio * share)
 
 

@@ -158,7 +158,7 @@ def forward_kernel(
     positions += b * rows
     segments += b * keys
     m = first + tl.arange(0, BLOCK_M)
-    i, g, inside = _rows(m, rows, GROUP)
+    i, g, inside = _rows(m, rows, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
     p = _positions(positions, i, inside, CAUSAL or WINDOW or SEGMENTS)
     own = tl.load(segments + p, mask=inside, other=0) if SEGMENTS else i
     head = h * GROUP + g
@@ -245,7 +245,7 @@ def grad_query_kernel(
     positions += b * rows
     segments += b * keys
     m = first + tl.arange(0, BLOCK_M)
-    i, g, inside = _rows(m, rows, GROUP)
+    i, g, inside = _rows(m, rows, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
     p = _positions(positions, i, inside, CAUSAL or WINDOW or SEGMENTS)
     own = tl.load(segments + p, mask=inside, other=0) if SEGMENTS else i
     head = h * GROUP + g
@@ -321,7 +321,7 @@ def grad_keys_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     for block in range(start * GROUP, stop * GROUP, BLOCK_M):
         m = block + tl.arange(0, BLOCK_M)
-        i, g, inside = _rows(m, rows, GROUP)
+        i, g, inside = _rows(m, rows, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
         p = _positions(positions, i, inside, CAUSAL or WINDOW or SEGMENTS)
         own = tl.load(segments + p, mask=inside, other=0) if SEGMENTS else i
         head = h * GROUP + g
@@ -467,7 +467,8 @@ def _options(
 
 def _widths(width: int, value_width: int) -> dict[str, int]:
     padded = {"BLOCK_E": width, "BLOCK_V": value_width}
-    return {"E": width, "V": value_width} | {n: max(16, triton.next_power_of_2(w)) for n, w in padded.items()}
+    powers = {name: max(16, 1 << (size - 1).bit_length()) for name, size in padded.items()}
+    return {"E": width, "V": value_width, **powers}
 
 
 #: For half precision, by kernel and width of heads: rows and keys of a block, warps, stages; chosen by the static report.
