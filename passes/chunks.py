@@ -21,7 +21,7 @@ from .canonicalize import is_autocast
 from .emit import emit
 from .errors import TokenSeekError
 from .fake import fake_mode_of
-from .geometry import Geometry, device_of, example_sizes
+from .geometry import Geometry, example_sizes
 from .part import Part, trace_whole
 from .program import Program
 from .rules.op import bytes_hint, is_tensor, operands_of
@@ -45,7 +45,8 @@ class Chunk:
     def run(self, program: Program) -> Program:
         assert program.rewrite is not None
         module, bodies = program.rewrite.module, _Bodies(program.rewrite.module)
-        chunk_bytes = CHUNK_BYTES.get(device_of(program).type, CHUNK_BYTES["cpu"])
+        devices = {x.device.type for x in program.rewrite.inputs if isinstance(x, Tensor)}
+        chunk_bytes = CHUNK_BYTES["cuda" if "cuda" in devices else "cpu"]
         for region in _regions(program):
             sizes = region.sizes(chunk_bytes)
             if len(sizes) > 1:
