@@ -156,6 +156,7 @@ def _copy_for_blocks(node: fx.Node) -> None:
 
 def _segment(module: fx.GraphModule, nodes: list[fx.Node], sizes: dict, wanted: set) -> Segment:
     """``nodes`` as a graph of their own that gives what is ``wanted`` behind them."""
+    nodes = [*_numbers_read(nodes), *nodes]
     read = dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if arg not in {*nodes})
     takes = [node for node in read if node.op != "get_attr"]
     symbols = dict.fromkeys(
@@ -172,6 +173,18 @@ def _segment(module: fx.GraphModule, nodes: list[fx.Node], sizes: dict, wanted: 
         copies[node].meta = _meta(node)
     graph.output(tuple(copies[node] for node in gives))
     return Segment(fx.GraphModule(module, graph), tuple(inputs), gives, frozenset(inputs) - wanted)
+
+
+def _numbers_read(nodes: list[fx.Node]) -> list[fx.Node]:
+    """What makes the floats that ``nodes`` read, which no compiled graph can give: each segment makes them anew."""
+    found: dict[fx.Node, None] = {}
+    waiting = [arg for node in nodes for arg in node.all_input_nodes if arg not in {*nodes}]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node.meta.get("val"), torch.SymFloat) and node.op == "call_function":
+            found[node] = None
+            waiting += node.all_input_nodes
+    return [*reversed(found)]
 
 
 def _meta(node: fx.Node) -> dict[str, Any]:
