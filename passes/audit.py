@@ -21,6 +21,7 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 from .context import ON_HOST
 from .errors import ConfigError
 from .program import Program, where
+from .rules.op import is_tensor
 from .saving import Partition, partition_of, partitioning
 from .split import Segment, Segments
 
@@ -149,7 +150,7 @@ def partitioned(module: fx.GraphModule, inputs: Sequence[Any], partition: Partit
         if not kwargs.get("is_backward", False) and not found and metadata is not None:
             outputs: Any = graph.graph.output_node().args[0]
             given = outputs[metadata.num_mutated_inp_runtime_indices :][: metadata.num_outputs]
-            saved = [node for node in dict.fromkeys(outputs[metadata.num_forward :]) if _is_tensor(node)]
+            saved = [node for node in dict.fromkeys(outputs[metadata.num_forward :]) if is_tensor(node)]
             found.append(Forward(graph.graph.find_nodes(op="placeholder"), [_base(x) for x in given], saved))
         return graph.forward
 
@@ -159,10 +160,6 @@ def partitioned(module: fx.GraphModule, inputs: Sequence[Any], partition: Partit
     with partitioning(partition), torch._functorch.config.patch(enable_autograd_cache=False):
         compile_fx(copy.deepcopy(module), list(inputs), inner_compile=look)
     return found[0]
-
-
-def _is_tensor(node: Any) -> bool:
-    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def _base(node: Any) -> Any:

@@ -26,13 +26,12 @@ from .part import Part, trace_whole
 from .program import Program
 from .rules.op import bytes_hint, is_tensor, operands_of
 from .rules.rows import LOSSES
-from .tail import cut
+from .tail import cut_to
 from .token_axes import SDPA, TokenAxis
 
 aten = torch.ops.aten
 #: What a value inside a region may take: about what a CPU's caches hold; a GPU is busy with larger ones only.
 CHUNK_BYTES = {"cpu": 12 * 2**20, "cuda": 256 * 2**20}
-_MOST_CHUNKS = 64
 
 
 @dataclass(frozen=True)
@@ -109,8 +108,8 @@ class _Region:
         inner = [bytes_hint(node) for node in self.nodes if node not in self.outputs]
         batch, tokens = example_sizes(self.program, self.axis)
         symbolic = not isinstance(tokens, int) or not isinstance(batch, int) or not self._is_static
-        count = min(_MOST_CHUNKS, -(-max(inner, default=0) // chunk_bytes))
-        return [tokens] if symbolic or count <= 1 or not self._can_stand else cut(tokens, count)
+        sizes = [tokens] if symbolic else cut_to(tokens, max([1, *inner]), chunk_bytes)
+        return sizes if len(sizes) > 1 and self._can_stand else [tokens]
 
     def geometry(self, size: int, positions: Any = None) -> Geometry:
         """That of ``size`` tokens."""

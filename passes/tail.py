@@ -80,7 +80,12 @@ class Tail:
         if self.head is not None and not self.rows:
             return [tokens]
         largest = max(bytes_hint(node) for node in (*self.rows, *self.frontier) if is_tensor(node))
-        return cut(tokens, min(_MOST_CHUNKS, -(-largest // chunk_bytes), hint(tokens)))
+        return cut_to(tokens, largest, chunk_bytes)
+
+
+def cut_to(tokens: Any, largest: int, chunk_bytes: int) -> list[Any]:
+    """Sizes of chunks in which a value that takes ``largest`` bytes for all tokens takes ``chunk_bytes``, at most 64 of them."""
+    return cut(tokens, min(_MOST_CHUNKS, -(-largest // chunk_bytes), hint(tokens)))
 
 
 def cut(tokens: Any, count: int) -> list[Any]:
