@@ -1,0 +1,16 @@
+"""The command line, ``tokenseek``. Needs the extra ``cli``; nothing else of the package imports it."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run ``tokenseek``; without typer and rich, say what to install."""
+    try:
+        from .app import app
+    except ModuleNotFoundError as error:
+        if error.name not in ("typer", "rich"):
+            raise
+        sys.exit(f"tokenseek: the command line needs {error.name}: pip install 'tokenseek-fx[cli]'")
+    app()

@@ -1,0 +1,113 @@
+"""What a command gives back, and how it is told: text for people, one JSON object for machines, an exit code for both.
+
+Exit codes: 0 it worked, 1 it failed, 2 it was asked wrongly, 130 it was interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+from rich.console import Console, RenderableType
+
+from ..passes.errors import ConfigError, TokenSeekError
+
+INTERRUPTED = 130
+
+
+class Failure(Exception):
+    """What was asked for can't be done. ``data``: what is told beside the error in JSON."""
+
+    code = 1
+
+    def __init__(self, message: str, **data: Any) -> None:
+        super().__init__(message)
+        self.data = data
+
+
+class Usage(Failure):
+    """It was asked wrongly."""
+
+    code = 2
+
+
+class Interrupted(Failure):
+    """It was stopped by the user."""
+
+    code = INTERRUPTED
+
+
+@dataclass(frozen=True)
+class Answer:
+    """``data``: what ``--json`` prints. ``shown``: what people see. ``code``: the exit code."""
+
+    data: dict[str, Any]
+    shown: Sequence[RenderableType] = ()
+    code: int = 0
+
+
+def progress_console() -> Console:
+    """Where progress and remarks go: never to stdout."""
+    return Console(stderr=True, highlight=False)
+
+
+def answers(work: Callable[..., Answer]) -> Callable[..., None]:
+    """A command made of a function that returns an ``Answer``; what it prints itself goes to stderr."""
+
+    @functools.wraps(work)
+    def command(**arguments: Any) -> None:
+        as_json = arguments.get("as_json", False)
+        try:
+            with redirect_stdout(sys.stderr):
+                answer = work(**arguments)
+        except BaseException as error:
+            raise typer.Exit(_tell_error(error, as_json)) from None
+        _tell(answer, as_json)
+        if answer.code:
+            raise typer.Exit(answer.code)
+
+    return command
+
+
+def _tell(answer: Answer, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(answer.data, indent=1, default=str))
+    else:
+        console = Console(highlight=False, soft_wrap=False)
+        for each in answer.shown:
+            console.print(each)
+
+
+def _tell_error(error: BaseException, as_json: bool) -> int:
+    """Say what went wrong; the exit code. Errors of the package are facts; any other is a bug, told with its place."""
+    if isinstance(error, (SystemExit, typer.Exit)):
+        raise error
+    known = isinstance(error, (Failure, TokenSeekError, KeyboardInterrupt))
+    if not known:
+        traceback.print_exception(error)
+    message = "Interrupted." if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
+    if as_json:
+        print(json.dumps({"error": message} | getattr(error, "data", {}), indent=1, default=str))
+    Console(stderr=True, highlight=False).print(f"[red]tokenseek:[/] {_escaped(message)}", soft_wrap=True)
+    return _code(error)
+
+
+def _code(error: BaseException) -> int:
+    if isinstance(error, Failure):
+        return error.code
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return 2 if isinstance(error, ConfigError) else 1
+
+
+def _escaped(message: str) -> str:
+    from rich.markup import escape
+
+    return escape(message)

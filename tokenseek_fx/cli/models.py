@@ -1,0 +1,184 @@
+"""Models by path or hub id: real, with random weights, or without any (the meta device)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .answer import Failure, Usage
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA: ``targets`` are names of linear layers, or ("all-linear",). ``quantised``: the base in 4 bits (QLoRA)."""
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("all-linear",)
+    quantised: bool = False
+
+
+def config_of(model: str) -> Any:
+    """The configuration of a model.
+
+    Raises:
+        Failure: there is none at the path, or the hub can't be reached.
+    """
+    transformers = library("transformers")
+    with _told(model):
+        return transformers.AutoConfig.from_pretrained(checked(model))
+
+
+def tokenizer_of(model: str) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        Failure: there is none at the path, or the hub can't be reached.
+    """
+    transformers = library("transformers")
+    with _told(f"the tokenizer of {model}"):
+        return transformers.AutoTokenizer.from_pretrained(checked(model))
+
+
+def without_weights(model: str, adapter: Adapter | None = None) -> nn.Module:
+    """The model on the meta device, in training mode."""
+    config = config_of(model)
+    with torch.device("meta"):
+        made = adapted(_causal().from_config(config), adapter)
+    return _ready(made)
+
+
+def with_weights(model: str, dtype: torch.dtype, device: str, adapter: Adapter | None, random: bool) -> nn.Module:
+    """The model with its weights, or random ones, on ``device``, in training mode.
+
+    Raises:
+        Failure: there are no weights and random ones were not asked for, or the hub can't be reached.
+    """
+    if random:
+        made = _causal().from_config(config_of(model), dtype=dtype)
+    else:
+        made = _loaded(model, dtype, adapter)
+    return _ready(adapted(made.to(device), adapter))
+
+
+def _loaded(model: str, dtype: torch.dtype, adapter: Adapter | None) -> Any:
+    if Path(model).is_dir() and not any(next(Path(model).glob(each), None) for each in _WEIGHTS):
+        raise Failure(f"{model} has no weights, only a configuration: train random ones with --random-weights.")
+    with _told(model):
+        return _causal().from_pretrained(checked(model), dtype=dtype, **_quantised(dtype, adapter))
+
+
+def _quantised(dtype: torch.dtype, adapter: Adapter | None) -> dict[str, Any]:
+    if adapter is None or not adapter.quantised:
+        return {}
+    library("bitsandbytes")
+    settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    return {"quantization_config": library("transformers").BitsAndBytesConfig(**settings)}
+
+
+def adapted(model: Any, adapter: Adapter | None) -> Any:
+    """The model with LoRA in it, all else frozen."""
+    if adapter is None:
+        return model
+    peft = library("peft")
+    targets = "all-linear" if adapter.targets == ("all-linear",) else list(adapter.targets)
+    settings = {"r": adapter.rank, "lora_alpha": adapter.alpha, "lora_dropout": adapter.dropout}
+    try:
+        return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **settings))
+    except ValueError as error:  # of targets that aren't there
+        raise Usage(f"--lora-targets {','.join(adapter.targets)}: {error}") from None
+
+
+def _ready(model: Any) -> nn.Module:
+    model.config.use_cache = False
+    return model.train()
+
+
+def _causal() -> Any:
+    return library("transformers").AutoModelForCausalLM
+
+
+def library(name: str) -> Any:
+    """Import an optional library.
+
+    Raises:
+        Failure: it isn't installed; the message names the pip command.
+    """
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        extra = "pip install bitsandbytes" if name == "bitsandbytes" else "pip install 'tokenseek-fx[hf]'"
+        raise Failure(f"This needs {name}, which can't be imported ({error}): {extra}") from None
+
+
+def checked(model: str) -> str:
+    """The path of a model's directory, or a hub id.
+
+    Raises:
+        Failure: it looks like a path, but nothing is there, or no configuration.
+    """
+    path = Path(model).expanduser()
+    if path.name == "config.json":
+        path = path.parent
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise Failure(f"{model} is no model: the directory has no config.json.")
+        return str(path)
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise Failure(f"{model}: there is no such directory.")
+    return model
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Errors of loading, in a line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        here = "" if Path(what).exists() else " There is no directory of this name here; is the hub id right, and the hub in reach?"
+        raise Failure(f"{what} can't be loaded: {first}{here}") from None
+
+
+def device_and_dtype(dtype: str, adapter: Adapter | None) -> tuple[str, torch.dtype, bool]:
+    """Device, dtype of the weights, and whether autocast to bfloat16 is on.
+
+    ``dtype`` "auto": float32 on the CPU; on a GPU that has bfloat16, its frozen base in it, or all in float32 under autocast.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        on_gpu = device == "cuda" and torch.cuda.is_bf16_supported()
+        dtype = ("bfloat16" if adapter else "mixed") if on_gpu else "float32"
+    return device, torch.bfloat16 if dtype == "bfloat16" else torch.float32, dtype == "mixed"
+
+
+def adapter_of(lora: bool, qlora: bool, rank: int, alpha: int | None, dropout: float, targets: str) -> Adapter | None:
+    """LoRA as asked for on the command line; None for full training."""
+    if not (lora or qlora):
+        return None
+    names = tuple(name.strip() for name in targets.split(","))
+    return Adapter(rank, alpha or 2 * rank, dropout, names, qlora)
+
+
+def batch_for(model: nn.Module, batch: int, length: int, random: Callable[..., Any] = torch.randint) -> dict[str, Any]:
+    """Random token ids [batch, length] with labels, on the model's device."""
+    vocabulary, device = model.config.get_text_config().vocab_size, next(model.parameters()).device
+    ids = random(vocabulary, (batch, length), device=device)
+    return {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+
+
+def parameters(model: nn.Module) -> tuple[int, int]:
+    """Number of parameters: all, trainable."""
+    found: Sequence[Any] = list(model.parameters())
+    return sum(p.numel() for p in found), sum(p.numel() for p in found if p.requires_grad)
