@@ -27,6 +27,8 @@ from .passes.split import Split
 from .passes.streams import Barrier, class_factors, kind_of
 
 _MIB = 2**20
+#: Kinds of the seek stream, which has no backward.
+_WITHOUT_GRADIENT = (None, "seek", "keys/values", "scoring", "select")
 
 
 @dataclass(frozen=True)
@@ -191,10 +193,14 @@ def _counted(lines: Sequence[str]) -> list[str]:
 def _forwards(plain: Program, rewritten: Program) -> float:
     """(seek + 3 x ditch) / forward, in floating-point operations of matrix products."""
     assert rewritten.rewrite is not None
-    forward = sum(_flops(plain.module, plain.inputs).values())
-    flops = _flops(rewritten.rewrite.module, rewritten.rewrite.inputs)
-    seek = sum(flops.pop(kind, 0) for kind in (None, "seek", "keys/values", "scoring", "select"))
-    return (seek + 3 * sum(flops.values())) / forward if forward else 3.0
+    forward = _flops(plain.module, plain.inputs).total()
+    return flops_of_step(rewritten.rewrite.module, rewritten.rewrite.inputs).total() / forward if forward else 3.0
+
+
+def flops_of_step(module: fx.GraphModule, inputs: Sequence[Any]) -> Counter[str | None]:
+    """Floating-point operations of matrix products in forward and backward of a rewritten graph, by kind (``passes/tags.py``)."""
+    flops = _flops(module, inputs)
+    return Counter({kind: count * (1 if kind in _WITHOUT_GRADIENT else 3) for kind, count in flops.items()})
 
 
 def _flops(module: fx.GraphModule, inputs: Sequence[Any]) -> Counter[str | None]:

@@ -1,0 +1,101 @@
+"""transformers' Trainer: compile at the right moment, figures in the logs, nothing else changed."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+from transformers.training_args import ParallelMode
+
+from ..config import Config, ConfigError
+from ..recording import Selection
+from .watched import Watched
+
+PREFIX = "tokenseek_"
+_MARK = "_tokenseek_callback"
+
+
+class TokenSeekCallback(TrainerCallback):
+    """Trains the model of a ``Trainer`` on selected tokens: ``Trainer(..., callbacks=[TokenSeekCallback(keep_ratio=0.2)])``.
+
+    The model is compiled in place when training begins, and plain again when it ends. Evaluation, checkpoints, resuming,
+    accumulation and mixed precision are the Trainer's own. Training logs get these figures, of the steps since the last log:
+    ``tokenseek_kept``, ``tokenseek_kept_labelled`` (shares of the tokens, of the labelled ones), ``tokenseek_scoring_share`` (of
+    the step's matrix products), ``tokenseek_recompiles``, ``tokenseek_activations_mib`` (what one forward saved for backward),
+    ``tokenseek_peak_mib`` (allocated on the device so far; on the CPU, resident). With several processes they are those of the
+    process that logs.
+
+    Args:
+        options: fields of ``Config``.
+
+    Raises:
+        ConfigError: a bad option; or, when training begins, a model that is compiled already or spread over GPUs by ``DataParallel``.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.config = Config.from_options(options)
+        self.watched = Watched(self.config)
+
+    @property
+    def selection(self) -> Selection | None:
+        """That of the last training forward (``None``: it kept all tokens)."""
+        return self.watched.selection
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        _refuse(args, model)
+        _go_first(self)
+        self.watched = Watched(self.config)
+        model.compile(backend=self.watched)
+        setattr(model._compiled_call_impl, _MARK, True)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        logs: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        if "loss" not in logs:  # of evaluation, or the summary at the end
+            return
+        device = next(model.parameters()).device
+        figures = {PREFIX + name: value for name, value in self.watched.figures(device).items()}
+        logs.update(figures)
+        state.log_history[-1].update(figures)  # a copy, made before callbacks saw the logs
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        model._compiled_call_impl = None
+
+
+def _refuse(args: TrainingArguments, model: nn.Module) -> None:
+    if args.parallel_mode is ParallelMode.NOT_DISTRIBUTED:
+        raise ConfigError(
+            f"The Trainer spreads the model over {args.n_gpu} GPUs by DataParallel, which copies it for every step and can't be "
+            "compiled. Start one process for each GPU (torchrun, accelerate launch), or set CUDA_VISIBLE_DEVICES=0."
+        )
+    compiled = model._compiled_call_impl
+    if compiled is not None and not hasattr(compiled, _MARK):
+        raise ConfigError(
+            "The model is compiled already. Leave out model.compile(...) and give its options to TokenSeekCallback(...)."
+        )
+
+
+def _go_first(callback: TrainerCallback) -> None:
+    """Trackers (``report_to``) come before callbacks of the user's: they would not see figures that are added after them.
+
+    transformers gives callbacks nothing of what calls them; it is found on the stack.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and not isinstance(handler := frame.f_locals.get("self"), CallbackHandler):
+        frame = frame.f_back
+    if frame is not None:
+        handler.callbacks.remove(callback)  # while the list is walked: those before move up by one, none is left out
+        handler.callbacks.insert(0, callback)

@@ -1,0 +1,153 @@
+"""The backend, and what its graphs did: the figures that callbacks log."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..backend import Trained, compile_graph
+from ..compiled import Rewritten
+from ..config import Config
+from ..explain import flops_of_step
+from ..recording import Recording, Selection, record
+from ..variants import Variants
+
+MIB = 2**20
+#: What the step does to choose tokens, beside the forward of all of them.
+_CHOOSING = ("scoring", "select")
+
+
+class Watched:
+    """The backend with a config, as ``torch.compile(backend=...)`` takes it, which keeps account of its training forwards.
+
+    ``selection``: that of the last training forward (``None``: it kept all tokens).
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.graphs = config, 0
+        self.selection: Selection | None = None
+        self.counts = _Counts()
+        self.saved: int | None = None
+        self.share: float | None = None
+        self.shares: dict[Trained, float | None] = {}
+
+    def __call__(self, gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        compiled = compile_graph(gm, inputs, self.config)
+        if not isinstance(compiled, Trained):
+            return compiled
+        self.graphs += 1
+        return partial(self._run, compiled)
+
+    def _run(self, compiled: Trained, *args: Any) -> Any:
+        with record() as rec:
+            outputs = compiled(*args)
+        self.selection = rec[-1] if rec else None
+        self.counts.add(rec)
+        if self.saved is None:
+            self.saved = saved_bytes(outputs, args)
+        if compiled not in self.shares:
+            self.shares[compiled] = scoring_share(compiled, args)
+        self.share = self.shares[compiled]
+        return outputs
+
+    def figures(self, device: torch.device) -> dict[str, float]:
+        """What to log of the forwards since the last call; a figure that is not known is left out.
+
+        ``kept``: share of the tokens; ``kept_labelled``: share of the labelled ones. ``scoring_share``: what choosing tokens takes of
+        the matrix products of a step. ``recompiles``: training graphs after the first. ``activations_mib``: what one forward saved for
+        backward. ``peak_mib``: allocated on the device so far; on the CPU, resident.
+        """
+        peak = peak_bytes(device)
+        known = {
+            **self.counts.shares(),
+            "scoring_share": self.share,
+            "recompiles": max(0, self.graphs - 1),
+            "activations_mib": None if self.saved is None else self.saved / MIB,
+            "peak_mib": None if peak is None else peak / MIB,
+        }
+        self.counts, self.saved = _Counts(), None
+        return {name: value for name, value in known.items() if value is not None}
+
+
+class _Counts:
+    """Tokens and labelled tokens, and how many of them were kept. The latter stay on the device until they are asked for."""
+
+    def __init__(self) -> None:
+        self.tokens = self.kept = 0
+        self.labelled: Tensor | int = 0
+        self.labelled_kept: Tensor | int = 0
+
+    def add(self, rec: Recording) -> None:
+        for step in rec:
+            self.tokens += step.scores.numel()
+            self.kept += step.indices.numel()
+            if step.labelled is not None:
+                self.labelled = self.labelled + step.labelled.sum()
+                self.labelled_kept = self.labelled_kept + step.labelled.gather(1, step.indices).sum()
+
+    def shares(self) -> dict[str, float]:
+        """Where nothing was recorded, the forwards were those of all tokens."""
+        shares = {"kept": self.kept / self.tokens if self.tokens else 1.0}
+        if labelled := int(self.labelled):
+            shares["kept_labelled"] = int(self.labelled_kept) / labelled
+        return shares
+
+
+def scoring_share(trained: Trained, args: Sequence[Any]) -> float | None:
+    """Share of a step's matrix products that choosing the tokens takes, by a count on fake tensors; ``None``: nothing was chosen."""
+    own = trained.own
+    chosen = [compiled for _, compiled in own.known] if isinstance(own, Variants) else [own]
+    rewritten = next((compiled for compiled in reversed(chosen) if isinstance(compiled, Rewritten)), None)
+    if rewritten is None or rewritten.program.rewrite is None:
+        return None
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    values = [*args, *rewritten.noise(args)]
+    fakes = [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in values]
+    flops = flops_of_step(rewritten.program.rewrite.module, fakes)
+    return sum(flops[kind] for kind in _CHOOSING) / (flops.total() or 1)
+
+
+def saved_bytes(outputs: Iterable[Any], inputs: Iterable[Any]) -> int | None:
+    """Bytes on the device that a compiled forward keeps for backward, each storage once, without its inputs; ``None`` where autograd has
+    no compiled function (``inner="eager"``)."""
+    live = [x for x in outputs if isinstance(x, Tensor) and x.grad_fn is not None]
+    saved = [x for node in _nodes(x.grad_fn for x in live) if hasattr(node, "saved_tensors") for x in _saved(node)]
+    if not saved:
+        return None
+    known = {x.untyped_storage().data_ptr() for x in inputs if isinstance(x, Tensor)}
+    here = [x.untyped_storage() for x in saved if x.device == live[0].device]
+    return sum({s.data_ptr(): s.nbytes() for s in here if s.data_ptr() not in known}.values())
+
+
+def _nodes(last: Iterable[Any]) -> Iterator[Any]:
+    """All of autograd's graph."""
+    ahead, seen = list(last), set()
+    while ahead:
+        node = ahead.pop()
+        if node not in seen:
+            seen.add(node)
+            ahead += [before for before, _ in node.next_functions if before is not None]
+            yield node
+
+
+def _saved(node: Any) -> Iterator[Tensor]:
+    """What a function saves; AOTAutograd keeps some beside what autograd knows of."""
+    yield from (x for x in (*node.saved_tensors, *getattr(node, "_tensors_no_vc_check", ())) if x is not None)
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most that was allocated on the device since its statistics were last reset; on the CPU, the most that was resident."""
+    if device.type != "cpu":
+        return torch.accelerator.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
