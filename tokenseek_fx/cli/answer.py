@@ -16,10 +16,12 @@ from typing import Any
 
 import typer
 from rich.console import Console, RenderableType
+from rich.markup import escape
 
 from ..passes.errors import ConfigError, TokenSeekError
 
 INTERRUPTED = 130
+_LINES = 20  # of the message of an error that isn't ours
 
 
 class Failure(Exception):
@@ -89,13 +91,14 @@ def _tell_error(error: BaseException, as_json: bool) -> int:
     """Say what went wrong; the exit code. Errors of the package are facts; any other is a bug, told with its place."""
     if isinstance(error, (SystemExit, typer.Exit)):
         raise error
-    known = isinstance(error, (Failure, TokenSeekError, KeyboardInterrupt))
-    if not known:
-        traceback.print_exception(error)
+    error = getattr(error, "inner_exception", error)  # Dynamo's, around what a backend raised
     message = "Interrupted." if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
+    if not isinstance(error, (Failure, TokenSeekError, KeyboardInterrupt)):
+        traceback.print_tb(error.__traceback__)
+        message = "\n".join(f"{type(error).__name__}: {message}".splitlines()[:_LINES])
     if as_json:
         print(json.dumps({"error": message} | getattr(error, "data", {}), indent=1, default=str))
-    Console(stderr=True, highlight=False).print(f"[red]tokenseek:[/] {_escaped(message)}", soft_wrap=True)
+    Console(stderr=True, highlight=False).print(f"[red]tokenseek:[/] {escape(message)}", soft_wrap=True)
     return _code(error)
 
 
@@ -105,9 +108,3 @@ def _code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     return 2 if isinstance(error, ConfigError) else 1
-
-
-def _escaped(message: str) -> str:
-    from rich.markup import escape
-
-    return escape(message)

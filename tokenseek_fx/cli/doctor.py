@@ -91,7 +91,9 @@ def _gpus() -> Iterator[Check]:
 def _backend() -> Check:
     if "tokenseek" in torch._dynamo.list_backends():
         return Check("backend", "ok", 'torch.compile(model, backend="tokenseek") is known')
-    return Check("backend", "failed", "not registered", "install the package (pip install -e .), don't only put it on the path")
+    return Check(
+        "backend", "failed", "not registered", "install the package (pip install -e .), don't only put it on the path"
+    )
 
 
 class _Tiny(nn.Module):

@@ -129,7 +129,9 @@ def text_of(values: Sequence[Any], tokenizer: Any) -> Text:
         BadRow: the values aren't of that kind.
     """
     if len(values) == 2:
-        prompt, completion = (_checked(value, name) for value, name in zip(values, ("prompt", "completion"), strict=True))
+        prompt, completion = (
+            _checked(value, name) for value, name in zip(values, ("prompt", "completion"), strict=True)
+        )
         if not completion:
             raise BadRow("the completion is empty")
         return Text(prompt + completion, ((len(prompt), len(prompt) + len(completion)),))
@@ -170,7 +172,9 @@ def _turn(write: Callable[[Any, bool], str], messages: list[Any], i: int, text: 
 
 def _template(tokenizer: Any) -> Callable[[Any, bool], str]:
     if not tokenizer.chat_template:
-        raise Failure("The tokenizer has no chat template, but the data has messages: give one with --chat-template FILE.")
+        raise Failure(
+            "The tokenizer has no chat template, but the data has messages: give one with --chat-template FILE."
+        )
 
     def write(messages: Any, prompt: bool) -> str:
         try:

@@ -1,8 +1,8 @@
-"""Models by path or hub id: real, with random weights, or without any (the meta device)."""
+"""Models by path or hub id: real, with random weights, or without any (fake tensors)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from .answer import Failure, Usage
 
@@ -49,12 +51,11 @@ def tokenizer_of(model: str) -> Any:
         return transformers.AutoTokenizer.from_pretrained(checked(model))
 
 
-def without_weights(model: str, adapter: Adapter | None = None) -> nn.Module:
-    """The model on the meta device, in training mode."""
-    config = config_of(model)
-    with torch.device("meta"):
-        made = adapted(_causal().from_config(config), adapter)
-    return _ready(made)
+def without_weights(model: str, adapter: Adapter | None = None) -> tuple[nn.Module, FakeTensorMode]:
+    """The model in training mode, made of fake tensors: as large as it is, and without its memory; and their mode."""
+    config, mode = config_of(model), FakeTensorMode(shape_env=ShapeEnv())
+    with mode:
+        return _ready(adapted(_causal().from_config(config), adapter)), mode
 
 
 def with_weights(model: str, dtype: torch.dtype, device: str, adapter: Adapter | None, random: bool) -> nn.Module:
@@ -63,10 +64,7 @@ def with_weights(model: str, dtype: torch.dtype, device: str, adapter: Adapter |
     Raises:
         Failure: there are no weights and random ones were not asked for, or the hub can't be reached.
     """
-    if random:
-        made = _causal().from_config(config_of(model), dtype=dtype)
-    else:
-        made = _loaded(model, dtype, adapter)
+    made = _causal().from_config(config_of(model), dtype=dtype) if random else _loaded(model, dtype, adapter)
     return _ready(adapted(made.to(device), adapter))
 
 
@@ -147,7 +145,11 @@ def _told(what: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError) as error:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        here = "" if Path(what).exists() else " There is no directory of this name here; is the hub id right, and the hub in reach?"
+        here = (
+            ""
+            if Path(what).exists()
+            else " There is no directory of this name here; is the hub id right, and the hub in reach?"
+        )
         raise Failure(f"{what} can't be loaded: {first}{here}") from None
 
 
@@ -171,10 +173,10 @@ def adapter_of(lora: bool, qlora: bool, rank: int, alpha: int | None, dropout: f
     return Adapter(rank, alpha or 2 * rank, dropout, names, qlora)
 
 
-def batch_for(model: nn.Module, batch: int, length: int, random: Callable[..., Any] = torch.randint) -> dict[str, Any]:
+def batch_for(model: nn.Module, batch: int, length: int) -> dict[str, Any]:
     """Random token ids [batch, length] with labels, on the model's device."""
     vocabulary, device = model.config.get_text_config().vocab_size, next(model.parameters()).device
-    ids = random(vocabulary, (batch, length), device=device)
+    ids = torch.randint(vocabulary, (batch, length), device=device)
     return {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-
+from torch import nn
 
 from ..estimate import bytes_of
 from ..estimate import estimate as estimate_model
@@ -28,16 +28,19 @@ def explain(model: str, batch: int, length: int, adapter: Adapter | None, option
     Raises:
         Failure: the model would be compiled without token selection; the message has the reason.
     """
-    made = without_weights(model, adapter)
-    with contextlib.redirect_stdout(io.StringIO()):
-        found = explain_model(made, **batch_for(made, batch, length, _zeros), options=options)
+    made, mode = without_weights(model, adapter)
+    with mode:
+        example = batch_for(made, batch, length)
+    found = silent_explain(made, example, options)
     if found.refusal:
         raise Failure(str(found), refusal=found.refusal)
     return Answer(_explained(found), [str(found)])
 
 
-def _zeros(high: int, shape: tuple[int, ...], device: Any) -> torch.Tensor:
-    return torch.zeros(shape, dtype=torch.long, device=device)
+def silent_explain(model: nn.Module, batch: dict[str, Any], options: dict[str, Any]) -> Explanation:
+    """``tokenseek_fx.explain``, which also prints."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return explain_model(model, **batch, options=options)
 
 
 def _explained(found: Explanation) -> dict[str, Any]:
@@ -69,7 +72,7 @@ def estimate(
 ) -> Answer:
     """The peak of a step for every length and ratio, plain ``torch.compile`` beside them, and what fits where."""
     sizes = {gpu: bytes_of(gpu) for gpu in gpus}
-    made = without_weights(model, adapter)
+    made, _ = without_weights(model, adapter)
     rows = list(_estimates(made, batch, lengths, ratios, DTYPES[dtype], optimizer, options))
     for row in rows:
         row["fits"] = {gpu: row["peak_bytes"] <= size for gpu, size in sizes.items()}
@@ -93,7 +96,9 @@ def _estimates(
             for i, ratio in enumerate(ratios):
                 progress.update(task, description=f"{length} tokens, {ratio:.0%} kept")
                 chosen = {**options, "keep_ratio": ratio}
-                found = estimate_model(model, batch, length, options=chosen, optimizer=optimizer, dtype=dtype, plain=i == 0)
+                found = estimate_model(
+                    model, batch, length, options=chosen, optimizer=optimizer, dtype=dtype, plain=i == 0
+                )
                 if found.plain:
                     yield _row(length, None, found.phases(found.plain))
                 yield _row(length, ratio, found.phases())

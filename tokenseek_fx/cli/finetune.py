@@ -1,0 +1,371 @@
+"""Finetune: data and a model to trained weights, a table and a report."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import PrinterCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..integrations.trainer import TokenSeekCallback
+from ..report import Run, write_report
+from . import models
+from .answer import Answer, Failure, Interrupted, Usage, progress_console
+from .data import rows, write_bad
+from .encode import Sequences, batch_of, sequences
+from .predict import silent_explain
+from .watch import SeeingTrainer, Seen, Stop, Watch, resumed, stopping
+
+_SETTINGS, _BAD, _REPORT, _MODEL = "settings.json", "skipped.jsonl", "report.html", "model"
+_LOGS = 500  # at most so many points of a curve
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides a run. A run is gone on with only under the settings that it began with."""
+
+    model: str
+    data: str
+    split: str
+    subset: str | None
+    columns: str | None
+    tokenizer: str | None
+    chat_template: str | None
+    length: int
+    held_out: int | None
+    epochs: float
+    steps: int
+    batch: int
+    accumulate: int
+    lr: float | None
+    warmup: float
+    dtype: str
+    seed: int
+    random_weights: bool
+    skip_bad: bool
+    adapter: models.Adapter | None
+    options: dict[str, Any]
+
+    @property
+    def rate(self) -> float:
+        return self.lr or (2e-4 if self.adapter else 2e-5)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run is made of, before it begins."""
+
+    settings: Settings
+    out: Path
+    data: Sequences
+    learnt: list[dict[str, list[int]]]
+    held_out: list[dict[str, list[int]]]
+    tokenizer: Any
+    model: nn.Module
+    trainer: SeeingTrainer
+    watch: Watch
+    console: Console
+
+
+def finetune(settings: Settings, out: Path, save_every: int, resume: bool) -> Answer:
+    """Train, save the model, write the report.
+
+    Raises:
+        Failure: data, model or checkpoint can't be had.
+        Usage: the directory holds a run, and ``resume`` is off, or other settings, and it is on.
+        Interrupted: a signal stopped it; a checkpoint is there.
+    """
+    checkpoint = begin(settings, out, resume)
+    console = progress_console()
+    work = prepared(settings, out, save_every, checkpoint, console)
+    before = _held_out_loss(work, "before")
+    start = time.perf_counter()
+    with stopping(work.watch.stop):
+        try:
+            work.trainer.train(resume_from_checkpoint=checkpoint)
+        except KeyboardInterrupt:
+            raise _interrupted(work) from None
+        finally:
+            work.watch.progress.stop()
+    if work.watch.stop.asked and not _finished(work):
+        raise _interrupted(work)
+    return _done(work, before, time.perf_counter() - start)
+
+
+def begin(settings: Settings, out: Path, resume: bool) -> str | None:
+    """The checkpoint to go on from, where there should be one; settings are written where a run begins."""
+    saved, now = out / _SETTINGS, json.loads(json.dumps(asdict(settings)))
+    checkpoint = get_last_checkpoint(str(out)) if saved.exists() else None
+    if not resume:
+        if checkpoint or (out / _MODEL).exists():
+            raise Usage(f"{out} holds a run. Go on with it (--resume), or write to another directory (--out).")
+        return None
+    if checkpoint is None:
+        raise Failure(f"{out} holds no checkpoint to go on from. Leave out --resume to begin.")
+    then = json.loads(saved.read_text(encoding="utf-8"))
+    if other := [name for name in now if now[name] != then.get(name)]:
+        told = ", ".join(f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in other)
+        raise Usage(f"{out} was begun with other settings: {told}. Give those, or write to another directory (--out).")
+    return checkpoint
+
+
+def prepared(settings: Settings, out: Path, save_every: int, checkpoint: str | None, console: Console) -> Work:
+    """Data and model are read before anything is written: what is wrong with them shows first."""
+    tokenizer = _tokenizer(settings)
+    with console.status("reading the data"):
+        found = rows(settings.data, settings.split, settings.subset)
+        data = sequences(found, tokenizer, settings.length, settings.columns, settings.data, skip_bad=settings.skip_bad)
+    learnt, held_out = split(data.sequences, settings.held_out, settings.seed)
+    torch.manual_seed(settings.seed)
+    with console.status("loading the model"):
+        device, dtype, mixed = models.device_and_dtype(settings.dtype, settings.adapter)
+        model = models.with_weights(settings.model, dtype, device, settings.adapter, settings.random_weights)
+    _fits_vocabulary(tokenizer, model)
+    arguments = _arguments(settings, out, save_every, len(learnt), mixed)
+    run = _run(settings, data, model, out, checkpoint)
+    chosen = TokenSeekCallback(**settings.options)
+    seen = Seen(run, out, tokenizer, _steps(settings, len(learnt)))
+    watch = Watch(seen, Stop(console.print), console)
+    collate = partial(batch_of, pad=_pad(tokenizer), length=settings.length)
+    trainer = SeeingTrainer(
+        model=model,
+        args=arguments,
+        data_collator=collate,
+        train_dataset=learnt,  # type: ignore[arg-type] (a list is a data set: it has a length and items)
+        eval_dataset=held_out or None,  # type: ignore[arg-type]
+        callbacks=[chosen, watch],
+        seen=seen,
+        chosen=chosen,
+    )
+    trainer.remove_callback(PrinterCallback)
+    _write_beginning(settings, out, data)
+    return Work(settings, out, data, learnt, held_out, tokenizer, model, trainer, watch, console)
+
+
+def _tokenizer(settings: Settings) -> Any:
+    tokenizer = models.tokenizer_of(settings.tokenizer or settings.model)
+    if settings.chat_template:
+        tokenizer.chat_template = Path(settings.chat_template).read_text(encoding="utf-8")
+    return tokenizer
+
+
+def _pad(tokenizer: Any) -> int:
+    """Padding has no labels and no attention: any token will do."""
+    return next((each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id) if each is not None), 0)
+
+
+def _fits_vocabulary(tokenizer: Any, model: nn.Module) -> None:
+    has = model.config.get_text_config().vocab_size
+    if len(tokenizer) > has:
+        raise Failure(
+            f"The tokenizer has {len(tokenizer)} tokens, the model {has}: they don't belong together (--tokenizer)."
+        )
+
+
+def split(
+    made: list[dict[str, list[int]]], held_out: int | None, seed: int
+) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
+    """Sequences to learn from, and those held out: as many as asked for, or a tenth, at most 64.
+
+    Raises:
+        Usage: nothing would be left.
+    """
+    count = min(64, len(made) // 10) if held_out is None else held_out
+    if count >= len(made):
+        raise Usage(f"--held-out {count}: nothing is left of {len(made)} sequences.")
+    order = list(range(len(made)))
+    random.Random(seed).shuffle(order)
+    chosen = set(order[:count])
+    return [each for i, each in enumerate(made) if i not in chosen], [made[i] for i in sorted(chosen)]
+
+
+def _steps(settings: Settings, learnt: int) -> int:
+    batches = math.ceil(learnt / settings.batch)
+    by_epochs = math.ceil(settings.epochs * math.ceil(batches / settings.accumulate))
+    return settings.steps if settings.steps > 0 else max(1, by_epochs)
+
+
+def _arguments(settings: Settings, out: Path, save_every: int, learnt: int, mixed: bool) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(out),
+        per_device_train_batch_size=settings.batch,
+        per_device_eval_batch_size=settings.batch,
+        gradient_accumulation_steps=settings.accumulate,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.steps,
+        learning_rate=settings.rate,
+        warmup_steps=settings.warmup,
+        bf16=mixed,
+        seed=settings.seed,
+        logging_steps=max(1, _steps(settings, learnt) // _LOGS),
+        save_strategy="steps",
+        save_steps=save_every,
+        save_total_limit=2,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        prediction_loss_only=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        label_names=["labels"],
+    )
+
+
+def _run(settings: Settings, data: Sequences, model: nn.Module, out: Path, checkpoint: str | None) -> Run:
+    if checkpoint is not None:
+        return resumed(Run.load(out), int(checkpoint.rpartition("-")[2]))
+    every, trained = models.parameters(model)
+    shown = {
+        "model": settings.model,
+        "parameters": f"{every:,}, {trained:,} of them trained",
+        "data": f"{settings.data}: {data.rows:,} rows ({', '.join(data.columns)}), {len(data.sequences):,} sequences",
+        "length, batch": f"{settings.length}, {settings.batch} x {settings.accumulate}",
+        "learning rate": f"{settings.rate:g}",
+        "options": ", ".join(f"{name}={value}" for name, value in settings.options.items()),
+        "torch": torch.__version__,
+    }
+    return Run(f"tokenseek finetune {Path(settings.model).name} {Path(settings.data).name}", shown)
+
+
+def _write_beginning(settings: Settings, out: Path, data: Sequences) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _SETTINGS).write_text(json.dumps(asdict(settings), indent=1) + "\n", encoding="utf-8")
+    if data.bad:
+        write_bad(data.bad, out / _BAD)
+
+
+def _held_out_loss(work: Work, when: str) -> float | None:
+    """Mean over all labelled tokens that were held out; of the beginning, as it was then."""
+    known = work.watch.seen.run.settings
+    name = f"held-out loss {when}"
+    if work.held_out and name not in known:
+        with work.console.status(f"{name} training"):
+            known[name] = f"{work.trainer.evaluate()['eval_loss']:.4f}"
+    return float(known[name]) if name in known else None
+
+
+def _finished(work: Work) -> bool:
+    return work.trainer.state.global_step >= work.trainer.state.max_steps
+
+
+def _interrupted(work: Work) -> Interrupted:
+    """What was saved, and how to go on."""
+    checkpoint = get_last_checkpoint(str(work.out))
+    if checkpoint is None:
+        return Interrupted("Interrupted before anything was saved.")
+    again = resume_command(sys.argv)
+    step = int(checkpoint.rpartition("-")[2])
+    message = f"Interrupted; saved after step {step} in {checkpoint}. Go on with:\n  {again}"
+    return Interrupted(message, checkpoint=checkpoint, resume=again)
+
+
+def resume_command(arguments: list[str]) -> str:
+    """The command that goes on with the run that was begun with ``arguments``.
+
+    >>> resume_command(["/usr/bin/tokenseek", "finetune", "m", "my data.txt"])
+    "tokenseek finetune m 'my data.txt' --resume"
+    """
+    own = [each for each in arguments[1:] if each != "--resume"]
+    return shlex.join(["tokenseek", *own, "--resume"])
+
+
+def _done(work: Work, before: float | None, seconds: float) -> Answer:
+    after = _held_out_loss(work, "after")
+    model = work.out / _MODEL
+    work.trainer.save_model(str(model))
+    work.tokenizer.save_pretrained(model)
+    run = work.watch.seen.run
+    with work.console.status("counting what is saved, for the report"):
+        run.memory = _memory(work)
+    work.watch.seen.save()
+    report = write_report(run, work.out / _REPORT)
+    figures = _figures(work, before, after, seconds) | {"model": str(model), "report": str(report)}
+    return Answer(figures, [_table(figures)])
+
+
+def _memory(work: Work) -> dict[str, dict[str, int]]:
+    """What is held at the end of a forward, by ``explain``, of the longest batch; empty where the model isn't rewritten."""
+    longest = sorted(work.learnt, key=lambda each: len(each["input_ids"]))[-work.settings.batch :]
+    device = next(work.model.parameters()).device
+    batch = batch_of(longest, _pad(work.tokenizer), work.settings.length)
+    found = silent_explain(work.model, {name: x.to(device) for name, x in batch.items()}, work.settings.options)
+    if found.refusal:
+        return {}
+    every = sum(p.numel() * p.element_size() for p in work.model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in work.model.parameters() if p.requires_grad)
+    shared = {"parameters": every, "gradients": trained, "optimizer": 2 * trained}
+    return {"tokenseek": shared | found.rewritten.by_kind(), "all tokens": shared | found.plain.by_kind()}
+
+
+def _figures(work: Work, before: float | None, after: float | None, seconds: float) -> dict[str, Any]:
+    steps = work.watch.seen.run.steps
+    losses = [each.loss for each in steps if each.loss is not None]
+    return {
+        "steps": work.trainer.state.global_step,
+        "seconds": round(seconds, 1),
+        "step_seconds": _middle([each.seconds for each in steps[1:]]),
+        "rows": work.data.rows,
+        "skipped": len(work.data.bad),
+        "sequences": len(work.data.sequences),
+        "cut": work.data.cut,
+        "tokens": work.data.tokens,
+        "labelled": work.data.labelled,
+        "loss_first": losses[0] if losses else None,
+        "loss_last": losses[-1] if losses else None,
+        "held_out": len(work.held_out),
+        "held_out_before": before,
+        "held_out_after": after,
+        "kept": _middle([each.kept for each in steps]),
+        "kept_labelled": _middle([each.labelled for each in steps]),
+        "peak_bytes": max((each.peak for each in steps if each.peak is not None), default=None),
+    }
+
+
+def _middle(values: list[float | None]) -> float | None:
+    known = [each for each in values if each is not None]
+    return median(known) if known else None
+
+
+def _table(figures: dict[str, Any]) -> Table:
+    out = Table(title="tokenseek finetune", title_justify="left", show_header=False)
+    for name, text in _lines(figures):
+        out.add_row(name, text)
+    return out
+
+
+def _lines(f: dict[str, Any]) -> list[tuple[str, str]]:
+    def share(value: float | None) -> str:
+        return "unknown" if value is None else f"{value:.1%}"
+
+    step = "" if f["step_seconds"] is None else f", {f['step_seconds']:.3f} s each (median)"
+    held = "none held out"
+    if f["held_out_before"] is not None and f["held_out_after"] is not None:
+        held = f"{f['held_out_before']:.4f} -> {f['held_out_after']:.4f} ({f['held_out']} sequences)"
+    return [
+        ("data", f"{f['rows']:,} rows, {f['tokens']:,} tokens, {f['labelled']:,} of them learnt"),
+        ("left out", f"{f['skipped']:,} rows that can't be used; the end of {f['cut']:,} that were too long"),
+        ("steps", f"{f['steps']:,} in {f['seconds']:,.1f} s{step}"),
+        ("loss, first and last step", f"{_loss(f['loss_first'])} -> {_loss(f['loss_last'])}"),
+        ("held-out loss", held),
+        ("tokens kept", f"{share(f['kept'])}, of labelled ones {share(f['kept_labelled'])}"),
+        ("peak memory", "unknown" if f["peak_bytes"] is None else f"{f['peak_bytes'] / 1e6:,.0f} MB"),
+        ("model", f["model"]),
+        ("report", f["report"]),
+    ]
+
+
+def _loss(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4f}"
