@@ -58,7 +58,7 @@ def _title(number: int, nodes: Sequence[fx.Node]) -> str:
     counts = Counter(_operation(node.target) for node in nodes if node.op == "call_function")
     barriers = sum(map(_runs_in_full, nodes))
     what = f"kept rows, block {number}" if number else "all tokens, and the choice"
-    return f"{what}: {counts.total()} operations, {counts['gather']} gathers, {barriers} barriers"
+    return f"{what} (operations: {counts.total()}, gathers: {counts['gather']}, barriers: {barriers})"
 
 
 def _block_line(node: fx.Node) -> str:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import stats
-from ..estimate import Estimate
+from ..explain import Explanation
 from ..recording import Selection
 from .run import Example, Run, Step
 
 #: The bars of the histogram of positions.
 _BINS = 20
-#: Kinds of ``StepMemory.saved`` that a report shows by themselves; all others are activations.
+#: Kinds of saved tensors that a report shows by themselves; all others are activations.
 _KINDS = ("logits", "keys/values")
 
 Decode = Callable[[list[int]], str]
@@ -23,45 +24,40 @@ Decode = Callable[[list[int]], str]
 
 def run_of(
     recording: Sequence[Selection],
+    steps: Sequence[Step] = (),
     *,
-    losses: Sequence[float] = (),
-    plain: Sequence[float] = (),
-    seconds: Sequence[float] = (),
+    plain: Sequence[Step] = (),
     batches: Sequence[Tensor] = (),
     decode: Decode | Any = None,
     examples: int = 8,
     title: str = "tokenseek run",
 ) -> Run:
-    """The run of a plain training loop; ``memory``, ``graphs`` and ``settings`` of it are set by whoever knows them.
+    """The run of a plain training loop. Its ``settings``, ``memory`` and ``graphs`` are set by whoever knows them.
 
-    ``recording``: of every step. ``losses``, ``seconds``: a number for every step; ``plain``: the losses of a run on all tokens.
-    ``batches``: token ids [B, T] of every step, and ``decode``, a tokenizer or a function from ids to text: with both, the report
-    shows the first sequence of at most ``examples`` steps. What is not given is left out.
+    ``recording``: of all steps. ``steps``: what the loop knows of each, its loss for instance; the shares are added here.
+    ``plain``: the steps of a run on all tokens. ``batches``: token ids [B, T] of every step, and ``decode``, a tokenizer or a
+    function from ids to text: with both, the report shows the first sequence of at most ``examples`` steps.
 
-    Raises ``ValueError`` where there are not as many as steps, or the ids have not the shape of what was recorded.
+    Raises ``ValueError`` where ``steps`` or ``batches`` are not as many as were recorded, or ids have another shape.
 
     >>> rec = [Selection(torch.tensor([[0, 2]]), torch.zeros(1, 4))]
-    >>> run = run_of(rec, losses=[2.5], batches=[torch.tensor([[72, 105, 33, 10]])], decode=lambda ids: bytes(ids).decode())
+    >>> ids = torch.tensor([[72, 105, 33, 10]])
+    >>> run = run_of(rec, [Step(1, loss=2.5)], batches=[ids], decode=lambda ids: bytes(ids).decode())
     >>> run.steps[0].kept, run.examples[0].tokens, run.examples[0].kept
     (0.5, ['H', 'i', '!', '\\n'], [0, 2])
     """
-    for name, each in {"losses": losses, "seconds": seconds, "batches": batches}.items():
-        if each and len(each) != len(recording):
+    for name, given in {"steps": steps, "batches": batches}.items():
+        if given and len(given) != len(recording):
             raise ValueError(
-                f"{len(each)} {name} for a recording of {len(recording)} steps: give one for each, or none."
+                f"{len(given)} {name} for {len(recording)} that were recorded: give one for each, or none."
             )
-    overlaps = stats.overlaps(recording)
+    steps = steps or [Step(i + 1) for i in range(len(recording))]
+    shown = _spread(len(recording), examples) if batches and decode is not None else ()
     return Run(
         title,
-        steps=[
-            Step(i + 1, _at(losses, i), _at(seconds, i), *_shares(selection), overlap=overlaps[i])
-            for i, selection in enumerate(recording)
-        ],
-        plain=[Step(i + 1, float(loss)) for i, loss in enumerate(plain)],
-        examples=[
-            example_of(recording[i], batches[i], decode, step=i + 1)
-            for i in (_spread(len(recording), examples) if batches and decode is not None else ())
-        ],
+        steps=[replace(step, **shares) for step, shares in zip(steps, _shares(recording), strict=True)],
+        plain=list(plain),
+        examples=[example_of(recording[i], batches[i], decode, step=steps[i].step) for i in shown],
         positions=stats.position_histogram(recording, _BINS).tolist(),
     )
 
@@ -89,27 +85,42 @@ def example_of(
     )
 
 
-def memory_of(estimate: Estimate) -> dict[str, dict[str, int]]:
-    """The split of memory, ``Run.memory``, of an estimate: bytes held between forward and backward, with gradients and optimizer."""
-    always = {name: getattr(estimate, name) for name in ("parameters", "gradients", "optimizer")}
-    ways = {"tokenseek": estimate.step} | ({"all tokens": estimate.plain} if estimate.plain else {})
-    return {way: {**always, **_by_part(step.saved)} for way, step in ways.items()}
+def memory_of(
+    explanation: Explanation, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, dict[str, int]]:
+    """The split of memory between forward and backward, ``Run.memory``: bytes of what ``explain`` found to be saved, and of the rest.
+
+    ``optimizer``: the bytes of its states are counted as they are, so give it after its first step.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    states = [state for each in optimizer.state.values() for state in each.values()] if optimizer else []
+    always = {
+        "parameters": _bytes([*model.parameters(), *model.buffers()]),
+        "gradients": _bytes(trained),
+        "optimizer": _bytes(states),
+    }
+    ways = {"tokenseek": explanation.rewritten, "all tokens": explanation.plain}
+    return {way: {**always, **_by_part(audit.by_kind())} for way, audit in ways.items()}
 
 
-def _by_part(saved: Any) -> dict[str, int]:
+def _bytes(values: Iterable[Any]) -> int:
+    return sum(x.numel() * x.element_size() for x in values if isinstance(x, Tensor))
+
+
+def _by_part(saved: Mapping[str, int]) -> dict[str, int]:
     parts = {kind: saved.get(kind, 0) for kind in _KINDS}
     return {"activations": sum(saved.values()) - sum(parts.values()), **parts}
 
 
-def _shares(selection: Selection) -> tuple[float, float | None]:
-    """Share of the tokens kept, of the labelled tokens kept (``None``: there are none, or they are not known)."""
-    labelled = selection.labelled
-    some = labelled is not None and bool(labelled.any())
-    return selection.indices.numel() / selection.scores.numel(), stats.labelled_kept([selection]) if some else None
-
-
-def _at(values: Sequence[float], i: int) -> float | None:
-    return float(values[i]) if values else None
+def _shares(recording: Sequence[Selection]) -> Iterator[dict[str, float | None]]:
+    """Fields of ``Step`` that a recording tells."""
+    for selection, overlap in zip(recording, stats.overlaps(recording), strict=True):
+        some = selection.labelled is not None and bool(selection.labelled.any())
+        yield {
+            "kept": selection.indices.numel() / selection.scores.numel(),
+            "labelled": stats.labelled_kept([selection]) if some else None,
+            "overlap": overlap,
+        }
 
 
 def _spread(steps: int, examples: int) -> list[int]:

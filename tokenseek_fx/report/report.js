@@ -39,8 +39,8 @@ const lastTenth = (list) => list.slice(-Math.ceil(list.length / 10));
 function tile(name, field, figure, format) {
   const [ours, plain] = [run.steps, run.plain].map((steps) => values(steps, field));
   if (!ours.length) return [];
-  const beside = plain.length ? `all tokens: ${format(figure(plain))}` : "\u00a0";
-  return [make("div", { class: "tile" }, make("span", {}, name), make("b", {}, format(figure(ours))), make("span", {}, beside))];
+  const beside = plain.length ? [make("span", {}, `all tokens: ${format(figure(plain))}`)] : [];
+  return [make("div", { class: "tile" }, make("span", {}, name), make("b", {}, format(figure(ours))), ...beside)];
 }
 
 function summary() {
@@ -158,14 +158,15 @@ class Chart {
 
   axes() {
     const { low, high, first, last } = this.range;
-    const rows = ticks(low, high, 4).flatMap((y) => [
+    const unit = this.format === bytes ? 1024 ** Math.floor(Math.log2(Math.max(1, high)) / 10) : 1;
+    const rows = ticks(low / unit, high / unit, 4).map((y) => y * unit).flatMap((y) => [
       draw("path", { class: "axis", d: `M${MARGIN.left} ${this.y(y)}H${this.width - MARGIN.right}` }),
       draw("text", { x: MARGIN.left - 6, y: this.y(y) + 4, "text-anchor": "end" }, this.format(y)),
     ]);
     const whole = ticks(first, last, Math.max(2, this.width / 90)).filter((x) => Number.isInteger(x) && x >= this.xs[0] && x <= this.xs[this.xs.length - 1]);
     const text = (x, anchor, words) => draw("text", { x: this.x(x), y: HEIGHT - 6, "text-anchor": anchor }, words);
     const columns = this.bars
-      ? [text(first, "start", this.place(this.xs[0])), text(last, "end", this.place(this.xs[this.xs.length - 1]))]
+      ? [text(first, "start", "start"), text(last, "end", "end of the sequence")]
       : whole.map((x) => text(x, "middle", String(x)));
     return [...rows, ...columns];
   }
@@ -458,7 +459,7 @@ function memory() {
   const head = make("tr", {}, make("th", { scope: "col" }, "part"), ...ways.map(([way]) => make("th", { scope: "col" }, way)));
   const rows = parts.map((part, k) => row([make("i", { class: `swatch part-${k % 6}` }), part], ways.map(([, split]) => split[part] ?? 0)));
   const sum = row(["total"], ways.map(([, split]) => total(split)), { class: "total" });
-  section("memory", make("h3", {}, "Split"), make("div", { class: "stack", "aria-hidden": "true" }, ...bars), make("div", { class: "scroll" }, make("table", {}, head, ...rows, sum)));
+  section("memory", make("h3", {}, "Split"), note("Activations, logits, keys and values: what is kept between forward and backward."), make("div", { class: "stack", "aria-hidden": "true" }, ...bars), make("div", { class: "scroll" }, make("table", {}, head, ...rows, sum)));
 }
 
 function piece(part, k, size, most) {
