@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from .factors import Dim
 from .program import Program
 from .rules.op import is_tensor
 from .split import Segments
+from .tags import block_of
 
 #: Arguments that say where and how a value lies in memory, not what it is.
 _PLACEMENT = ("device", "layout", "memory_format", "pin_memory")
@@ -39,6 +41,41 @@ def show(program: Program) -> str:
     return "\n".join(_line(program, node) for node in program.graph.nodes)
 
 
+def show_blocks(program: Program) -> list[str]:
+    """The rewritten graph in parts, a text each, its first line a title: all tokens and the choice, then every block of kept rows.
+
+    Lines are those of ``show``. The remark ``barrier`` is at rows that are put among all tokens, and at what runs over these.
+    """
+    assert program.rewrite is not None
+    parts: dict[int, list[fx.Node]] = {}
+    for node in program.rewrite.module.graph.nodes:
+        if node.op != "output":
+            parts.setdefault(block_of(node.meta), []).append(node)
+    return ["\n".join([_title(number, nodes), *map(_block_line, nodes)]) for number, nodes in sorted(parts.items())]
+
+
+def _title(number: int, nodes: Sequence[fx.Node]) -> str:
+    counts = Counter(_operation(node.target) for node in nodes if node.op == "call_function")
+    barriers = sum(map(_runs_in_full, nodes))
+    what = f"kept rows, block {number}" if number else "all tokens, and the choice"
+    return f"{what} (operations: {counts.total()}, gathers: {counts['gather']}, barriers: {barriers})"
+
+
+def _block_line(node: fx.Node) -> str:
+    if _runs_in_full(node):
+        return _text("  ", node, _plain_type(node.meta.get("val")), "barrier, runs over all tokens")
+    return _rewritten_line(node)
+
+
+def _runs_in_full(node: fx.Node) -> bool:
+    """True where rows were put among all tokens for this operation alone."""
+    return _stream(node) != "barrier" and any(_stream(x) == "barrier" for x in node.all_input_nodes)
+
+
+def _stream(node: fx.Node) -> str:
+    return node.meta.get("custom", {}).get("tokenseek", "seek")
+
+
 def _line(program: Program, node: fx.Node) -> str:
     live = program.activity is not None and node in program.activity.live
     return _text("* " if live else "  ", node, _type(program, node), ", ".join(_remarks(program, node)))
@@ -46,8 +83,7 @@ def _line(program: Program, node: fx.Node) -> str:
 
 def _rewritten_line(node: fx.Node) -> str:
     """No pass has looked at the rewritten graph: its nodes carry the stream that they belong to."""
-    stream = node.meta.get("custom", {}).get("tokenseek", "seek")
-    return _text("  ", node, _plain_type(node.meta.get("val")), stream if node.op == "call_function" else "")
+    return _text("  ", node, _plain_type(node.meta.get("val")), _stream(node) if node.op == "call_function" else "")
 
 
 def _text(mark: str, node: fx.Node, kind: str, remark: str) -> str:

@@ -1,6 +1,6 @@
 """tokenseek-fx: fine-tune any transformer on the tokens that matter, by rewriting its graph."""
 
-from . import passes, reference, stats
+from . import passes, reference, report, stats
 from .backend import backend
 from .config import Config, ConfigError
 from .estimate import Estimate, estimate
@@ -35,6 +35,7 @@ __all__ = [
     "record",
     "reference",
     "register_scorer",
+    "report",
     "seek",
     "selecting",
     "stats",

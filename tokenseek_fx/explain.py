@@ -23,6 +23,7 @@ from .passes.geometry import example_sizes
 from .passes.pipeline import Pipeline, analysis
 from .passes.program import Program, module_path, source_line
 from .passes.select import kept_tokens
+from .passes.show import show_blocks
 from .passes.split import Split
 from .passes.streams import Barrier, class_factors, kind_of
 
@@ -38,7 +39,8 @@ class Explanation:
     ``refusal``: why the model would be compiled as it is (the rest is then empty). ``batch``, ``tokens``, ``kept``: of the
     token axis of the loss; ``others``: (tokens, kept) of further ones. ``forwards``: predicted cost of a
     training step in units of one forward of the model (training on all tokens costs 3). ``plain``, ``rewritten``: the
-    tensors saved for backward; ``floor``: the bytes that have to be (``passes/floor.py``).
+    tensors saved for backward; ``floor``: the bytes that have to be (``passes/floor.py``). ``graphs``: the rewritten graph as text,
+    block by block (``passes.show.show_blocks``). A notebook shows it as tables.
     """
 
     refusal: str | None = None
@@ -55,11 +57,17 @@ class Explanation:
     rewritten: Audit = field(default_factory=lambda: Audit(()))
     floor: int = 0
     forwards: float = 3.0
+    graphs: tuple[str, ...] = field(default=(), repr=False)
 
     def __str__(self) -> str:
         if self.refusal:
             return f"tokenseek: compiled without token selection.\n{self.refusal}"
         return "\n".join([*self._summary(), *self._barriers(), *self._memory(), *self._unexplained()])
+
+    def _repr_html_(self) -> str:
+        from .report.notebook import explanation_html
+
+        return explanation_html(self)
 
     def _summary(self) -> list[str]:
         loss = ", ".join(self.losses) or "outside the graph: outputs in full, gradient through the kept rows"
@@ -179,6 +187,7 @@ def _described(plain: Program, rewritten: Program, config: Config) -> Explanatio
         rewritten=rewritten.audit,
         floor=floor(plain, shares, config.kv, everything if config.recompute == "none" else None),
         forwards=_forwards(plain, rewritten),
+        graphs=tuple(show_blocks(rewritten)),
     )
 
 

@@ -34,7 +34,12 @@ class Selection:
 
 
 class Recording(list[Selection]):
-    """The selections of the forwards under ``record()``, in order."""
+    """The selections of the forwards under ``record()``, in order. A notebook shows its statistics."""
+
+    def _repr_html_(self) -> str:
+        from .report.notebook import recording_html
+
+        return recording_html(self)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ record instead, and not NaN, which would go unseen into averages. ``summary`` le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -103,20 +103,38 @@ def visit_overlap(recording: Sequence[Selection]) -> float:
     >>> round(visit_overlap(steps), 3)
     0.333
     """
-    last: dict[tuple[int, int], Tensor] = {}
-    found = []
-    for step, instances in zip(recording, _field(recording, "instances"), strict=True):
-        for name, kept in zip(instances.tolist(), _kept(step), strict=True):
-            visited = (name, len(kept))
-            if visited in last:
-                found.append(_jaccard(last[visited], kept)[None])
-            last[visited] = kept
+    _field(recording, "instances")
+    found = [jaccard for visits in _revisits(recording) for jaccard in visits]
     if not found:
         raise ValueError(
             f"No sequence was visited twice in {len(recording)} steps. Record at least two epochs, with every sequence "
             "padded to the same length each time."
         )
     return _mean(found)
+
+
+def overlaps(recording: Sequence[Selection]) -> list[float | None]:
+    """``visit_overlap`` step by step: of the sequences of a step that were visited before; ``None`` where there are none.
+
+    >>> steps = [Selection(torch.tensor([rows]), torch.zeros(1, 8), instances=torch.tensor([5])) for rows in ([0, 1], [0, 1])]
+    >>> overlaps(steps)
+    [None, 1.0]
+    """
+    return [_mean(visits) if visits else None for visits in _revisits(recording)]
+
+
+def _revisits(recording: Sequence[Selection]) -> Iterator[list[Tensor]]:
+    """For every step the Jaccard index [1] of each sequence that was visited before, with the visit before."""
+    last: dict[tuple[int, int], Tensor] = {}
+    for step in recording:
+        found = []
+        known = () if step.instances is None else zip(step.instances.tolist(), _kept(step), strict=True)
+        for name, kept in known:
+            visited = (name, len(kept))
+            if visited in last:
+                found.append(_jaccard(last[visited], kept)[None])
+            last[visited] = kept
+        yield found
 
 
 @dataclass(frozen=True)

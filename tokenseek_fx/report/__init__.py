@@ -1,6 +1,7 @@
 """Reports: a training run as plain data (``Run``), and as one HTML file that needs nothing else."""
 
 from .html import write_report
+from .recorded import example_of, memory_of, run_of
 from .run import Example, Run, Step
 
-__all__ = ["Example", "Run", "Step", "write_report"]
+__all__ = ["Example", "Run", "Step", "example_of", "memory_of", "run_of", "write_report"]

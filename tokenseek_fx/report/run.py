@@ -90,7 +90,7 @@ class Run:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f"{FILE}.part"
-        part.write_text(json.dumps(self.plain_data(), ensure_ascii=False, allow_nan=False), encoding="utf-8")
+        part.write_text(json.dumps(self.plain_data(), allow_nan=False), encoding="utf-8")
         part.replace(folder / FILE)
 
     @classmethod
