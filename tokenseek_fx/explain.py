@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import compat
 from .backend import ditch, refuse_part, refuse_split, trains
 from .config import Config
-from .passes.audit import Audit, AuditSaved, saved_edges
+from .passes.audit import Audit, AuditSaved, computed_again, saved_edges
 from .passes.errors import ConfigError, TokenSeekError
 from .passes.fake import fake_mode_of
 from .passes.floor import floor
@@ -175,8 +175,8 @@ def _described(plain: Program, rewritten: Program, config: Config) -> Explanatio
         barriers=barriers,
         plain=everything,
         rewritten=rewritten.audit,
-        floor=floor(plain, shares, config.kv, everything if config.recompute == "none" else None),
-        forwards=_forwards(plain, rewritten),
+        floor=floor(plain, shares, config.kv, everything if config.saving == "none" else None),
+        forwards=_forwards(plain, rewritten, config),
     )
 
 
@@ -188,13 +188,14 @@ def _counted(lines: Sequence[str]) -> list[str]:
     return [f"{n} x {line}" if n > 1 else line for line, n in Counter(lines).items()]
 
 
-def _forwards(plain: Program, rewritten: Program) -> float:
-    """(seek + 3 x ditch) / forward, in floating-point operations of matrix products."""
-    assert rewritten.rewrite is not None
+def _forwards(plain: Program, rewritten: Program, config: Config) -> float:
+    """(seek + 3 x ditch + what of it is computed again) / forward, in floating-point operations of matrix products."""
+    assert rewritten.rewrite and rewritten.segments
     forward = sum(_flops(plain.module, plain.inputs).values())
     flops = _flops(rewritten.rewrite.module, rewritten.rewrite.inputs)
     seek = sum(flops.pop(kind, 0) for kind in (None, "seek", "keys/values", "scoring", "select"))
-    return (seek + 3 * sum(flops.values())) / forward if forward else 3.0
+    again = computed_again(rewritten.segments, config.saving, config.kv) / len(rewritten.segments.parts)
+    return (seek + (3 + again) * sum(flops.values())) / forward if forward else 3.0
 
 
 def _flops(module: fx.GraphModule, inputs: Sequence[Any]) -> Counter[str | None]:
