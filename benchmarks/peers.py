@@ -119,7 +119,7 @@ def tokenseek(**options: Any) -> Make:
 EAGER, COMPILE, FORWARD = "eager", "torch.compile", "torch.compile, forward alone"
 CHECKPOINT, RIVAL = "checkpointing", "checkpointing, chunked loss"
 DEFAULT, RANDOM, WHOLE = "tokenseek", "tokenseek, random rows", "tokenseek, random rows, full loss"
-SEEK, AGAIN = "tokenseek, one kept token", "tokenseek, rows computed again"
+SEEK, NONE = "tokenseek, one kept token", "tokenseek, recompute none"
 PAPER = {name: value for name, value in vars(Config.paper()).items() if value != getattr(Config(), name)}
 PAPER.pop("keep_ratio", None)
 
@@ -135,7 +135,7 @@ ROWS: dict[str, Make] = {
     "Liger, checkpointing": liger,
     FORWARD: compiled,
     DEFAULT: tokenseek(),
-    AGAIN: tokenseek(recompute="rows"),
+    NONE: tokenseek(recompute="none"),
     SEEK: tokenseek(keep_tokens=1),
     "tokenseek, logits keep": tokenseek(logits="keep"),
     "tokenseek, attention": tokenseek(scorer="attention", report_loss="kept"),
@@ -143,7 +143,7 @@ ROWS: dict[str, Make] = {
     WHOLE: tokenseek(scorer="random", select="topk", report_loss="full"),
     "tokenseek, the paper's recipe": tokenseek(**PAPER),
 }
-MAIN = [EAGER, CHECKPOINT, RIVAL, COMPILE, FORWARD, DEFAULT, AGAIN]
+MAIN = [EAGER, CHECKPOINT, RIVAL, COMPILE, FORWARD, DEFAULT, NONE]
 CAVEATS = (
     "activation_memory_budget: its peak is not monotone in the budget (pytorch #197838), and dropout is recomputed "
     "with fresh randomness (#190758). The loss of random rows and of attention is the mean over the kept tokens."

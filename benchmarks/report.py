@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import charts
-from peers import AGAIN, CAVEATS, CHECKPOINT, COMPILE, DEFAULT, EAGER, FORWARD, RANDOM, RIVAL, ROWS, SEEK, WHOLE
+from peers import CAVEATS, CHECKPOINT, COMPILE, DEFAULT, EAGER, FORWARD, RANDOM, RIVAL, ROWS, SEEK, WHOLE
 from plot import write_table
 from shapes import SHAPES, Setting
 from worker import room
@@ -135,18 +135,13 @@ class Claim:
 def cpu_claims(settings: dict[str, Setting]) -> list[Claim]:
     """What the project set itself on the CPU."""
     limits = {"1": (0.42, 0.10), "2": (0.42, 0.05), "3": (0.40, 0.06)}
-    rows = (DEFAULT, AGAIN)
     against_plain = [
-        Claim(settings[name], key, factor, other, row=row)
+        Claim(settings[name], key, factor, other)
         for name, (step, peak) in limits.items()
         for key, factor, other in (("step", step, COMPILE), ("peak", peak, EAGER))
-        for row in rows
     ]
     against_rival = [
-        Claim(settings[name], key, factor, RIVAL, row=row)
-        for name in "12"
-        for key, factor in (("step", 0.40), ("peak", 0.50))
-        for row in rows
+        Claim(settings[name], key, factor, RIVAL) for name in "12" for key, factor in (("step", 0.40), ("peak", 0.50))
     ]
     return [*against_plain, *against_rival]
 

@@ -178,7 +178,12 @@ def _distinct(keys: Sequence[Any], values: Sequence[Any]) -> list[Any]:
 
 
 def _edge(node: fx.Node) -> Edge:
-    """A view keeps all that it is one of. The kind of a value of the seek stream is that of what reads it."""
+    """A view keeps all that it is one of."""
     value = _base(node).meta["val"]
+    return Edge(node.name, kind_of(node), tuple(value.shape), value.dtype, where(node))
+
+
+def kind_of(node: fx.Node) -> str:
+    """What a saved value is counted as; of a value of the seek stream, the kind of what reads it."""
     kinds = (reader.meta.get("custom", {}).get("tokenseek") for reader in (node, *node.users))
-    return Edge(node.name, next(filter(None, kinds), "activations"), tuple(value.shape), value.dtype, where(node))
+    return next(filter(None, kinds), "activations")

@@ -14,7 +14,7 @@ RATIO = 0.2
 def size(config: Config) -> int:
     """1000 bytes whatever is kept; the rows of all tokens take 5000, a fifth of it where they are computed again."""
     rows = 5000 * (config.keep_ratio if config.keep_tokens is None else config.keep_tokens / 100)
-    return int(1000 + rows / (5 if config.recompute == "rows" else 1))
+    return int(1000 + rows / (5 if config.saving == "rows" else 1))
 
 
 def chosen(budget: int, **options) -> Config:
@@ -23,7 +23,7 @@ def chosen(budget: int, **options) -> Config:
 
 @pytest.mark.parametrize(("budget", "recompute"), [(2000, "none"), (1999, "rows"), (1200, "rows")])
 def test_the_first_that_fits_is_taken(budget, recompute):
-    assert chosen(budget).recompute == recompute
+    assert chosen(budget).saving == recompute
 
 
 def test_what_costs_nothing_is_tried_alone_where_it_fits():
@@ -45,7 +45,7 @@ def test_where_nothing_fits_it_is_said_what_would(options, remedy):
     with pytest.warns(
         TokenSeekWarning, match=f"memory_budget=1060: forward and backward hold at least .* MiB. {remedy}"
     ):
-        assert chosen(1060, **options).recompute == "rows"
+        assert chosen(1060, **options).saving == "rows"
     with pytest.raises(GraphNotSupported, match=remedy):
         chosen(1060, strict=True, **options)
 
@@ -76,6 +76,6 @@ def test_a_budget_below_what_is_held_computes_rows_again():
     def step(**more):
         return estimate(llama("meta", layers=3), 2, 64, options={**options, **more}, plain=False).step
 
-    kept, again = step(), step(recompute="rows")
+    kept, again = step(recompute="none"), step(recompute="rows")
     assert max(again.forward, again.backward) < max(kept.forward, kept.backward)
     assert step(memory_budget=max(kept.forward, kept.backward) - 1) == again

@@ -54,7 +54,7 @@ class Config:
             input of every block).
         recompute: what of the kept rows is computed again in backward: "none"; "rows", everything but the rows that enter each
             block and the head (costs one more forward of the kept rows); or bytes to save at most, a number or "64MiB":
-            as many blocks are computed again as that takes.
+            as many blocks are computed again as that takes. ``None``: "rows", or what ``memory_budget`` asks for.
         kv: keys and values of all tokens between forward and backward: "keep"; "offload", in pinned host memory (on a GPU); "fp8", in
             8 bits (the loss is exact, the gradient approximate).
         memory_budget: what forward and backward may hold beside parameters, gradients and optimizer states that are there
@@ -87,7 +87,7 @@ class Config:
     keep_label: bool = True
     pinned: Sequence[int] = ()
     kv_grad: str = "selected"
-    recompute: str | int = "none"
+    recompute: str | int | None = None
     kv: str = "keep"
     memory_budget: str | int | None = None
     report_loss: str | None = None
@@ -109,7 +109,8 @@ class Config:
             _check_choice("scorer", self.scorer, tuple(scorer_names()))
         self._check_numbers()
         self._check_positions()
-        _check_recompute(self.recompute)
+        if self.recompute is not None:
+            _check_recompute(self.recompute)
         if self.memory_budget is not None and not bytes_in(self.memory_budget):
             raise ConfigError(f"memory_budget={self.memory_budget!r}: expected bytes, as a number or as text ('8GiB').")
         for name in ("strict", "keep_label"):
@@ -167,8 +168,7 @@ class Config:
     @property
     def saving(self) -> str | int:
         """``recompute``, an amount of memory in bytes."""
-        budget = bytes_in(self.recompute)
-        return self.recompute if budget is None else budget
+        return bytes_in(self.recompute) or (self.recompute if isinstance(self.recompute, str) else "rows")
 
     def ratio_of(self, axis: int) -> float | None:
         """The share that is kept of the tokens of an axis; the last one given also for those that none is given for."""

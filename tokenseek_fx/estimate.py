@@ -134,14 +134,14 @@ def estimate(
     """
     config = _checked(Config.from_options(options))
     states, temporaries = _optimizer(optimizer)
-    model, mode = _traceable(getattr(model, "_orig_mod", model), dtype)
-    inputs = _on_device(_inputs(model, batch, seq), mode)
+    model, mode = traceable(getattr(model, "_orig_mod", model), dtype)
+    inputs = on_device(_inputs(model, batch, seq), mode)
     found: list[tuple[StepMemory, StepMemory | None] | TokenSeekError] = []
 
     def look(gm: fx.GraphModule, values: Sequence[Any]) -> None:
         try:
             refuse_split(gm)
-            mode, examples = _examples(values)
+            mode, examples = examples_of(values)
             if not trains(examples):
                 raise GraphNotSupported("Nothing requires grad.", "Leave some parameters trainable.")
             with tracing(TracingContext(mode)):
@@ -185,7 +185,7 @@ def bytes_of(size: str | int) -> int:
 
 def held(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> int:
     """The most bytes that forward and backward of a graph of Dynamo hold."""
-    mode, examples = _examples(inputs)
+    mode, examples = examples_of(inputs)
     with tracing(TracingContext(mode)):
         step, _ = _steps(gm, examples, config, plain=False, set_to_none=True)
     return max(step.forward, step.backward)
@@ -233,7 +233,7 @@ def _bytes(x: Tensor) -> int:
     return x.numel() * x.element_size()
 
 
-def _traceable(model: torch.nn.Module, dtype: torch.dtype | None) -> tuple[torch.nn.Module, FakeTensorMode | None]:
+def traceable(model: torch.nn.Module, dtype: torch.dtype | None) -> tuple[torch.nn.Module, FakeTensorMode | None]:
     """The model itself, or its like made of fake tensors on the CPU where it is on the meta device, fake or to be converted."""
     values = [*model.parameters(), *model.buffers()]
     if dtype is None and not any(map(_has_no_data, values)):
@@ -254,7 +254,7 @@ def _faked(x: Tensor, mode: FakeTensorMode, dtype: torch.dtype | None = None) ->
     return torch.nn.Parameter(fake, x.requires_grad) if isinstance(x, torch.nn.Parameter) else fake
 
 
-def _examples(values: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
+def examples_of(values: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
     """Inputs of a graph as fake tensors of these sizes, whatever Dynamo holds for dynamic, in a mode of their own."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
     return mode, [_example(x, mode) for x in values]
@@ -299,7 +299,7 @@ def _inputs(model: torch.nn.Module, batch: int | Mapping[str, Any], seq: int | N
     return {"input_ids": ids, "labels": ids.clone()}
 
 
-def _on_device(inputs: Mapping[str, Any], mode: FakeTensorMode | None) -> dict[str, Any]:
+def on_device(inputs: Mapping[str, Any], mode: FakeTensorMode | None) -> dict[str, Any]:
     if mode is None:
         return dict(inputs)
     return {name: _faked(x, mode) if isinstance(x, Tensor) else x for name, x in inputs.items()}

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import compat
 from .backend import ditch, refuse_part, refuse_split, trains
 from .config import Config
-from .passes.audit import Audit, AuditSaved, saved_edges
+from .passes.audit import Audit, AuditSaved, computed_again, saved_edges
 from .passes.errors import ConfigError, TokenSeekError
 from .passes.fake import fake_mode_of
 from .passes.floor import floor
@@ -112,7 +112,7 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
     """
     config = Config.from_options(options)
     found: list[Explanation] = []
-    first_graph(model, args, inputs, lambda gm, values: found.append(_explain_graph(gm, values, config)))
+    first_graph(model, args, inputs, lambda gm, values: found.append(explain_graph(gm, values, config)))
     explanation = found[0] if found else Explanation("Dynamo found no graph to compile in the model.")
     print(explanation)
     return explanation
@@ -147,7 +147,8 @@ def _stop(*args: Any) -> None:
     raise _Stop
 
 
-def _explain_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Explanation:
+def explain_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Explanation:
+    """What would be done with a graph of Dynamo."""
     if not trains(inputs):
         return Explanation("Nothing requires grad.")
     try:
@@ -185,8 +186,8 @@ def _described(plain: Program, rewritten: Program, config: Config) -> Explanatio
         barriers=barriers,
         plain=everything,
         rewritten=rewritten.audit,
-        floor=floor(plain, shares, config.kv, everything if config.recompute == "none" else None),
-        forwards=_forwards(plain, rewritten),
+        floor=floor(plain, shares, config.kv, everything if config.saving == "none" else None),
+        forwards=_forwards(plain, rewritten, config),
         graphs=tuple(show_blocks(rewritten)),
     )
 
@@ -199,17 +200,20 @@ def _counted(lines: Sequence[str]) -> list[str]:
     return [f"{n} x {line}" if n > 1 else line for line, n in Counter(lines).items()]
 
 
-def _forwards(plain: Program, rewritten: Program) -> float:
-    """(seek + 3 x ditch) / forward, in floating-point operations of matrix products."""
-    assert rewritten.rewrite is not None
+def _forwards(plain: Program, rewritten: Program, config: Config) -> float:
+    """(seek + 3 x ditch + what of it is computed again) / forward, in floating-point operations of matrix products."""
+    assert rewritten.rewrite and rewritten.segments
     forward = _flops(plain.module, plain.inputs).total()
-    return flops_of_step(rewritten.rewrite.module, rewritten.rewrite.inputs).total() / forward if forward else 3.0
+    again = computed_again(rewritten.segments, config.saving, config.kv) / len(rewritten.segments.parts)
+    step = flops_of_step(rewritten.rewrite.module, rewritten.rewrite.inputs, again)
+    return step.total() / forward if forward else 3.0
 
 
-def flops_of_step(module: fx.GraphModule, inputs: Sequence[Any]) -> Counter[str | None]:
-    """Floating-point operations of matrix products in forward and backward of a rewritten graph, by kind (``passes/tags.py``)."""
+def flops_of_step(module: fx.GraphModule, inputs: Sequence[Any], again: float = 0.0) -> Counter[str | None]:
+    """Floating-point operations of matrix products in forward and backward of a rewritten graph, by kind (``passes/tags.py``);
+    ``again``: share of the kept rows' forward that the backward computes again."""
     flops = _flops(module, inputs)
-    return Counter({kind: count * (1 if kind in _WITHOUT_GRADIENT else 3) for kind, count in flops.items()})
+    return Counter({kind: count * (1 if kind in _WITHOUT_GRADIENT else 3 + again) for kind, count in flops.items()})
 
 
 def _flops(module: fx.GraphModule, inputs: Sequence[Any]) -> Counter[str | None]:

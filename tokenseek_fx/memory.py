@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import compat
 from .ops.attention_blocks import Sight
+from .passes.audit import kind_of
 
 _DEVICES = ("cpu", "cuda", "xpu", "mtia")
 
@@ -205,8 +206,7 @@ def _noting(call: Callable[[list], Sequence[Any]], kinds: Sequence[str], live: L
 
 def _kinds_of_outputs(module: torch.fx.GraphModule) -> list[str]:
     outputs: Any = module.graph.output_node().args[0]
-    customs = (x.meta.get("custom", {}) if isinstance(x, torch.fx.Node) else {} for x in outputs)
-    return [custom.get("tokenseek", "activations") for custom in customs]
+    return [kind_of(x) if isinstance(x, torch.fx.Node) else "activations" for x in outputs]
 
 
 class _NoKernels:

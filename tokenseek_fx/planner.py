@@ -55,9 +55,9 @@ def choose(config: Config, held: Callable[[Config], int]) -> Config:
 
 def _candidates(config: Config) -> Iterator[Config]:
     """Exact ways to train. What was chosen by hand stays."""
+    if config.recompute is None:
+        yield replace(config, recompute="none")
     yield config
-    if config.recompute == "none":
-        yield replace(config, recompute="rows")
 
 
 def _fewer(config: Config) -> Iterator[Config]:

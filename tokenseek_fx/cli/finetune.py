@@ -27,7 +27,7 @@ from . import models
 from .answer import Answer, Failure, Interrupted, Usage, progress_console
 from .data import rows, write_bad
 from .encode import Sequences, batch_of, sequences
-from .predict import silent_explain
+from .predict import explain_without_weights
 from .watch import SeeingTrainer, Seen, Stop, Watch, resumed, stopping
 
 _SETTINGS, _BAD, _REPORT, _MODEL = "settings.json", "skipped.jsonl", "report.html", "model"
@@ -301,7 +301,9 @@ def _memory(work: Work) -> dict[str, dict[str, int]]:
     longest = sorted(work.learnt, key=lambda each: len(each["input_ids"]))[-work.settings.batch :]
     device = next(work.model.parameters()).device
     batch = batch_of(longest, _pad(work.tokenizer), work.settings.length)
-    found = silent_explain(work.model, {name: x.to(device) for name, x in batch.items()}, work.settings.options)
+    found = explain_without_weights(
+        work.model, {name: x.to(device) for name, x in batch.items()}, work.settings.options
+    )
     if found.refusal:
         return {}
     every = sum(p.numel() * p.element_size() for p in work.model.parameters())

@@ -1,4 +1,4 @@
-"""Models by path or hub id: real, with random weights, or without any (fake tensors)."""
+"""Models by path or hub id: real, with random weights, or without any (the meta device)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from .answer import Failure, Usage
 
@@ -51,11 +49,11 @@ def tokenizer_of(model: str) -> Any:
         return transformers.AutoTokenizer.from_pretrained(checked(model))
 
 
-def without_weights(model: str, adapter: Adapter | None = None) -> tuple[nn.Module, FakeTensorMode]:
-    """The model in training mode, made of fake tensors: as large as it is, and without its memory; and their mode."""
-    config, mode = config_of(model), FakeTensorMode(shape_env=ShapeEnv())
-    with mode:
-        return _ready(adapted(_causal().from_config(config), adapter)), mode
+def without_weights(model: str, adapter: Adapter | None = None) -> nn.Module:
+    """The model on the meta device, in training mode."""
+    config = config_of(model)
+    with torch.device("meta"):
+        return _ready(adapted(_causal().from_config(config), adapter))
 
 
 def with_weights(model: str, dtype: torch.dtype, device: str, adapter: Adapter | None, random: bool) -> nn.Module:

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from torch import nn
+from torch import fx, nn
+from torch._guards import TracingContext, tracing
 
-from ..estimate import bytes_of
+from ..config import Config
+from ..estimate import bytes_of, examples_of, on_device, traceable
 from ..estimate import estimate as estimate_model
-from ..explain import Explanation
-from ..explain import explain as explain_model
+from ..explain import Explanation, explain_graph, first_graph
 from .answer import Answer, Failure, progress_console
 from .models import Adapter, batch_for, without_weights
 
@@ -28,19 +27,25 @@ def explain(model: str, batch: int, length: int, adapter: Adapter | None, option
     Raises:
         Failure: the model would be compiled without token selection; the message has the reason.
     """
-    made, mode = without_weights(model, adapter)
-    with mode:
-        example = batch_for(made, batch, length)
-    found = silent_explain(made, example, options)
+    made = without_weights(model, adapter)
+    found = explain_without_weights(made, batch_for(made, batch, length), options)
     if found.refusal:
         raise Failure(str(found), refusal=found.refusal)
     return Answer(_explained(found), [str(found)])
 
 
-def silent_explain(model: nn.Module, batch: dict[str, Any], options: dict[str, Any]) -> Explanation:
-    """``tokenseek_fx.explain``, which also prints."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        return explain_model(model, **batch, options=options)
+def explain_without_weights(model: nn.Module, batch: dict[str, Any], options: dict[str, Any]) -> Explanation:
+    """``tokenseek_fx.explain`` of a model that is anywhere, the meta device included; nothing is printed."""
+    found: list[Explanation] = []
+
+    def look(gm: fx.GraphModule, values: Sequence[Any]) -> None:
+        mode, examples = examples_of(values)
+        with tracing(TracingContext(mode)):
+            found.append(explain_graph(gm, examples, Config.from_options(options)))
+
+    made, mode = traceable(model, None)
+    first_graph(made, (), on_device(batch, mode), look)
+    return found[0] if found else Explanation("Dynamo found no graph to compile in the model.")
 
 
 def _explained(found: Explanation) -> dict[str, Any]:
@@ -72,7 +77,7 @@ def estimate(
 ) -> Answer:
     """The peak of a step for every length and ratio, plain ``torch.compile`` beside them, and what fits where."""
     sizes = {gpu: bytes_of(gpu) for gpu in gpus}
-    made, _ = without_weights(model, adapter)
+    made = without_weights(model, adapter)
     rows = list(_estimates(made, batch, lengths, ratios, DTYPES[dtype], optimizer, options))
     for row in rows:
         row["fits"] = {gpu: row["peak_bytes"] <= size for gpu, size in sizes.items()}
