@@ -355,3 +355,43 @@ def finetune(
         options=options,
     )
     return work.finetune(settings, out, save_every, resume)
+
+
+class Way(StrEnum):
+    """Ways to train that `bench` measures."""
+
+    compile = "compile"
+    checkpoint = "checkpoint"
+    tokenseek = "tokenseek"
+
+
+@app.command()
+@answers
+def bench(
+    model: Model,
+    batch: Batch = 4,
+    length: Length = 1024,
+    steps: Annotated[int, typer.Option(min=1, help="Steps after the first, which compiles.")] = 5,
+    way: Annotated[list[Way], typer.Option(help="May be repeated; all of them if not given.")] = list(Way),  # noqa: B006
+    dtype: Annotated[Weights, typer.Option(help="Of the weights, as in `finetune`.")] = Weights.auto,
+    keep_ratio: Ratio = 0.1,
+    scorer: Scorer = None,
+    option: Options = None,
+    lora: Lora = False,
+    rank: Rank = 16,
+    targets: Targets = "all-linear",
+    as_json: AsJson = False,
+) -> Answer:
+    """Measure a training step of a model: time and peak memory, ours beside all tokens and checkpointing.
+
+    Needs the model's configuration alone: its weights are random.
+    """
+    options = chosen(keep_ratio, scorer, option)
+    needs_transformers()
+    from . import bench as work
+    from . import models
+
+    adapter = models.adapter_of(lora, False, rank, None, 0.0, targets)
+    models.config_of(model)
+    settings = {"model": model, "batch": batch, "length": length, "steps": steps, "dtype": dtype.value}
+    return work.bench([work.Task(way=each.value, **settings, adapter=adapter, options=options) for each in way])

@@ -1,0 +1,98 @@
+"""The process that measures one way to train: ``python -m tokenseek_fx.cli.worker TASK``, a line of JSON in and out."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .bench import Task
+from .models import Adapter, batch_for, device_and_dtype, with_weights
+
+
+def measure(task: Task) -> dict[str, Any]:
+    """Seconds of the first step, which compiles, and of a later one (the median), and peak bytes of these."""
+    torch.manual_seed(0)
+    device, dtype, mixed = device_and_dtype(task.dtype, task.adapter)
+    model = with_weights(task.model, dtype, device, task.adapter, random=True)
+    batch = batch_for(model, task.batch, task.length)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-5)
+    prepare(model, task)
+    first = _timed(model, batch, optimizer, mixed)
+    base = _in_use(device)
+    seconds = [_timed(model, batch, optimizer, mixed) for _ in range(task.steps)]
+    peak = _peak(device)
+    return {
+        "first_step_seconds": first,
+        "step_seconds": median(seconds),
+        "peak_bytes": None if peak is None or base is None else max(0, peak - base),
+    }
+
+
+def prepare(model: Any, task: Task) -> None:
+    """Switch the way on."""
+    if task.way == "compile":
+        model.compile()
+    elif task.way == "tokenseek":
+        model.compile(backend="tokenseek", options=task.options)
+    else:
+        model.gradient_checkpointing_enable()
+        if task.adapter:
+            model.enable_input_require_grads()
+
+
+def _timed(model: nn.Module, batch: dict[str, Tensor], optimizer: torch.optim.Optimizer, mixed: bool) -> float:
+    start = time.perf_counter()
+    optimizer.zero_grad(set_to_none=False)
+    device = batch["input_ids"].device.type
+    with torch.autocast(device, torch.bfloat16, enabled=mixed):
+        loss = model(**batch).loss
+    loss.backward()
+    optimizer.step()
+    loss.item()  # waits for the device
+    return time.perf_counter() - start
+
+
+def _in_use(device: str) -> int | None:
+    """Bytes in use now; the peak is counted from here on. None where the system doesn't tell (a CPU, not Linux)."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the process's high-water mark
+    except OSError:
+        return None
+    return _status("VmRSS")
+
+
+def _peak(device: str) -> int | None:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
+
+
+def _status(name: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+
+
+def main() -> None:
+    """Measure the task that is given."""
+    given = json.loads(sys.argv[1])
+    adapter = given.pop("adapter")
+    if adapter:
+        adapter = Adapter(**{**adapter, "targets": tuple(adapter["targets"])})
+    print(json.dumps(measure(Task(**given, adapter=adapter))))
+
+
+if __name__ == "__main__":
+    main()
