@@ -1,7 +1,8 @@
 """The documentation is true: its Python runs, its output blocks and graphs are what comes out, its links lead somewhere.
 
-- ```` ```python ````: executed, one namespace per file, in order. ```` ```sh ```` and the like are not run.
-- ```` ```text title="output" ````: what the Python block before it printed.
+- ```` ```python ````: executed, one namespace per file, in order. Other ```` ```sh ```` is not run.
+- ```` ```sh title="run" ````: executed, lines `python FILE ...` and `tokenseek ...`, in an empty directory.
+- ```` ```text title="output" ````: what the block before it printed.
 - ```` ```text title="after NAME" ````: the golden graph after the pass NAME.
 
 In both, ``...`` stands for anything that was left out.
@@ -13,6 +14,9 @@ import contextlib
 import doctest
 import io
 import re
+import shlex
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -21,12 +25,14 @@ from pathlib import Path
 import pytest
 import torch
 from golden_model import graphs
+from typer.testing import CliRunner
 
 from tokenseek_fx import Config
+from tokenseek_fx.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-SUBJECTS = [page for page in PAGES if "```python" in page.read_text()]
+SUBJECTS = [page for page in PAGES if re.search(r"^```(python|sh title)", page.read_text(), re.MULTILINE)]
 
 
 def name(page: Path) -> str:
@@ -66,6 +72,18 @@ def run(page: Path, block: Block, namespace: dict) -> str:
     return out.getvalue()
 
 
+def run_commands(block: Block) -> str:
+    """Execute the commands of a block; what the last of them printed."""
+    printed = ""
+    for program, *arguments in map(shlex.split, block.text.replace("\\\n", " ").splitlines()):
+        if program == "tokenseek":
+            printed = CliRunner().invoke(app, arguments, catch_exceptions=False).stdout
+        else:
+            command = [sys.executable, str(ROOT / arguments[0]), *arguments[1:]]
+            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return printed
+
+
 @pytest.fixture(autouse=True)
 def _fresh():
     torch._dynamo.reset()
@@ -73,13 +91,16 @@ def _fresh():
 
 
 @pytest.mark.parametrize("page", SUBJECTS, ids=name)
-def test_code_runs_and_prints_what_the_page_shows(page):
+def test_code_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     namespace, printed = {"__name__": "__main__"}, ""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for block in blocks(page):
             if block.info.startswith("python"):
                 printed = run(page, block, namespace)
+            elif block.title == "run":
+                printed = run_commands(block)
             elif block.title == "output":
                 assert_shows(block.text, printed)
 

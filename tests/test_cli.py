@@ -1,0 +1,289 @@
+"""The command line: what is read of data, what commands answer and how they fail, one run of `finetune`, stopped and gone on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+import warnings
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+import tokenseek_fx.cli
+from tokenseek_fx import TokenSeekWarning
+from tokenseek_fx.cli import bench, data, encode, watch
+from tokenseek_fx.cli.answer import Failure, Usage
+from tokenseek_fx.cli.app import app
+from tokenseek_fx.report import Run
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+import pairs
+
+GOOD, BROKEN = 20, 2
+SETTINGS = ["--random-weights", "--skip-bad", "--epochs", "2", "--batch", "4", "--length", "48", "--held-out", "2"]
+OPTIONS = ["-o", "inner=eager", "--keep-ratio", "0.25", "--save-every", "100", "--lr", "0.01"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """A model without weights, its tokenizer, real pairs, and two lines that can't be used."""
+    out = tmp_path_factory.mktemp("cli")
+    small = ["--width", "48", "--layers", "1", "--vocabulary", "300", "--pairs", str(GOOD)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pairs.py", str(out), *small])
+        assert pairs.main() == 0
+    with (out / "pairs.jsonl").open("a") as file:
+        file.write('{"prompt": "def f():"}\nno JSON\n')
+    return out
+
+
+@pytest.fixture(scope="module")
+def tokenizer(work):
+    return AutoTokenizer.from_pretrained(work / "model")
+
+
+def tokenseek(*arguments: object):
+    """A command, its exit code and what it wrote; an error that it doesn't know is raised."""
+    return CliRunner().invoke(app, [str(each) for each in arguments], catch_exceptions=False)
+
+
+def finetune(work: Path, out: Path, *more: object):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TokenSeekWarning)
+        return tokenseek("finetune", work / "model", work / "pairs.jsonl", *SETTINGS, *OPTIONS, "--out", out, *more)
+
+
+@pytest.fixture(scope="module")
+def ran(work):
+    """One run to its end: what it answered, and its directory."""
+    result = finetune(work, work / "run", "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout), work / "run"
+
+
+# --- data
+
+
+def encoded(path: Path, tokenizer, length=48, columns=None, skip_bad=True):
+    return encode.sequences(data.rows(str(path)), tokenizer, length, columns, path.name, skip_bad)
+
+
+def learnt(tokenizer, sequence) -> str:
+    return tokenizer.decode([label for label in sequence["labels"] if label != encode.IGNORED])
+
+
+LINES = {
+    b'{"prompt": "a", "completion": "b"}': None,
+    b"{'prompt': 'a'}": "not JSON: Expecting property name enclosed in double quotes at column 2",
+    b"[1]": "expected an object with columns, found a list",
+    b'{"prompt": "a"}': "no 'completion'",
+    b'{"prompt": "a", "completion": 3}': "the completion is no text, but of type int",
+    b'{"prompt": "a", "completion": ""}': "the completion is empty",
+    b'{"prompt": "\xff", "completion": "b"}': "not UTF-8: invalid start byte at byte 13",
+    b'{"prompt": "' + b"xyz" * 50 + b'", "completion": "b"}': "nothing to learn in the first 48 tokens: 150 stand before it",
+}
+
+
+def test_every_bad_line_is_told_with_its_number_and_the_reason(tmp_path, tokenizer):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\n".join(LINES))
+    found = encoded(path, tokenizer)
+    told = {each.line: each.reason.removesuffix(" (--length)") for each in found.bad}
+    assert told == {number: reason for number, reason in enumerate(LINES.values(), 1) if reason}
+    assert len(found.sequences) == found.rows == 1
+    with pytest.raises(Failure, match=r"7 rows can't be used.*--skip-bad\.\n  line 2: not JSON"):
+        encoded(path, tokenizer, skip_bad=False)
+
+
+def test_a_table_is_read_with_fields_of_several_lines(tmp_path, tokenizer):
+    path = tmp_path / "data.csv"
+    path.write_text('question,answer\na,"b\nc"\nd,e,f\ng,h\n', encoding="utf-8-sig")
+    found = encoded(path, tokenizer, columns="question,answer")
+    assert [learnt(tokenizer, each) for each in found.sequences] == [f"b\nc{pairs.END}", f"h{pairs.END}"]
+    assert [(each.line, each.reason) for each in found.bad] == [(4, "3 fields, but 2 columns are named")]
+
+
+def test_a_text_is_cut_into_windows_and_no_token_is_lost(tmp_path, tokenizer):
+    path = tmp_path / "data.txt"
+    path.write_text(text := "All of this is learnt. " * 20, encoding="utf-8")
+    found = encoded(path, tokenizer)
+    assert "".join(learnt(tokenizer, each) for each in found.sequences) == text + pairs.END
+    assert {len(each["input_ids"]) for each in found.sequences[:-1]} == {48}
+
+
+def test_of_messages_the_assistants_are_learnt(tmp_path, tokenizer):
+    talk = [("system", "s"), ("user", "u"), ("assistant", "first"), ("user", "v"), ("assistant", "second")]
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": role, "content": text} for role, text in talk]}))
+    found = encoded(path, tokenizer)
+    assert learnt(tokenizer, found.sequences[0]) == f"first{pairs.END}\nsecond{pairs.END}\n"
+
+
+def test_columns_that_are_not_there_are_a_wrong_question(tmp_path, tokenizer):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"a": "x", "b": "y"}')
+    with pytest.raises(Usage, match=r"No column is known .* the data has: a, b\."):
+        encoded(path, tokenizer)
+    with pytest.raises(Usage, match=r"--columns a,c: the data has no c, but: a, b\."):
+        encoded(path, tokenizer, columns="a,c")
+
+
+def test_saved_data_sets_and_parquet_are_read(tmp_path, tokenizer):
+    datasets = pytest.importorskip("datasets", reason="data sets by name or directory are optional")
+    made = datasets.Dataset.from_dict({"prompt": ["a", "b"], "completion": ["c", None]})
+    made.save_to_disk(tmp_path / "saved")
+    made.to_parquet(tmp_path / "data.parquet")
+    for path in (tmp_path / "saved", tmp_path / "data.parquet"):
+        found = encoded(path, tokenizer)
+        assert [learnt(tokenizer, each) for each in found.sequences] == [f"c{pairs.END}"]
+        assert [(each.line, each.reason) for each in found.bad] == [(2, "no 'completion'")]
+
+
+def test_a_batch_is_padded_where_nothing_is_learnt():
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8] * 17, "labels": [8] * 17}]
+    made = encode.batch_of(rows, pad=1, length=100)
+    assert {name: x.shape for name, x in made.items()} == dict.fromkeys(made, (2, 32))
+    assert made["attention_mask"].sum(1).tolist() == [3, 17]
+    assert made["input_ids"][0, 3:].unique() == 1 and made["labels"][0, 3:].unique() == encode.IGNORED
+    assert encode.batch_of(rows, pad=1, length=20)["input_ids"].shape == (2, 20)
+
+
+# --- finetune
+
+
+def test_a_run_ends_with_figures_a_model_and_a_report(ran, work):
+    figures, out = ran
+    assert (figures["rows"], figures["skipped"], figures["held_out"]) == (GOOD, BROKEN, 2)
+    assert figures["steps"] == 2 * -(-(GOOD - 2) // 4)
+    assert figures["held_out_after"] < figures["held_out_before"] - 0.5
+    assert 0.25 <= figures["kept"] < 0.4 and figures["kept_labelled"] > figures["kept"]
+    run = Run.load(out)
+    assert [step.step for step in run.steps] == list(range(1, figures["steps"] + 1))
+    assert run.examples[0].labelled is not None and len(run.examples[0].kept) < len(run.examples[0].tokens)
+    assert run.memory["tokenseek"]["parameters"] == run.memory["all tokens"]["parameters"] > 0
+    assert any(step.overlap is not None for step in run.steps[5:])
+    assert "<html" in Path(figures["report"]).read_text()[:500]
+    assert AutoModelForCausalLM.from_pretrained(figures["model"]).config.hidden_size == 48
+    assert AutoTokenizer.from_pretrained(figures["model"]).eos_token == pairs.END
+
+
+def test_rows_that_are_left_out_are_kept_beside_the_run(ran):
+    left = [json.loads(line) for line in (ran[1] / "skipped.jsonl").read_text().splitlines()]
+    assert [(each["line"], each["reason"]) for each in left] == [
+        (GOOD + 1, "no 'completion'"),
+        (GOOD + 2, "not JSON: Expecting value at column 1"),
+    ]
+    assert left[1]["text"].strip() == "no JSON"
+
+
+def test_a_run_that_is_stopped_goes_on_to_the_same_losses(ran, work, monkeypatch):
+    forward = watch.Seen.forward
+
+    def stopped(self, *given):
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        forward(self, *given)
+
+    out = work / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(watch.Seen, "forward", stopped)
+        patch.setattr(sys, "argv", ["/bin/tokenseek", "finetune", "m"])
+        result = finetune(work, out, "--json")
+    assert result.exit_code == 130
+    told = json.loads(result.stdout)
+    assert told["checkpoint"].endswith("checkpoint-4") and shlex.split(told["resume"])[-1] == "--resume"
+    assert finetune(work, out).exit_code == 2, "a run is not written over"
+    assert finetune(work, out, "--resume", "--seed", "1").exit_code == 2, "nor gone on with otherwise"
+    assert finetune(work, out, "--resume").exit_code == 0
+    losses = [[step.loss for step in Run.load(each).steps] for each in (ran[1], out)]
+    assert losses[0] == losses[1]
+
+
+def test_bad_rows_end_a_run_before_anything_is_written(work):
+    settings = [each for each in SETTINGS if each != "--skip-bad"]
+    result = tokenseek("finetune", work / "model", work / "pairs.jsonl", *settings, "--out", work / "none", "--json")
+    assert result.exit_code == 1 and not (work / "none").exists()
+    assert f"line {GOOD + 2}: not JSON" in json.loads(result.stdout)["error"]
+
+
+def test_a_model_without_weights_is_trained_only_if_asked_for(work):
+    arguments = ["finetune", work / "model", work / "pairs.jsonl", "--skip-bad", "--out", work / "none"]
+    result = tokenseek(*arguments)
+    assert result.exit_code == 1 and "--random-weights" in result.stderr
+    assert tokenseek(*arguments, "--random-weights", "--lora").exit_code == 2
+
+
+def test_the_report_of_a_run_is_written_anew(ran, tmp_path):
+    result = tokenseek("report", ran[1], "--out", tmp_path / "r.html", "--json")
+    assert result.exit_code == 0 and Path(json.loads(result.stdout)["report"]).exists()
+    assert tokenseek("report", tmp_path).exit_code == 1
+
+
+# --- the other commands
+
+
+def test_explain_needs_the_configuration_alone(work):
+    found = json.loads(tokenseek("explain", work / "model", "--length", "32", "--json").stdout)
+    assert (found["tokens"], found["kept"], found["barriers"]) == (32, 4, [])
+    assert sum(found["saved_bytes"]["tokenseek"].values()) < sum(found["saved_bytes"]["all tokens"].values())
+    assert "keeps 4 of 32 tokens" in tokenseek("explain", work / "model", "--length", "32", "--lora").stdout
+
+
+def test_estimate_compares_lengths_and_ratios_with_memory(work):
+    arguments = ["estimate", work / "model", "-l", 64, "-r", 0.1, "-r", 1, "--gpu", "1KB", "--gpu", "1GB", "--json"]
+    found = json.loads(tokenseek(*arguments).stdout)["rows"]
+    assert [(row["length"], row["keep_ratio"]) for row in found] == [(64, None), (64, 0.1), (64, 1.0)]
+    assert found[1]["peak_bytes"] < found[0]["peak_bytes"] == found[2]["peak_bytes"]
+    assert all(row["fits"] == {"1KB": False, "1GB": True} for row in found)
+
+
+def test_bench_measures_a_way_in_a_process_and_tells_of_one_that_fails(work, monkeypatch):
+    arguments = ["bench", work / "model", "-l", 16, "-b", 1, "--steps", 1, "-o", "inner=eager", "--json"]
+    result = tokenseek(*arguments, "--way", "tokenseek")
+    assert result.exit_code == 0 and json.loads(result.stdout)["ways"]["tokenseek"]["step_seconds"] > 0
+    monkeypatch.setattr(bench, "spawn", lambda task: {"failed": "no memory"})
+    result = tokenseek(*arguments[:-1])
+    assert result.exit_code == 1 and result.stdout.count("failed") == len(bench.WAYS)
+
+
+def test_doctor_tells_what_works():
+    result = tokenseek("doctor", "--quick", "--json")
+    found = json.loads(result.stdout)
+    assert result.exit_code == 0 and found["ok"] and "works: --lora" in found["works"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["explain", "./nothing"], 1, "there is no such directory"),
+        (["explain", "nobody/nothing"], 1, "is the hub id right"),
+        (["explain", "m", "-o", "keep_ration=0.1"], 2, "Did you mean 'keep_ratio'"),
+        (["explain", "m", "-o", "strict"], 2, "expected NAME=VALUE"),
+        (["explain", "m", "--batch", "0"], 2, "--batch"),
+        (["finetune", "m"], 2, "data"),
+    ],
+)
+def test_what_goes_wrong_is_told_with_its_exit_code(arguments, code, told, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    result = tokenseek(*arguments)
+    assert result.exit_code == code and told in result.stderr and not result.stdout
+
+
+def test_without_its_extra_the_command_says_what_to_install(monkeypatch):
+    for name in [each for each in sys.modules if each.startswith("tokenseek_fx.cli.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit, match=r"needs typer: pip install 'tokenseek-fx\[cli\]'"):
+        tokenseek_fx.cli.main()

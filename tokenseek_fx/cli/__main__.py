@@ -1,0 +1,5 @@
+"""``python -m tokenseek_fx.cli``: the same as ``tokenseek``."""
+
+from . import main
+
+main()
