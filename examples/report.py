@@ -59,7 +59,7 @@ def train(model: LlamaForCausalLM, batches: list[data.Batch]) -> tuple[list[Step
     return steps, optimizer
 
 
-def make_run(steps: int, layers: int = 4, length: int = 192, batch: int = 8, **options: object) -> Run:
+def make_run(steps: int, layers: int = 4, length: int = 128, batch: int = 8, **options: object) -> Run:
     """Train both ways, and put what is known of it together. `options`: those of the backend."""
     sources = data.library_files()[0][:120]
     tokenizer = tokenizer_of(sources)
@@ -95,7 +95,7 @@ def main() -> None:
     """Train and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, nargs="?", default=Path("report.html"))
-    parser.add_argument("--steps", type=int, default=150, help="default 150")
+    parser.add_argument("--steps", type=int, default=120, help="default 120")
     arguments = parser.parse_args()
     run = make_run(arguments.steps, scorer="tokenseek", keep_ratio=0.2, labelled_first=0.8)
     print(write_report(run, arguments.path))
