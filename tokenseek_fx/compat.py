@@ -124,3 +124,13 @@ def wrap_kernel(kernel: Any) -> Any:
     import triton
 
     return torch.library.wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
+
+
+def called_in_place(module: torch.nn.Module) -> Callable[..., Any] | None:
+    """What ``module(...)`` runs in place of its forward: what ``module.compile()`` puts there (``None``: nothing)."""
+    return module._compiled_call_impl
+
+
+def call_in_place(module: torch.nn.Module, call: Callable[..., Any] | None) -> None:
+    """Let ``module(...)`` run ``call``, or its forward again; class, signature, ``state_dict`` and copies know nothing of it."""
+    module._compiled_call_impl = call  # pyright: ignore[reportAttributeAccessIssue]

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 from transformers.training_args import ParallelMode
 
+from .. import compat
 from ..config import Config, ConfigError
 from ..recording import Selection
+from ..warnings import TokenSeekWarning
 from .watched import Watched
 
 PREFIX = "tokenseek_"
-_MARK = "_tokenseek_callback"
 
 
 class TokenSeekCallback(TrainerCallback):
     """Trains the model of a ``Trainer`` on selected tokens: ``Trainer(..., callbacks=[TokenSeekCallback(keep_ratio=0.2)])``.
 
-    The model is compiled in place when training begins, and plain again when it ends. Evaluation, checkpoints, resuming,
-    accumulation and mixed precision are the Trainer's own. Training logs get these figures, of the steps since the last log:
+    Training forwards are compiled in place while the Trainer trains. Evaluation, checkpoints, resuming, accumulation and mixed
+    precision are the Trainer's own, without a compiler. Training logs get these figures, of the steps since the last log:
     ``tokenseek_kept``, ``tokenseek_kept_labelled`` (shares of the tokens, of the labelled ones), ``tokenseek_scoring_share`` (of
     the step's matrix products), ``tokenseek_recompiles``, ``tokenseek_activations_mib`` (what one forward saved for backward),
     ``tokenseek_peak_mib`` (allocated on the device so far; on the CPU, resident). With several processes they are those of the
@@ -32,12 +36,13 @@ class TokenSeekCallback(TrainerCallback):
         options: fields of ``Config``.
 
     Raises:
-        ConfigError: a bad option; or, when training begins, a model that is compiled already or spread over GPUs by ``DataParallel``.
+        ConfigError: a bad option; or, when training begins, a model that is compiled already or copied by ``DataParallel``.
     """
 
     def __init__(self, **options: Any) -> None:
         self.config = Config.from_options(options)
         self.watched = Watched(self.config)
+        self.settings = ExitStack()
 
     @property
     def selection(self) -> Selection | None:
@@ -50,8 +55,11 @@ class TokenSeekCallback(TrainerCallback):
         _refuse(args, model)
         _go_first(self)
         self.watched = Watched(self.config)
-        model.compile(backend=self.watched)
-        setattr(model._compiled_call_impl, _MARK, True)
+        self.settings.close()  # those of a run that was interrupted
+        self.settings.callback(compat.call_in_place, model, None)
+        if args.parallel_mode is ParallelMode.DISTRIBUTED:
+            self.settings.enter_context(whole_graphs())
+        compat.call_in_place(model, InPlace(model, self.watched))
 
     def on_log(
         self,
@@ -72,7 +80,31 @@ class TokenSeekCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        model._compiled_call_impl = None
+        self.settings.close()
+
+
+class InPlace:
+    """What ``model(...)`` runs while it is trained: forwards with gradient compiled, all others as they are."""
+
+    def __init__(self, model: nn.Module, backend: Watched) -> None:
+        self.plain = model._call_impl
+        self.compiled = torch.compile(self.plain, backend=backend)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.compiled if torch.is_grad_enabled() else self.plain)(*args, **kwargs)
+
+
+def whole_graphs() -> AbstractContextManager:
+    """Dynamo leaves graphs under DDP whole (``optimize_ddp``); says so where that changes anything."""
+    config = torch._dynamo.config
+    if config.optimize_ddp:
+        warnings.warn(
+            "tokenseek: torch._dynamo.config.optimize_ddp is off while the Trainer trains. It would split the model between the buckets "
+            "of DDP, and a part of a model can't choose tokens.",
+            TokenSeekWarning,
+            stacklevel=2,
+        )
+    return config.patch(optimize_ddp=False)
 
 
 def _refuse(args: TrainingArguments, model: nn.Module) -> None:
@@ -81,8 +113,11 @@ def _refuse(args: TrainingArguments, model: nn.Module) -> None:
             f"The Trainer spreads the model over {args.n_gpu} GPUs by DataParallel, which copies it for every step and can't be "
             "compiled. Start one process for each GPU (torchrun, accelerate launch), or set CUDA_VISIBLE_DEVICES=0."
         )
-    compiled = model._compiled_call_impl
-    if compiled is not None and not hasattr(compiled, _MARK):
+    if args.torch_compile:
+        raise ConfigError(
+            "torch_compile=True would compile the model around TokenSeekCallback, which compiles it. Leave it out."
+        )
+    if not isinstance(compat.called_in_place(model), InPlace | None):
         raise ConfigError(
             "The model is compiled already. Leave out model.compile(...) and give its options to TokenSeekCallback(...)."
         )
