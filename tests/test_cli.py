@@ -68,7 +68,7 @@ def finetune(work: Path, out: Path, *more: object):
 @pytest.fixture(scope="module")
 def ran(work):
     """One run to its end: what it answered, and its directory."""
-    result = finetune(work, work / "run", "--json")
+    result = finetune(work, work / "run", "--compare", "--json")
     assert result.exit_code == 0, result.stderr
     return json.loads(result.stdout), work / "run"
 
@@ -92,7 +92,9 @@ LINES = {
     b'{"prompt": "a", "completion": 3}': "the completion is no text, but of type int",
     b'{"prompt": "a", "completion": ""}': "the completion is empty",
     b'{"prompt": "\xff", "completion": "b"}': "not UTF-8: invalid start byte at byte 13",
-    b'{"prompt": "' + b"xyz" * 50 + b'", "completion": "b"}': "nothing to learn in the first 48 tokens: 150 stand before it",
+    b'{"prompt": "'
+    + b"xyz" * 50
+    + b'", "completion": "b"}': "nothing to learn in the first 48 tokens: 150 stand before it",
 }
 
 
@@ -172,7 +174,10 @@ def test_a_run_ends_with_figures_a_model_and_a_report(ran, work):
     run = Run.load(out)
     assert [step.step for step in run.steps] == list(range(1, figures["steps"] + 1))
     assert run.examples[0].labelled is not None and len(run.examples[0].kept) < len(run.examples[0].tokens)
-    assert run.memory["tokenseek"]["parameters"] == run.memory["all tokens"]["parameters"] > 0
+    assert run.memory["tokenseek"]["activations"] < run.memory["all tokens"]["activations"]
+    assert run.memory["tokenseek"]["optimizer"] > run.memory["tokenseek"]["parameters"] and run.graphs
+    assert len(run.plain) == len(run.steps) and {step.kept for step in run.plain} == {1.0}
+    assert figures["all_tokens"]["held_out_after"] < figures["held_out_before"] - 0.5
     assert any(step.overlap is not None for step in run.steps[5:])
     assert "<html" in Path(figures["report"]).read_text()[:500]
     assert AutoModelForCausalLM.from_pretrained(figures["model"]).config.hidden_size == 48

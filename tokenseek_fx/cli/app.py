@@ -245,6 +245,9 @@ def finetune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out from its last checkpoint.")
     ] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Then train on all tokens as well, and show both in the report.")
+    ] = False,
     keep_ratio: Ratio = 0.1,
     scorer: Scorer = None,
     option: Options = None,
@@ -354,7 +357,7 @@ def finetune(
         adapter=adapter,
         options=options,
     )
-    return work.finetune(settings, out, save_every, resume)
+    return work.finetune(settings, out, save_every, resume, compare)
 
 
 class Way(StrEnum):

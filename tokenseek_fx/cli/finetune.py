@@ -8,7 +8,7 @@ import random
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,7 +22,7 @@ from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..integrations.trainer import TokenSeekCallback
-from ..report import Run, write_report
+from ..report import Run, memory_of, write_report
 from . import models
 from .answer import Answer, Failure, Interrupted, Usage, progress_console
 from .data import rows, write_bad
@@ -31,7 +31,8 @@ from .predict import explain_without_weights
 from .watch import SeeingTrainer, Seen, Stop, Watch, resumed, stopping
 
 _SETTINGS, _BAD, _REPORT, _MODEL = "settings.json", "skipped.jsonl", "report.html", "model"
-_LOGS = 500  # at most so many points of a curve
+_COMPARED, _COMPILER, _NEVER = "all-tokens", ("inner", "mode", "inductor_options"), 10**9
+_LOGS = 500  # points of a curve, about
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ class Work:
     console: Console
 
 
-def finetune(settings: Settings, out: Path, save_every: int, resume: bool) -> Answer:
-    """Train, save the model, write the report.
+def finetune(settings: Settings, out: Path, save_every: int, resume: bool, compare: bool) -> Answer:
+    """Train, save the model, write the report; with ``compare``, train on all tokens as well.
 
     Raises:
         Failure: data, model or checkpoint can't be had.
@@ -103,7 +104,7 @@ def finetune(settings: Settings, out: Path, save_every: int, resume: bool) -> An
             work.watch.progress.stop()
     if work.watch.stop.asked and not _finished(work):
         raise _interrupted(work)
-    return _done(work, before, time.perf_counter() - start)
+    return _done(work, before, time.perf_counter() - start, compare)
 
 
 def begin(settings: Settings, out: Path, resume: bool) -> str | None:
@@ -282,34 +283,57 @@ def resume_command(arguments: list[str]) -> str:
     return shlex.join(["tokenseek", *own, "--resume"])
 
 
-def _done(work: Work, before: float | None, seconds: float) -> Answer:
+def _done(work: Work, before: float | None, seconds: float, compare: bool) -> Answer:
     after = _held_out_loss(work, "after")
     model = work.out / _MODEL
     work.trainer.save_model(str(model))
     work.tokenizer.save_pretrained(model)
     run = work.watch.seen.run
-    with work.console.status("counting what is saved, for the report"):
-        run.memory = _memory(work)
-    work.watch.seen.save()
-    report = write_report(run, work.out / _REPORT)
-    figures = _figures(work, before, after, seconds) | {"model": str(model), "report": str(report)}
+    with work.console.status("explaining the model for the report"):
+        _explain(work, run)
+    figures = _figures(work, before, after, seconds) | {"model": str(model), "report": str(work.out / _REPORT)}
+    _report(work)
+    if compare:
+        figures["all_tokens"] = _compared(work)
+        _report(work)
     return Answer(figures, [_table(figures)])
 
 
-def _memory(work: Work) -> dict[str, dict[str, int]]:
-    """What is held at the end of a forward, by ``explain``, of the longest batch; empty where the model isn't rewritten."""
+def _report(work: Work) -> None:
+    write_report(work.watch.seen.save(), work.out / _REPORT)
+
+
+def _explain(work: Work, run: Run) -> None:
+    """Memory and graph of the longest batch; none where the model isn't rewritten."""
     longest = sorted(work.learnt, key=lambda each: len(each["input_ids"]))[-work.settings.batch :]
     device = next(work.model.parameters()).device
     batch = batch_of(longest, _pad(work.tokenizer), work.settings.length)
     found = explain_without_weights(
         work.model, {name: x.to(device) for name, x in batch.items()}, work.settings.options
     )
-    if found.refusal:
-        return {}
-    every = sum(p.numel() * p.element_size() for p in work.model.parameters())
-    trained = sum(p.numel() * p.element_size() for p in work.model.parameters() if p.requires_grad)
-    shared = {"parameters": every, "gradients": trained, "optimizer": 2 * trained}
-    return {"tokenseek": shared | found.rewritten.by_kind(), "all tokens": shared | found.plain.by_kind()}
+    if not found.refusal:
+        run.memory = memory_of(found, work.model, work.trainer.optimizer)
+        run.graphs = [str(found), *found.graphs]
+
+
+def _compared(work: Work) -> dict[str, Any]:
+    """The same run on all tokens, from the same weights: its steps for the report, its figures."""
+    work.console.print("The same on all tokens:")
+    compiler = {name: work.settings.options[name] for name in _COMPILER if name in work.settings.options}
+    settings = replace(work.settings, options={"keep_ratio": 1.0} | compiler)
+    other = prepared(settings, work.out / _COMPARED, _NEVER, None, work.console)
+    with stopping(other.watch.stop):
+        other.trainer.train()
+    if other.watch.stop.asked and not _finished(other):
+        raise Interrupted(
+            f"Interrupted while it was compared with all tokens. The run itself is done: {work.out / _REPORT}"
+        )
+    work.watch.seen.run.plain = steps = other.watch.seen.run.steps
+    return {
+        "held_out_after": _held_out_loss(other, "after"),
+        "loss_last": steps[-1].loss if steps else None,
+        "step_seconds": _middle([each.seconds for each in steps[1:]]),
+    }
 
 
 def _figures(work: Work, before: float | None, after: float | None, seconds: float) -> dict[str, Any]:
@@ -356,12 +380,15 @@ def _lines(f: dict[str, Any]) -> list[tuple[str, str]]:
     held = "none held out"
     if f["held_out_before"] is not None and f["held_out_after"] is not None:
         held = f"{f['held_out_before']:.4f} -> {f['held_out_after']:.4f} ({f['held_out']} sequences)"
+    other = f.get("all_tokens", {})
+    beside = [] if not other else [("on all tokens", _beside(other))]
     return [
         ("data", f"{f['rows']:,} rows, {f['tokens']:,} tokens, {f['labelled']:,} of them learnt"),
         ("left out", f"{f['skipped']:,} rows that can't be used; the end of {f['cut']:,} that were too long"),
         ("steps", f"{f['steps']:,} in {f['seconds']:,.1f} s{step}"),
         ("loss, first and last step", f"{_loss(f['loss_first'])} -> {_loss(f['loss_last'])}"),
         ("held-out loss", held),
+        *beside,
         ("tokens kept", f"{share(f['kept'])}, of labelled ones {share(f['kept_labelled'])}"),
         ("peak memory", "unknown" if f["peak_bytes"] is None else f"{f['peak_bytes'] / 1e6:,.0f} MB"),
         ("model", f["model"]),
@@ -371,3 +398,9 @@ def _lines(f: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _loss(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.4f}"
+
+
+def _beside(other: dict[str, Any]) -> str:
+    held = "" if other["held_out_after"] is None else f"held-out loss {other['held_out_after']:.4f}, "
+    step = "" if other["step_seconds"] is None else f", {other['step_seconds']:.3f} s a step"
+    return f"{held}loss of the last step {_loss(other['loss_last'])}{step}"
