@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -80,11 +81,25 @@ def answers(work: Callable[..., Answer]) -> Callable[..., None]:
 
 def _tell(answer: Answer, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(answer.data, indent=1, default=str))
+        _print_json(answer.data)
     else:
-        console = Console(highlight=False, soft_wrap=False)
+        console = Console(highlight=False)
         for each in answer.shown:
-            console.print(each)
+            text = isinstance(each, str)  # as it is: a shape in brackets is no markup
+            console.print(each, soft_wrap=text, markup=not text)
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    print(json.dumps(_finite(data), indent=1, default=str))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _tell_error(error: BaseException, as_json: bool) -> int:
@@ -97,7 +112,7 @@ def _tell_error(error: BaseException, as_json: bool) -> int:
         traceback.print_tb(error.__traceback__)
         message = "\n".join(f"{type(error).__name__}: {message}".splitlines()[:_LINES])
     if as_json:
-        print(json.dumps({"error": message} | getattr(error, "data", {}), indent=1, default=str))
+        _print_json({"error": message} | getattr(error, "data", {}))
     Console(stderr=True, highlight=False).print(f"[red]tokenseek:[/] {escape(message)}", soft_wrap=True)
     return _code(error)
 

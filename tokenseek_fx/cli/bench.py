@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -82,7 +83,7 @@ def _table(task: Task, results: dict[str, dict[str, Any]]) -> Table:
 
 def _cells(task: Task, found: dict[str, Any]) -> list[str]:
     if "failed" in found:
-        return [f"[red]failed[/]: {found['failed'][:200]}", "", "", ""]
+        return [f"[red]failed[/]: {escape(found['failed'][:200])}", "", "", ""]
     peak = "unknown" if found["peak_bytes"] is None else f"{found['peak_bytes'] / 1e6:,.0f}"
     rate = task.batch * task.length / found["step_seconds"]
     return [f"{found['first_step_seconds']:.1f}", f"{found['step_seconds']:.3f}", f"{rate:,.0f}", peak]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
@@ -139,5 +140,5 @@ def _table(checks: list[Check]) -> Table:
     for name in ("", "", "found", "to do"):
         out.add_column(name, overflow="fold")
     for check in checks:
-        out.add_row(_MARKS[check.state], check.name, check.found, check.remedy)
+        out.add_row(_MARKS[check.state], *map(escape, (check.name, check.found, check.remedy)))
     return out

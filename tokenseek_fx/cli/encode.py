@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .answer import Failure
+from .answer import Failure, Usage
 from .data import Bad, BadRow, Row, columns_of, refuse, values_of
 
 IGNORED = -100  # the label that transformers' losses leave out
@@ -58,6 +58,8 @@ def sequences(
     encoder = Encoder(tokenizer, length, columns)
     for each in found:
         encoder.take(each)
+    if encoder.unknown and not encoder.columns:
+        raise encoder.unknown
     if not skip_bad:
         refuse(source, encoder.bad)
     if not encoder.made:
@@ -75,6 +77,7 @@ class Encoder:
     columns: tuple[str, ...] = ()
     rows: int = 0
     cut: int = 0
+    unknown: Usage | None = None
     made: list[dict[str, list[int]]] = field(default_factory=list)
     bad: list[Bad] = field(default_factory=list)
 
@@ -88,10 +91,11 @@ class Encoder:
         if isinstance(row, Bad):
             self.bad.append(row)
             return
-        self.columns = self.columns or columns_of(self.given, row)
         try:
+            self.columns = self.columns or columns_of(self.given, row)
             made = self._encode(text_of(values_of(row, self.columns), self.tokenizer))
-        except BadRow as error:
+        except (BadRow, Usage) as error:  # columns are those of the first row that has any
+            self.unknown = self.unknown or (error if isinstance(error, Usage) else None)
             self.bad.append(Bad(row.line, str(error), str(row.values)))
             return
         self.rows += 1

@@ -31,7 +31,7 @@ from .predict import explain_without_weights
 from .watch import SeeingTrainer, Seen, Stop, Watch, resumed, stopping
 
 _SETTINGS, _BAD, _REPORT, _MODEL = "settings.json", "skipped.jsonl", "report.html", "model"
-_COMPARED, _COMPILER, _NEVER = "all-tokens", ("inner", "mode", "inductor_options"), 10**9
+_COMPARED, _COMPILER = "all-tokens", ("inner", "mode", "inductor_options")
 _LOGS = 500  # points of a curve, about
 
 
@@ -124,28 +124,21 @@ def begin(settings: Settings, out: Path, resume: bool) -> str | None:
     return checkpoint
 
 
-def prepared(settings: Settings, out: Path, save_every: int, checkpoint: str | None, console: Console) -> Work:
+def prepared(settings: Settings, out: Path, save_every: int | None, checkpoint: str | None, console: Console) -> Work:
     """Data and model are read before anything is written: what is wrong with them shows first."""
-    tokenizer = _tokenizer(settings)
+    tokenizer, length = _tokenizer(settings), _length(settings)
     with console.status("reading the data"):
         found = rows(settings.data, settings.split, settings.subset)
-        data = sequences(found, tokenizer, settings.length, settings.columns, settings.data, skip_bad=settings.skip_bad)
+        data = sequences(found, tokenizer, length, settings.columns, settings.data, skip_bad=settings.skip_bad)
     learnt, held_out = split(data.sequences, settings.held_out, settings.seed)
-    torch.manual_seed(settings.seed)
     with console.status("loading the model"):
-        device, dtype, mixed = models.device_and_dtype(settings.dtype, settings.adapter)
-        model = models.with_weights(settings.model, dtype, device, settings.adapter, settings.random_weights)
-    _fits_vocabulary(tokenizer, model)
-    arguments = _arguments(settings, out, save_every, len(learnt), mixed)
-    run = _run(settings, data, model, out, checkpoint)
-    chosen = TokenSeekCallback(**settings.options)
-    seen = Seen(run, out, tokenizer, _steps(settings, len(learnt)))
-    watch = Watch(seen, Stop(console.print), console)
-    collate = partial(batch_of, pad=_pad(tokenizer), length=settings.length)
+        model, mixed = _model(settings, tokenizer)
+    seen = Seen(_run(settings, length, data, model, out, checkpoint), out, tokenizer, _steps(settings, len(learnt)))
+    watch, chosen = Watch(seen, Stop(console.print), console), TokenSeekCallback(**settings.options)
     trainer = SeeingTrainer(
         model=model,
-        args=arguments,
-        data_collator=collate,
+        args=_arguments(settings, out, save_every, len(learnt), mixed),
+        data_collator=partial(batch_of, pad=_pad(tokenizer), length=length),
         train_dataset=learnt,  # type: ignore[arg-type] (a list is a data set: it has a length and items)
         eval_dataset=held_out or None,  # type: ignore[arg-type]
         callbacks=[chosen, watch],
@@ -157,6 +150,19 @@ def prepared(settings: Settings, out: Path, save_every: int, checkpoint: str | N
     return Work(settings, out, data, learnt, held_out, tokenizer, model, trainer, watch, console)
 
 
+def _model(settings: Settings, tokenizer: Any) -> tuple[nn.Module, bool]:
+    """The model, and whether autocast is on."""
+    torch.manual_seed(settings.seed)
+    device, dtype, mixed = models.device_and_dtype(settings.dtype, settings.adapter)
+    model = models.with_weights(settings.model, dtype, device, settings.adapter, settings.random_weights)
+    has = model.config.get_text_config().vocab_size
+    if len(tokenizer) > has:
+        raise Failure(
+            f"The tokenizer has {len(tokenizer)} tokens, the model {has}: they don't belong together (--tokenizer)."
+        )
+    return model, mixed
+
+
 def _tokenizer(settings: Settings) -> Any:
     tokenizer = models.tokenizer_of(settings.tokenizer or settings.model)
     if settings.chat_template:
@@ -164,17 +170,14 @@ def _tokenizer(settings: Settings) -> Any:
     return tokenizer
 
 
+def _length(settings: Settings) -> int:
+    """As asked for, and no more than the model has positions."""
+    return min(settings.length, models.longest(settings.model) or settings.length)
+
+
 def _pad(tokenizer: Any) -> int:
     """Padding has no labels and no attention: any token will do."""
     return next((each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id) if each is not None), 0)
-
-
-def _fits_vocabulary(tokenizer: Any, model: nn.Module) -> None:
-    has = model.config.get_text_config().vocab_size
-    if len(tokenizer) > has:
-        raise Failure(
-            f"The tokenizer has {len(tokenizer)} tokens, the model {has}: they don't belong together (--tokenizer)."
-        )
 
 
 def split(
@@ -200,7 +203,7 @@ def _steps(settings: Settings, learnt: int) -> int:
     return settings.steps if settings.steps > 0 else max(1, by_epochs)
 
 
-def _arguments(settings: Settings, out: Path, save_every: int, learnt: int, mixed: bool) -> TrainingArguments:
+def _arguments(settings: Settings, out: Path, save_every: int | None, learnt: int, mixed: bool) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(out),
         per_device_train_batch_size=settings.batch,
@@ -213,8 +216,8 @@ def _arguments(settings: Settings, out: Path, save_every: int, learnt: int, mixe
         bf16=mixed,
         seed=settings.seed,
         logging_steps=max(1, _steps(settings, learnt) // _LOGS),
-        save_strategy="steps",
-        save_steps=save_every,
+        save_strategy="steps" if save_every else "no",
+        save_steps=save_every or 1,
         save_total_limit=2,
         report_to=[],
         disable_tqdm=True,
@@ -225,7 +228,7 @@ def _arguments(settings: Settings, out: Path, save_every: int, learnt: int, mixe
     )
 
 
-def _run(settings: Settings, data: Sequences, model: nn.Module, out: Path, checkpoint: str | None) -> Run:
+def _run(settings: Settings, length: int, data: Sequences, model: nn.Module, out: Path, checkpoint: str | None) -> Run:
     if checkpoint is not None:
         return resumed(Run.load(out), int(checkpoint.rpartition("-")[2]))
     every, trained = models.parameters(model)
@@ -233,7 +236,7 @@ def _run(settings: Settings, data: Sequences, model: nn.Module, out: Path, check
         "model": settings.model,
         "parameters": f"{every:,}, {trained:,} of them trained",
         "data": f"{settings.data}: {data.rows:,} rows ({', '.join(data.columns)}), {len(data.sequences):,} sequences",
-        "length, batch": f"{settings.length}, {settings.batch} x {settings.accumulate}",
+        "length, batch": f"{length}, {settings.batch} x {settings.accumulate}",
         "learning rate": f"{settings.rate:g}",
         "options": ", ".join(f"{name}={value}" for name, value in settings.options.items()),
         "torch": torch.__version__,
@@ -307,7 +310,7 @@ def _explain(work: Work, run: Run) -> None:
     """Memory and graph of the longest batch; none where the model isn't rewritten."""
     longest = sorted(work.learnt, key=lambda each: len(each["input_ids"]))[-work.settings.batch :]
     device = next(work.model.parameters()).device
-    batch = batch_of(longest, _pad(work.tokenizer), work.settings.length)
+    batch = batch_of(longest, _pad(work.tokenizer), _length(work.settings))
     found = explain_without_weights(
         work.model, {name: x.to(device) for name, x in batch.items()}, work.settings.options
     )
@@ -321,7 +324,7 @@ def _compared(work: Work) -> dict[str, Any]:
     work.console.print("The same on all tokens:")
     compiler = {name: work.settings.options[name] for name in _COMPILER if name in work.settings.options}
     settings = replace(work.settings, options={"keep_ratio": 1.0} | compiler)
-    other = prepared(settings, work.out / _COMPARED, _NEVER, None, work.console)
+    other = prepared(settings, work.out / _COMPARED, None, None, work.console)
     with stopping(other.watch.stop):
         other.trainer.train()
     if other.watch.stop.asked and not _finished(other):

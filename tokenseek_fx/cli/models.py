@@ -34,7 +34,7 @@ def config_of(model: str) -> Any:
         Failure: there is none at the path, or the hub can't be reached.
     """
     transformers = library("transformers")
-    with _told(model):
+    with _told("", model):
         return transformers.AutoConfig.from_pretrained(checked(model))
 
 
@@ -45,7 +45,7 @@ def tokenizer_of(model: str) -> Any:
         Failure: there is none at the path, or the hub can't be reached.
     """
     transformers = library("transformers")
-    with _told(f"the tokenizer of {model}"):
+    with _told("the tokenizer of ", model):
         return transformers.AutoTokenizer.from_pretrained(checked(model))
 
 
@@ -62,23 +62,27 @@ def with_weights(model: str, dtype: torch.dtype, device: str, adapter: Adapter |
     Raises:
         Failure: there are no weights and random ones were not asked for, or the hub can't be reached.
     """
-    made = _causal().from_config(config_of(model), dtype=dtype) if random else _loaded(model, dtype, adapter)
-    return _ready(adapted(made.to(device), adapter))
+    if random:
+        made = _causal().from_config(config_of(model), dtype=dtype).to(device)
+    else:
+        made = _loaded(model, dtype, device, adapter)
+    return _ready(adapted(made, adapter))
 
 
-def _loaded(model: str, dtype: torch.dtype, adapter: Adapter | None) -> Any:
+def _loaded(model: str, dtype: torch.dtype, device: str, adapter: Adapter | None) -> Any:
     if Path(model).is_dir() and not any(next(Path(model).glob(each), None) for each in _WEIGHTS):
         raise Failure(f"{model} has no weights, only a configuration: train random ones with --random-weights.")
-    with _told(model):
-        return _causal().from_pretrained(checked(model), dtype=dtype, **_quantised(dtype, adapter))
+    with _told("", model):
+        if adapter and adapter.quantised:
+            return _causal().from_pretrained(checked(model), dtype=dtype, **_quantised(dtype, device))
+        return _causal().from_pretrained(checked(model), dtype=dtype).to(device)
 
 
-def _quantised(dtype: torch.dtype, adapter: Adapter | None) -> dict[str, Any]:
-    if adapter is None or not adapter.quantised:
-        return {}
+def _quantised(dtype: torch.dtype, device: str) -> dict[str, Any]:
+    """Quantised weights are put onto their device as they are loaded."""
     library("bitsandbytes")
     settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-    return {"quantization_config": library("transformers").BitsAndBytesConfig(**settings)}
+    return {"quantization_config": library("transformers").BitsAndBytesConfig(**settings), "device_map": {"": device}}
 
 
 def adapted(model: Any, adapter: Adapter | None) -> Any:
@@ -137,7 +141,7 @@ def checked(model: str) -> str:
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def _told(what: str, model: str) -> Iterator[None]:
     """Errors of loading, in a line."""
     try:
         yield
@@ -145,10 +149,10 @@ def _told(what: str) -> Iterator[None]:
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         here = (
             ""
-            if Path(what).exists()
+            if Path(model).exists()
             else " There is no directory of this name here; is the hub id right, and the hub in reach?"
         )
-        raise Failure(f"{what} can't be loaded: {first}{here}") from None
+        raise Failure(f"{what}{model} can't be loaded: {first}{here}") from None
 
 
 def device_and_dtype(dtype: str, adapter: Adapter | None) -> tuple[str, torch.dtype, bool]:
@@ -176,6 +180,11 @@ def batch_for(model: nn.Module, batch: int, length: int) -> dict[str, Any]:
     vocabulary, device = model.config.get_text_config().vocab_size, next(model.parameters()).device
     ids = torch.randint(vocabulary, (batch, length), device=device)
     return {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+
+
+def longest(model: str) -> int | None:
+    """The number of positions that the model has, where its configuration tells."""
+    return getattr(config_of(model).get_text_config(), "max_position_embeddings", None)
 
 
 def parameters(model: nn.Module) -> tuple[int, int]:
