@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import pairs
 
 GOOD, BROKEN = 20, 2
-SETTINGS = ["--random-weights", "--skip-bad", "--epochs", "2", "--batch", "4", "--length", "48", "--held-out", "2"]
+SETTINGS = ["--random-weights", "--skip-bad", "--epochs", "2", "--batch", "4", "--length", "384", "--held-out", "2"]
 OPTIONS = ["-o", "inner=eager", "--keep-ratio", "0.25", "--save-every", "100", "--lr", "0.01"]
 
 
@@ -115,6 +115,9 @@ def test_a_table_is_read_with_fields_of_several_lines(tmp_path, tokenizer):
     found = encoded(path, tokenizer, columns="question,answer")
     assert [learnt(tokenizer, each) for each in found.sequences] == [f"b\nc{pairs.END}", f"h{pairs.END}"]
     assert [(each.line, each.reason) for each in found.bad] == [(4, "3 fields, but 2 columns are named")]
+    path.write_text('question,answer\na,b\nc,"d\ne,f\n')
+    with pytest.raises(Failure, match=r"line 3: a quote begins here that is never closed\."):
+        encoded(path, tokenizer, columns="question,answer")
 
 
 def test_a_text_is_cut_into_windows_and_no_token_is_lost(tmp_path, tokenizer):

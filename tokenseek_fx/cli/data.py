@@ -111,6 +111,8 @@ def _table(path: Path) -> Iterator[Row | Bad]:
         try:
             fields = next(reader, None)
         except csv.Error as error:
+            if "end of data" in str(error):
+                raise Failure(f"{path}, line {start}: a quote begins here that is never closed.") from None
             yield Bad(start, f"not CSV: {error}")
             fields = []
         if fields is None:

@@ -335,7 +335,7 @@ def _compared(work: Work) -> dict[str, Any]:
     return {
         "held_out_after": _held_out_loss(other, "after"),
         "loss_last": steps[-1].loss if steps else None,
-        "step_seconds": _middle([each.seconds for each in steps[1:]]),
+        "step_seconds": _middle([each.seconds for each in steps]),
     }
 
 
@@ -345,7 +345,7 @@ def _figures(work: Work, before: float | None, after: float | None, seconds: flo
     return {
         "steps": work.trainer.state.global_step,
         "seconds": round(seconds, 1),
-        "step_seconds": _middle([each.seconds for each in steps[1:]]),
+        "step_seconds": _middle([each.seconds for each in steps]),
         "rows": work.data.rows,
         "skipped": len(work.data.bad),
         "sequences": len(work.data.sequences),

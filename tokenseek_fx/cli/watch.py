@@ -96,6 +96,7 @@ class Watch(TrainerCallback):
 
     def __init__(self, seen: Seen, stop: Stop, console: Console) -> None:
         self.seen, self.stop, self.times = seen, stop, list[float]()
+        self.compiled = False  # the first step compiles: its time tells nothing of the others
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
         note = TextColumn("{task.fields[note]}")
         self.progress = Progress(*columns, TimeRemainingColumn(), note, console=console)
@@ -116,8 +117,9 @@ class Watch(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        self.times.append(time.perf_counter() - self.start)
-        self.seen.step = state.global_step
+        if self.compiled:
+            self.times.append(time.perf_counter() - self.start)
+        self.compiled, self.seen.step = True, state.global_step
         self.progress.update(self.task, completed=state.global_step)
         if self.stop.asked:
             control.should_save = control.should_training_stop = control.should_log = True
