@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import sys
 from dataclasses import asdict, replace
@@ -13,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.modeling_outputs import CausalLMOutput
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+SCRIPTS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(SCRIPTS))
 
 import attention
 import charts
@@ -41,6 +43,11 @@ def failure(setting: Setting, row: str, reason: str = "out of memory") -> dict:
     """What a process that failed would have written."""
     told = {"failed": reason, "memory": reason == "out of memory", "run": "one", "machine": HERE}
     return {**asdict(Task(setting, row)), **told}
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in SCRIPTS.glob("*.py")))
+def test_every_script_imports(script):
+    assert importlib.import_module(script).__doc__
 
 
 # --- what the rows compute
