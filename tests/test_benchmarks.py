@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.modeling_outputs import CausalLMOutput
 
-SCRIPTS = Path(__file__).parents[1] / "benchmarks"
-sys.path.insert(0, str(SCRIPTS))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import attention
 import charts
@@ -28,6 +27,7 @@ import suite
 from shapes import SHAPES, Setting
 from suite import Book, Clock, Task
 
+SCRIPTS = sorted(path.stem for path in Path(cpu.__file__).parent.glob("*.py"))
 QUICK = Setting("quick", length=16, batch=2)
 HERE = {"torch": "2", "load": [0.0]}
 
@@ -45,7 +45,7 @@ def failure(setting: Setting, row: str, reason: str = "out of memory") -> dict:
     return {**asdict(Task(setting, row)), **told}
 
 
-@pytest.mark.parametrize("script", sorted(path.stem for path in SCRIPTS.glob("*.py")))
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_imports(script):
     assert importlib.import_module(script).__doc__
 
