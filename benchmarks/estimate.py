@@ -4,7 +4,7 @@
 
 Every measurement and every estimate has a process of its own; estimates see models on the meta device. Measured is the peak of
 resident memory above the model over two steps after the graphs were compiled, with an allocator that gives every tensor back at
-once (glibc; see `step.py`): forward, backward and, where an optimizer is named, its update and states; where none is, gradients
+once (glibc; see `worker.py`): forward, backward and, where an optimizer is named, its update and states; where none is, gradients
 are there before and are not counted. The exit status is 1 where an estimate is more than 10 % off.
 """
 
@@ -25,8 +25,9 @@ import measure
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from step import EXACT_MEMORY, console, machine
+from suite import console, machine
 from torch import nn
+from worker import EXACT_MEMORY
 
 import tokenseek_fx
 
@@ -125,7 +126,7 @@ SETTINGS = [
     Setting("Llama, 2 key/value heads", llama, 4, 1024, kept(0.1)),
     Setting("Llama, 2 key/value heads", llama, 4, 1024, None),
     Setting("Llama, 8 key/value heads", mha, 8, 512, kept(0.25, "keep", scorer="random")),
-    Setting("Llama, 8 key/value heads", mha, 8, 256, kept(1, "drop")),
+    Setting("Llama, 8 key/value heads", mha, 8, 256, kept(1, "drop", recompute="none")),
     Setting("Llama, 2 key/value heads", llama, 1, 2048, kept(0.05, scorer="attention"), "adamw"),
     Setting("Llama, LoRA", lora, 1, 2048, kept(0.1)),
     Setting("Llama, LoRA", lora, 2, 512, None, "adamw"),

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from step import console, machine
+from suite import console, machine
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import sys
 from dataclasses import asdict, replace
@@ -26,6 +27,7 @@ import suite
 from shapes import SHAPES, Setting
 from suite import Book, Clock, Task
 
+SCRIPTS = sorted(path.stem for path in Path(cpu.__file__).parent.glob("*.py"))
 QUICK = Setting("quick", length=16, batch=2)
 HERE = {"torch": "2", "load": [0.0]}
 
@@ -41,6 +43,11 @@ def failure(setting: Setting, row: str, reason: str = "out of memory") -> dict:
     """What a process that failed would have written."""
     told = {"failed": reason, "memory": reason == "out of memory", "run": "one", "machine": HERE}
     return {**asdict(Task(setting, row)), **told}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_imports(script):
+    assert importlib.import_module(script).__doc__
 
 
 # --- what the rows compute

@@ -21,9 +21,9 @@ BATCH, HEADS, INNER, LAYERS = 2, 4, 88, 2
 TOKENS, VOCAB = 520, 9001  # several chunks of logits at the default budget
 
 
-def model(layers: int = LAYERS) -> nn.Module:
+def model(layers: int = LAYERS, tokens: int = TOKENS) -> nn.Module:
     sizes = {"hidden_size": 32, "intermediate_size": INNER, "num_hidden_layers": layers, "vocab_size": VOCAB}
-    heads = {"num_attention_heads": HEADS, "num_key_value_heads": 2, "max_position_embeddings": TOKENS}
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": 2, "max_position_embeddings": tokens}
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, use_cache=False)).train()
 
@@ -42,11 +42,13 @@ def graphs(monkeypatch) -> list[fx.GraphModule]:
     return found
 
 
-def train(layers: int = LAYERS, mask: Tensor | None = None, **options) -> None:
+def train(layers: int = LAYERS, mask: Tensor | None = None, tokens: int = TOKENS, **options) -> None:
     torch._dynamo.reset()
-    ids = torch.randint(VOCAB, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(VOCAB, (BATCH, tokens), generator=torch.Generator().manual_seed(0))
     step = torch.compile(
-        model(layers), backend="tokenseek", options={"logits": "drop", "strict": True, "keep_ratio": 0.1, **options}
+        model(layers, tokens),
+        backend="tokenseek",
+        options={"logits": "drop", "strict": True, "keep_ratio": 0.1, **options},
     )
     step(input_ids=ids, labels=ids, attention_mask=mask).loss.backward()
 
@@ -111,6 +113,17 @@ def test_no_value_has_both_queries_and_keys(graphs, scorer):
     found = {*shapes(graphs)}
     assert any(TOKENS in shape for shape in found)
     assert not [shape for shape in found if list(shape).count(TOKENS) > 1 or {52, TOKENS} <= {*shape}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("padded", [False, True])
+def test_nothing_of_a_long_sequence_is_wider_than_the_model(graphs, padded):
+    """No mask, no scores and no logits of 8192 tokens: neither [k, T], nor [T, T], nor [T, V]."""
+    tokens, kept = 8192, 820
+    mask = (torch.arange(tokens) < torch.tensor([[tokens], [5000]])).long() if padded else None
+    train(tokens=tokens, mask=mask, scorer="tokenseek")
+    widest = max((shape.numel() for shape in shapes(graphs) if tokens in shape), default=0)
+    assert BATCH * tokens * 32 <= widest <= BATCH * tokens * INNER < BATCH * tokens * kept
 
 
 class Largest(TorchDispatchMode):
