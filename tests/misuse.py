@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import tokenseek_fx
+import tokenseek_fx.integrations
 from tokenseek_fx import Config, GraphNotSupported, ScoreInputs, TokenSeekWarning, needs
 from tokenseek_fx.scorers import SCORERS
 
@@ -609,6 +610,45 @@ def _(**options):
     model = nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True)
     model.compile(backend="tokenseek", options={"inner": "eager"})
     assert not selections(lambda: model(torch.randn(B, T, WIDTH)))
+
+
+# -- trainers ---------------------------------------------------------------------------------------------------------
+
+
+def begin(model: nn.Module, options: dict[str, Any], **settings: Any) -> None:
+    """The moment when a Trainer begins to train."""
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    arguments = TrainingArguments("unused", use_cpu=True, report_to=[], **settings)
+    callback = tokenseek_fx.integrations.TokenSeekCallback(**options)
+    callback.on_train_begin(arguments, TrainerState(), TrainerControl(), model=model)
+
+
+@misuse("Trainers", "`model.compile(...)`, and `TokenSeekCallback` as well", "the callback alone, with the options")
+def callback_on_a_compiled_model(**options):
+    model = nn.Linear(2, 2)
+    model.compile(backend="eager")
+    begin(model, options)
+
+
+@misuse("Trainers", "`TrainingArguments(torch_compile=True)`, and `TokenSeekCallback` as well", "the callback alone")
+def callback_beside_torch_compile(**options):
+    with mock.patch.dict("os.environ"):  # where transformers writes the settings of accelerate
+        begin(nn.Linear(2, 2), options, torch_compile=True, torch_compile_backend="eager")
+
+
+@misuse(
+    "Trainers",
+    "SFT of a mixture of experts, whose auxiliary loss TRL adds outside of the model",
+    "`router_aux_loss_coef=0.0`",
+)
+def trl_with_an_auxiliary_loss(**options):
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = zoo.build("llama")
+    add_fused_lm_head(model)
+    model.config.output_router_logits = True
+    begin(model, options)
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------

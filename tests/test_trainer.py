@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -45,8 +46,11 @@ class Kill(TrainerCallback):
 
 
 @pytest.fixture(autouse=True)
-def _fresh_dynamo():
+def _fresh():
+    """transformers writes settings of accelerate to the environment."""
     torch._dynamo.reset()
+    with mock.patch.dict("os.environ"):
+        yield
 
 
 def examples(count: int = 16) -> list[dict]:

@@ -51,6 +51,9 @@ _CONVERTS_FP8 = (8, 9)
 
 _GIVE = "give every part the same rows: `with tokenseek_fx.selecting(indices): ...`"
 _SPLIT = f'Find the cause with torch.compile(model, backend="tokenseek", fullgraph=True), or {_GIVE}.'
+_SHARDED = (
+    f"FSDP2 gathers every sharded block by hooks. Shard the model as one unit, by fully_shard(model) alone, or {_GIVE}."
+)
 
 compat.ignore_logging_in_forward()
 
@@ -350,7 +353,7 @@ def split_at(gm: fx.GraphModule) -> GraphNotSupported | None:
     if outer := compat.module_outside():
         return GraphNotSupported(
             f"Dynamo runs the forward of {type(outer).__name__} as plain Python, and a part of a model can't be rewritten.",
-            _SPLIT,
+            _SHARDED if compat.is_sharded(outer) else _SPLIT,
         )
     if found := compat.graph_break(gm):
         reason, file, line = found

@@ -70,6 +70,15 @@ def module_outside() -> torch.nn.Module | None:
     return outside if frame is not None else None
 
 
+def is_sharded(module: torch.nn.Module) -> bool:
+    """True for a module that ``fully_shard`` (FSDP2) shards."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(module, FSDPModule)
+
+
 def compiled_twice() -> bool:
     """True where two ``torch.compile`` of one module stand on the stack: of them only the inner one compiles anything."""
     frame, contexts = sys._getframe(1), {}

@@ -17,6 +17,7 @@ from .. import compat
 from ..config import Config, ConfigError
 from ..recording import Selection
 from ..warnings import TokenSeekWarning
+from .trl import PlainHead, has_fused_head
 from .watched import Watched
 
 PREFIX = "tokenseek_"
@@ -59,7 +60,10 @@ class TokenSeekCallback(TrainerCallback):
         self.settings.callback(compat.call_in_place, model, None)
         if args.parallel_mode is ParallelMode.DISTRIBUTED:
             self.settings.enter_context(whole_graphs())
-        compat.call_in_place(model, InPlace(model, self.watched))
+        if _has_input_hooks(args, model):
+            self.settings.callback(model.enable_input_require_grads)
+            model.disable_input_require_grads()
+        compat.call_in_place(model, _call(args, model, self.watched))
 
     def on_log(
         self,
@@ -94,6 +98,19 @@ class InPlace:
         return (self.compiled if torch.is_grad_enabled() else self.plain)(*args, **kwargs)
 
 
+def _call(args: TrainingArguments, model: nn.Module, backend: Watched) -> InPlace | PlainHead:
+    if has_fused_head(model):
+        return PlainHead(model, backend, summed=getattr(args, "loss_type", None) == "nll")
+    return InPlace(model, backend)
+
+
+def _has_input_hooks(args: TrainingArguments, model: nn.Module) -> bool:
+    """True where hooks make embeddings require grad: they serve reentrant checkpointing alone, and Dynamo can't trace them."""
+    given = [getattr(args, f"{kind}_checkpointing_kwargs", None) or {} for kind in ("activation", "gradient")]
+    reentrant = any(settings.get("use_reentrant") for settings in given)
+    return bool(getattr(model, "_require_grads_hooks", None)) and not reentrant
+
+
 def whole_graphs() -> AbstractContextManager:
     """Dynamo leaves graphs under DDP whole (``optimize_ddp``); says so where that changes anything."""
     config = torch._dynamo.config
@@ -117,7 +134,7 @@ def _refuse(args: TrainingArguments, model: nn.Module) -> None:
         raise ConfigError(
             "torch_compile=True would compile the model around TokenSeekCallback, which compiles it. Leave it out."
         )
-    if not isinstance(compat.called_in_place(model), InPlace | None):
+    if not isinstance(compat.called_in_place(model), InPlace | PlainHead | None):
         raise ConfigError(
             "The model is compiled already. Leave out model.compile(...) and give its options to TokenSeekCallback(...)."
         )
@@ -131,6 +148,6 @@ def _go_first(callback: TrainerCallback) -> None:
     frame = sys._getframe(1)
     while frame is not None and not isinstance(handler := frame.f_locals.get("self"), CallbackHandler):
         frame = frame.f_back
-    if frame is not None:
+    if frame is not None and callback in handler.callbacks:
         handler.callbacks.remove(callback)  # while the list is walked: those before move up by one, none is left out
         handler.callbacks.insert(0, callback)

@@ -107,8 +107,9 @@ def scoring_share(trained: Trained, args: Sequence[Any]) -> float | None:
     if rewritten is None or rewritten.program.rewrite is None:
         return None
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    values = [*args, *rewritten.noise(args)]
-    fakes = [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in values]
+    fakes = [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in args]
+    with mode:  # real noise would move the state of the generator
+        fakes += rewritten.noise(fakes)
     flops = flops_of_step(rewritten.program.rewrite.module, fakes)
     return sum(flops[kind] for kind in _CHOOSING) / (flops.total() or 1)
 
