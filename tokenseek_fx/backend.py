@@ -211,6 +211,7 @@ def ditch(config: Config, program: Program, given: tuple[Any, ...] = (), part: b
         logits=config.logits,
         report_loss=config.report_loss,
         kv_grad=config.kv_grad,
+        remake=config.kv == "recompute",
         given=given,
         part=part,
     )

@@ -20,7 +20,7 @@ _CHOICES = {
     "logits": _LOGITS,
     "gradient_of": ("last_block", "head"),
     "kv_grad": ("selected", "all"),
-    "kv": ("keep", "offload", "fp8"),
+    "kv": ("keep", "recompute", "offload", "fp8"),
 }
 _RECOMPUTE = ("none", "rows")
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
