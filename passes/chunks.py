@@ -36,16 +36,16 @@ CHUNK_BYTES = {"cpu": 12 * 2**20, "cuda": 256 * 2**20}
 
 @dataclass(frozen=True)
 class Chunk:
-    """Cut the regions of the seek stream so that no value inside one takes more than ``CHUNK_BYTES``. Reads and writes
-    ``rewrite``. Lengths that are symbols are left whole."""
+    """Cut the regions of the seek stream so that no value inside one takes more than ``chunk_bytes`` (``None``: ``CHUNK_BYTES`` of
+    the device). Reads and writes ``rewrite``. Lengths that are symbols are left whole."""
 
+    chunk_bytes: int | None = None
     name: str = "chunks"
 
     def run(self, program: Program) -> Program:
         assert program.rewrite is not None
         module, bodies = program.rewrite.module, _Bodies(program.rewrite.module)
-        devices = {x.device.type for x in program.rewrite.inputs if isinstance(x, Tensor)}
-        chunk_bytes = CHUNK_BYTES["cuda" if "cuda" in devices else "cpu"]
+        chunk_bytes = self.chunk_bytes or default_bytes(program.rewrite.inputs)
         for region in _regions(program):
             sizes = region.sizes(chunk_bytes)
             if len(sizes) > 1:
@@ -58,6 +58,12 @@ class Chunk:
         """The graph is well-formed."""
         assert program.rewrite is not None
         program.rewrite.module.graph.lint()
+
+
+def default_bytes(inputs: Sequence[Any]) -> int:
+    """``CHUNK_BYTES`` of the device that inputs are on."""
+    devices = {x.device.type for x in inputs if isinstance(x, Tensor)}
+    return CHUNK_BYTES["cuda" if "cuda" in devices else "cpu"]
 
 
 @dataclass(frozen=True)

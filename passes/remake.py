@@ -39,7 +39,9 @@ def find_remade(program: Program) -> Remade:
     """What is made again in every block. Reads ``axes``, ``activity``, ``blocks`` and ``attending``."""
     blocks = _block_numbers(program)
     nodes, sources, attentions = set[fx.Node](), set[fx.Node](), set[fx.Node]()
-    for attention in reversed(program.attending):  # one that looks at another block's keys and values keeps them for both
+    for attention in reversed(
+        program.attending
+    ):  # one that looks at another block's keys and values keeps them for both
         if attention not in program.activity.live:
             continue
         attending, inside = program.attending[attention], {n for n, b in blocks.items() if b == blocks[attention]}

@@ -22,9 +22,11 @@ from .passes.floor import floor
 from .passes.geometry import example_sizes
 from .passes.pipeline import Pipeline, analysis
 from .passes.program import Program, module_path, source_line
+from .passes.remake import find_remade
 from .passes.select import kept_tokens
 from .passes.split import Split
 from .passes.streams import Barrier, class_factors, kind_of
+from .passes.tags import REMADE
 
 _MIB = 2**20
 
@@ -36,7 +38,8 @@ class Explanation:
     ``refusal``: why the model would be compiled as it is (the rest is then empty). ``batch``, ``tokens``, ``kept``: of the
     token axis of the loss; ``others``: (tokens, kept) of further ones. ``forwards``: predicted cost of a
     training step in units of one forward of the model (training on all tokens costs 3). ``plain``, ``rewritten``: the
-    tensors saved for backward; ``floor``: the bytes that have to be (``passes/floor.py``).
+    tensors saved for backward; ``floor``: the bytes that have to be (``passes/floor.py``). ``remade``: of how many attentions keys
+    and values are made again instead of kept (``None``: that was not asked for).
     """
 
     refusal: str | None = None
@@ -52,6 +55,7 @@ class Explanation:
     plain: Audit = field(default_factory=lambda: Audit(()))
     rewritten: Audit = field(default_factory=lambda: Audit(()))
     floor: int = 0
+    remade: int | None = None
     forwards: float = 3.0
 
     def __str__(self) -> str:
@@ -68,8 +72,15 @@ class Explanation:
             *(f"                {line}" for line in _counted(self.attentions)),
             f"  loss          {loss}",
             f"  ditched       {self.ditched} of {self.live} operations that carry gradient run on the kept rows only",
+            *self._context(),
             f"  cost          {self.forwards:.2f} forwards a step (3.00 with all tokens)",
         ]
+
+    def _context(self) -> list[str]:
+        if self.remade is None:
+            return []
+        kept = "" if self.remade == len(self.attentions) else ", of the others kept"
+        return [f"  keys/values   made again for {self.remade} of {_some(len(self.attentions), 'attention')}{kept}"]
 
     def _barriers(self) -> list[str]:
         if not self.barriers:
@@ -176,6 +187,7 @@ def _described(plain: Program, rewritten: Program, config: Config) -> Explanatio
         plain=everything,
         rewritten=rewritten.audit,
         floor=floor(plain, shares, config.kv, everything if config.saving == "none" else None),
+        remade=len(find_remade(plain).attentions) if config.kv == "recompute" else None,
         forwards=_forwards(plain, rewritten, config),
     )
 
@@ -189,11 +201,13 @@ def _counted(lines: Sequence[str]) -> list[str]:
 
 
 def _forwards(plain: Program, rewritten: Program, config: Config) -> float:
-    """(seek + 3 x ditch + what of it is computed again) / forward, in floating-point operations of matrix products."""
+    """(seek + 3 x ditch + what is computed again) / forward, in floating-point operations of matrix products. Keys and values that are
+    made again are so twice, for the rows' forward and for their backward."""
     assert rewritten.rewrite and rewritten.segments
     forward = sum(_flops(plain.module, plain.inputs).values())
     flops = _flops(rewritten.rewrite.module, rewritten.rewrite.inputs)
-    seek = sum(flops.pop(kind, 0) for kind in (None, "seek", "keys/values", "scoring", "select"))
+    seek = sum(flops.pop(kind, 0) for kind in (None, "seek", "keys/values", "block inputs", "scoring", "select"))
+    seek += 2 * flops.pop(REMADE, 0)
     again = computed_again(rewritten.segments, config.saving, config.kv) / len(rewritten.segments.parts)
     return (seek + (3 + again) * sum(flops.values())) / forward if forward else 3.0
 
