@@ -89,7 +89,7 @@ class Ditch:
             seek = Seek(program, inputs, remade.sources)
             choose = self._take if self.given else self._choose
             geometries, selections = choose(seek, tail, *extra)
-            streams = Streams(program, seek.values, geometries, inputs, barriers, self.kv_grad, remade.nodes)
+            streams = Streams(program, seek.values, geometries, inputs, barriers, self.kv_grad, remade.nodes, seek.cast)
             streams.run()
             places.update(seek.nodes())
             outputs = tuple(self._outputs(program, streams))

@@ -12,7 +12,7 @@ from torch import fx
 
 from .audit import Audit
 from .program import Program
-from .remake import find_remade
+from .remake import bytes_of, find_remade
 from .rules.op import bytes_hint, operands_of
 from .streams import LAYOUT
 from .token_axes import ATTENDING, TokenAxis
@@ -42,8 +42,8 @@ def _context(program: Program, kv: str) -> float:
     if kv != "recompute":
         return sum(bytes_hint(node) * _share(node, kv) for node in keys_and_values(program))
     remade = find_remade(program)
-    kept = {*keys_and_values(program), *map(_unrepeated, remade.sources)} - remade.nodes
-    return sum(map(bytes_hint, kept))
+    kept = {(node, None) for node in keys_and_values(program) if node not in remade.nodes}
+    return sum(map(bytes_of, kept | {(_unrepeated(node), dtype) for node, dtype in remade.sources}))
 
 
 def _share(node: fx.Node, kv: str) -> float:

@@ -19,7 +19,7 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_
 from torch.utils.checkpoint import CheckpointPolicy
 
 from . import context
-from .rules.op import bind
+from .rules.op import is_random
 from .streams import LAYOUT
 from .tags import REMADE
 
@@ -71,12 +71,6 @@ def keep_random(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if is_random(node):
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-
-
-def is_random(node: fx.Node) -> bool:
-    """True for an operation that draws (an attention without dropout does not)."""
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags and bind(node).get("dropout_p") != 0
 
 
 def repeat(graph: fx.Graph) -> None:

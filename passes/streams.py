@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from .factors import Axes
 from .geometry import Geometry
 from .head import Head, find_head
 from .program import Program, attribute, where
+from .remake import cast_by
 from .rules.axes import rule_for
 from .rules.op import bytes_hint, is_tensor, operands_of
 from .rules.rows import LABEL_LOSSES, LOSSES, ROWS_RULES, rerun
@@ -66,7 +67,8 @@ class Streams:
         inputs: tuple,
         barriers: list[Barrier],
         kv_grad: str = "selected",
-        remade: frozenset[fx.Node] = frozenset(),
+        remade: Collection[fx.Node] = (),
+        cast: Mapping[tuple[fx.Node, torch.dtype | None], torch.Tensor] | None = None,
     ) -> None:
         self.program, self.axes, self.live = program, program.axes, program.activity.live
         self.seek, self.barriers = seek, barriers
@@ -79,7 +81,7 @@ class Streams:
         self._known: dict[Any, torch.Tensor] = {}
         self.first_alike = first_alike(program.graph)
         self._in_context = keys_and_values(program) if kv_grad == "all" else frozenset()
-        self._to_remake, self._remade = remade, dict[fx.Node, Any]()
+        self._to_remake, self._remade, self._cast = remade, dict[fx.Node, Any](), cast or {}
         #: What attentions by position look at: the seek stream's values, of keys and values those that are made again.
         self.looked_at = ChainMap(self._remade, seek)  # type: ignore[arg-type]
         self._switches = Retrace(program.module)
@@ -198,7 +200,12 @@ class Streams:
 
     def _remake(self, node: fx.Node) -> Any:
         """A value of the seek stream once more, without gradient."""
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self._without_grad)
+
+        def known(x: fx.Node) -> Any:
+            source = (x, cast_by(node, x))
+            return self._cast[source] if source in self._cast else self._without_grad(x)
+
+        args, kwargs = fx.map_arg((node.args, node.kwargs), known)
         return node.target(*args, **kwargs)
 
     def _without_grad(self, node: fx.Node) -> Any:
