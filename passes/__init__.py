@@ -1,9 +1,11 @@
 """Passes: small named values that read a traced graph and write one result, usable alone or as a pipeline."""
 
 from .activity import FindActivity
+from .attend import FindAttending
 from .audit import AuditSaved
 from .blocks import FindBlocks
 from .canonicalize import Canonicalize
+from .chunks import Chunk
 from .ditch import Ditch
 from .pipeline import Pass, Pipeline, analysis, rewriting
 from .program import Program
@@ -19,8 +21,10 @@ from .token_axes import FindTokenAxes
 __all__ = [
     "AuditSaved",
     "Canonicalize",
+    "Chunk",
     "Ditch",
     "FindActivity",
+    "FindAttending",
     "FindBlocks",
     "FindTokenAxes",
     "Pass",

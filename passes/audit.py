@@ -24,6 +24,7 @@ from .program import Program, where
 from .rules.op import is_tensor
 from .saving import Partition, partition_of, partitioning
 from .split import Segment, Segments
+from .tags import REMADE
 
 #: Kinds of edges that hold all tokens on purpose.
 EXPLAINED = ("keys/values", "block inputs", "logits", "barrier", "scores", "rows", "select", "scoring")
@@ -185,5 +186,5 @@ def _edge(node: fx.Node) -> Edge:
 
 def kind_of(node: fx.Node) -> str:
     """What a saved value is counted as; of a value of the seek stream, the kind of what reads it."""
-    kinds = (reader.meta.get("custom", {}).get("tokenseek") for reader in (node, *node.users))
-    return next(filter(None, kinds), "activations")
+    kinds = [reader.meta.get("custom", {}).get("tokenseek") for reader in (node, *node.users)]
+    return "block inputs" if REMADE in kinds else next(filter(None, kinds), "activations")

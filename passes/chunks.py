@@ -8,7 +8,7 @@ of tokens: only what comes out of it exists for all tokens. Layers that are alik
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -22,12 +22,12 @@ from .emit import emit
 from .errors import TokenSeekError
 from .fake import fake_mode_of
 from .geometry import Geometry, example_sizes
+from .parallel import is_parallel, reads
 from .part import Part, trace_whole
 from .program import Program
-from .rules.op import bytes_hint, is_tensor, operands_of
-from .rules.rows import LOSSES
+from .rules.op import bytes_hint
 from .tail import cut_to
-from .token_axes import SDPA, TokenAxis
+from .token_axes import TokenAxis
 
 aten = torch.ops.aten
 #: What a value inside a region may take: about what a CPU's caches hold; a GPU is busy with larger ones only.
@@ -36,16 +36,16 @@ CHUNK_BYTES = {"cpu": 12 * 2**20, "cuda": 256 * 2**20}
 
 @dataclass(frozen=True)
 class Chunk:
-    """Cut the regions of the seek stream so that no value inside one takes more than ``CHUNK_BYTES``. Reads and writes
-    ``rewrite``. Lengths that are symbols are left whole."""
+    """Cut the regions of the seek stream so that no value inside one takes more than ``chunk_bytes`` (``None``: ``CHUNK_BYTES`` of
+    the device). Reads and writes ``rewrite``. Lengths that are symbols are left whole."""
 
+    chunk_bytes: int | None = None
     name: str = "chunks"
 
     def run(self, program: Program) -> Program:
         assert program.rewrite is not None
         module, bodies = program.rewrite.module, _Bodies(program.rewrite.module)
-        devices = {x.device.type for x in program.rewrite.inputs if isinstance(x, Tensor)}
-        chunk_bytes = CHUNK_BYTES["cuda" if "cuda" in devices else "cpu"]
+        chunk_bytes = self.chunk_bytes or default_bytes(program.rewrite.inputs)
         for region in _regions(program):
             sizes = region.sizes(chunk_bytes)
             if len(sizes) > 1:
@@ -58,6 +58,12 @@ class Chunk:
         """The graph is well-formed."""
         assert program.rewrite is not None
         program.rewrite.module.graph.lint()
+
+
+def default_bytes(inputs: Sequence[Any]) -> int:
+    """``CHUNK_BYTES`` of the device that inputs are on."""
+    devices = {x.device.type for x in inputs if isinstance(x, Tensor)}
+    return CHUNK_BYTES["cuda" if "cuda" in devices else "cpu"]
 
 
 @dataclass(frozen=True)
@@ -76,14 +82,14 @@ class _Region:
     def rows(self) -> tuple[fx.Node, ...]:
         """What it reads row by row."""
         axes, inside = self.program.axes, {*self.nodes}
-        read = [x for node in self.nodes for x, carried in _reads(self.program, node) if carried and axes.has_rows(x)]
+        read = [x for node in self.nodes for x, carried in reads(self.program, node) if carried and axes.has_rows(x)]
         return tuple(x for x in dict.fromkeys(read) if x not in inside)
 
     @cached_property
     def whole(self) -> tuple[fx.Node, ...]:
         """What else it reads."""
         inside = {*self.nodes, *self.rows}
-        read = dict.fromkeys(x for node in self.nodes for x, _ in _reads(self.program, node))
+        read = dict.fromkeys(x for node in self.nodes for x, _ in reads(self.program, node))
         return tuple(x for x in read if x not in inside)
 
     @cached_property
@@ -147,39 +153,14 @@ def _regions(program: Program) -> list[_Region]:
     for node in program.graph.nodes:
         if seek.get(node) not in there:
             continue
-        parallel = _is_parallel(program, node)
-        read = [(levels.get(x, -1), carried) for x, carried in _reads(program, node)]
+        parallel = is_parallel(program, node)
+        read = [(levels.get(x, -1), carried) for x, carried in reads(program, node)]
         if parallel:
             levels[node] = max([0, *(level if carried else level + 1 for level, carried in read)])
             found.setdefault((levels[node], program.axes.axis_of(node)), []).append(node)
         elif (level := max((level for level, _ in read), default=-1)) >= 0:
             levels[node] = level + 1
     return [_Region(program, axis, tuple(nodes)) for (_, axis), nodes in found.items()]
-
-
-def _reads(program: Program, node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
-    """The tensors that the seek stream's ``node`` reads, and whether it does so row by row."""
-    attending = program.attending.get(node)
-    if attending is not None:
-        yield attending.query, True
-        yield from ((x, False) for x in attending.context)
-        return
-    axes, dim = program.axes, program.axes.row_dim(node) if is_tensor(node) else None
-    for i, x in enumerate(operands_of(node)):
-        at = None if dim is None else axes.carried(node, i, dim)
-        yield x, at is not None and at in axes.token_dims(x)
-
-
-def _is_parallel(program: Program, node: fx.Node) -> bool:
-    """True where a row of the result depends on the same row of what it is made of, and is not random."""
-    axes, target = program.axes, node.target
-    if not isinstance(target, torch._ops.OpOverload) or not is_tensor(node) or not axes.has_rows(node):
-        return False
-    if target is SDPA:
-        return node in program.attending
-    if torch.Tag.nondeterministic_seeded in target.tags or target in LOSSES:
-        return False
-    return all(carried or not axes.token_dims(x) for x, carried in _reads(program, node))
 
 
 class _Bodies:

@@ -26,6 +26,7 @@ from .errors import GraphNotSupported, InvariantBroken
 from .fake import fake_mode_of
 from .geometry import Geometry, device_of, example_sizes, sizes_of
 from .program import Program
+from .remake import Remade, find_remade
 from .seek import Seek, Signals
 from .select import ScoreInputs, Select, Selected
 from .streams import Barrier, Streams, class_factors, refuse_unweighted, weighted_losses
@@ -55,7 +56,8 @@ class Ditch:
     ``select``: how tokens are scored and chosen; ``others``: those of further token axes, in order. ``signals``: what scores are
     made of. ``logits``: "keep" returns them in full, "drop" with length 0. ``report_loss``: "full" returns the loss of all tokens
     (with the gradient of the kept ones), "kept" that of the kept ones, ``None`` the full one where the scores need it anyway.
-    ``kv_grad``: "selected" cuts keys and values of the other tokens, "all" keeps their own projections live. ``given``: examples
+    ``kv_grad``: "selected" cuts keys and values of the other tokens, "all" keeps their own projections live. ``remake``: they are made again
+    where that keeps fewer bytes (``remake.py``). ``given``: examples
     of the rows [B, k] (and their weights) that are inputs of the rewritten graph; ``select`` then chooses nothing. ``part``: the
     graph is a part of a model, all that it returns stays live in the kept rows.
     """
@@ -66,6 +68,7 @@ class Ditch:
     logits: str = "keep"
     report_loss: str | None = None
     kv_grad: str = "selected"
+    remake: bool = False
     given: tuple[Tensor, ...] = ()
     part: bool = False
     name: str = "ditch"
@@ -78,14 +81,15 @@ class Ditch:
         names: list[tuple[str, ...]] = []
         places: dict[fx.Node, fx.Node] = {}
         tail = None if self.given else self._tail(program)
+        remade = find_remade(program) if self.remake else Remade()
 
         def forward(*args: Any) -> tuple:
             written, extra = args[: len(program.inputs)], args[len(program.inputs) :]
             inputs = tuple(x.clone() if i in program.mutated else x for i, x in enumerate(written))
-            seek = Seek(program, inputs)
+            seek = Seek(program, inputs, remade.sources)
             choose = self._take if self.given else self._choose
             geometries, selections = choose(seek, tail, *extra)
-            streams = Streams(program, seek.values, geometries, inputs, barriers, self.kv_grad)
+            streams = Streams(program, seek.values, geometries, inputs, barriers, self.kv_grad, remade.nodes, seek.cast)
             streams.run()
             places.update(seek.nodes())
             outputs = tuple(self._outputs(program, streams))

@@ -12,6 +12,7 @@ from torch import fx
 
 from .audit import Audit
 from .program import Program
+from .remake import bytes_of, find_remade
 from .rules.op import bytes_hint, operands_of
 from .streams import LAYOUT
 from .token_axes import ATTENDING, TokenAxis
@@ -27,13 +28,22 @@ def keys_and_values(program: Program) -> list[fx.Node]:
 
 def floor(program: Program, shares: Mapping[TokenAxis, float], kv: str = "keep", plain: Audit | None = None) -> int:
     """Bytes that have to be kept where ``shares`` of the tokens of every axis are: with what the ``plain`` graph of all tokens
-    keeps, or without it, where blocks are computed again. ``kv``: how keys and values are kept (``context.py``)."""
+    keeps, or without it, where blocks are computed again. ``kv``: how keys and values are kept (``context.py``, ``remake.py``)."""
     assert program.axes is not None and program.blocks is not None
-    context = sum(bytes_hint(node) * _share(node, kv) for node in keys_and_values(program))
+    context = _context(program, kv)
     if plain is not None:
         return int(context + shares[program.axes.main] * plain.bytes)
     rows = ((node, program.axes.axis_of(node)) for node in program.blocks.ends)
     return int(context + sum(bytes_hint(node) * shares[axis] for node, axis in rows if axis))
+
+
+def _context(program: Program, kv: str) -> float:
+    """Bytes of the device that keys and values take, or what is kept in place of them."""
+    if kv != "recompute":
+        return sum(bytes_hint(node) * _share(node, kv) for node in keys_and_values(program))
+    remade = find_remade(program)
+    kept = {(node, None) for node in keys_and_values(program) if node not in remade.nodes}
+    return sum(map(bytes_of, kept | {(_unrepeated(node), dtype) for node, dtype in remade.sources}))
 
 
 def _share(node: fx.Node, kv: str) -> float:

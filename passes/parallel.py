@@ -7,13 +7,16 @@ some rows alone stays in them, so the part is right as it is. Sound rather than 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
 from torch import fx
 
 from .program import Program
-from .rules.op import operands_of
-from .token_axes import TokenAxes, TokenAxis, inferred
+from .rules.op import is_tensor, operands_of
+from .rules.rows import LOSSES
+from .token_axes import SDPA, TokenAxes, TokenAxis, inferred
 
 #: For a dim of an output: the dims of the inputs that carry gradient which its rows come from.
 Sources = dict[int, dict[int, int]]
@@ -50,3 +53,28 @@ def _works_by_rows(axes: TokenAxes, node: fx.Node, live: frozenset[fx.Node]) -> 
 
 def _carries(axes: TokenAxes, node: fx.Node, operand: int, dim: int) -> bool:
     return axes.carried(node, operand, dim) is not None
+
+
+def reads(program: Program, node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
+    """The tensors that the seek stream's ``node`` reads, and whether it does so row by row."""
+    attending = program.attending.get(node)
+    if attending is not None:
+        yield attending.query, True
+        yield from ((x, False) for x in attending.context)
+        return
+    axes, dim = program.axes, program.axes.row_dim(node) if is_tensor(node) else None
+    for i, x in enumerate(operands_of(node)):
+        at = None if dim is None else axes.carried(node, i, dim)
+        yield x, at is not None and at in axes.token_dims(x)
+
+
+def is_parallel(program: Program, node: fx.Node) -> bool:
+    """True where a row of the result depends on the same row of what it is made of, and is not random."""
+    axes, target = program.axes, node.target
+    if not isinstance(target, torch._ops.OpOverload) or not is_tensor(node) or not axes.has_rows(node):
+        return False
+    if target is SDPA:
+        return node in program.attending
+    if torch.Tag.nondeterministic_seeded in target.tags or target in LOSSES:
+        return False
+    return all(carried or not axes.token_dims(x) for x, carried in reads(program, node))

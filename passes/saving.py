@@ -19,9 +19,11 @@ from torch._inductor.custom_graph_pass import CustomPartitionerFn, get_hash_for_
 from torch.utils.checkpoint import CheckpointPolicy
 
 from . import context
-from .rules.op import bind
+from .rules.op import is_random
 from .streams import LAYOUT
+from .tags import REMADE
 
+FOLLOWS = {*LAYOUT, torch.ops.aten._to_copy.default, torch.ops.prims.convert_element_type.default}
 Graphs = tuple[fx.GraphModule, fx.GraphModule]
 
 
@@ -43,13 +45,14 @@ class Partition(CustomPartitionerFn):
 
     def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **options: Any) -> Graphs:
         keep_random(gm.graph)
+        repeat_remade(gm.graph)
         if self.again:
             repeat(gm.graph)
         elif self.kv == "fp8":
             repeat_attention(gm.graph, self.places)
         with without_generator_states():
             graphs = partitioners.min_cut_rematerialization_partition(gm, joint_inputs, **options)
-        if self.kv != "keep":
+        if self.kv in ("fp8", "offload"):
             context.keep(self.kv, self.places, *graphs, options["num_fwd_outputs"])
         return graphs
 
@@ -68,12 +71,6 @@ def keep_random(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if is_random(node):
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-
-
-def is_random(node: fx.Node) -> bool:
-    """True for an operation that draws (an attention without dropout does not)."""
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags and bind(node).get("dropout_p") != 0
 
 
 def repeat(graph: fx.Graph) -> None:
@@ -99,6 +96,19 @@ def repeat_attention(graph: fx.Graph, places: Sequence[int]) -> None:
     for node in readers | context - {*inputs}:
         node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
         node.meta["ac_graph_id"] = 0
+
+
+def repeat_remade(graph: fx.Graph) -> None:
+    """Mark what makes keys and values again, and what only casts or lays them out."""
+    made: set[fx.Node] = set()
+    for node in graph.nodes:
+        if not partitioners._has_tag_is_forward(node) or node.op == "placeholder":
+            continue
+        follows = node.target in FOLLOWS and {*node.all_input_nodes} <= made
+        if follows or node.meta.get("custom", {}).get("tokenseek") == REMADE:
+            made.add(node)
+            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+            node.meta["ac_graph_id"] = 0
 
 
 def _is_repeatable(node: fx.Node, repeated: set[fx.Node]) -> bool:

@@ -24,6 +24,7 @@ from .factors import same_size
 from .geometry import Geometry, device_of, sizes_of
 from .program import Program
 from .received import attended_in, received_in
+from .remake import Value
 from .rules.op import bind, bind_values
 from .rules.rows import LABEL_LOSSES, MEAN
 from .select import ScoreInputs
@@ -44,6 +45,8 @@ _PICKS = (
 )
 
 
+#: The kind of what keys and values are made from again.
+_SOURCE = "block inputs"
 _OTHERS = 'Choose scorer="attention" or scorer="random", which need neither.'
 
 
@@ -108,23 +111,36 @@ class Signals:
 
 
 class Seek(Retrace):
-    """The seek stream. ``values`` holds every node's value."""
+    """The seek stream. ``values`` holds every node's value; ``sources``: what keys and values are made from again."""
 
-    def __init__(self, program: Program, inputs: tuple[Any, ...]) -> None:
+    def __init__(self, program: Program, inputs: tuple[Any, ...], sources: frozenset[Value] = frozenset()) -> None:
         super().__init__(program.module)
         self.program, self.garbage_collect_values = program, False
         self._biases: dict[tuple[fx.Node, torch.dtype], Tensor] = {}
         self._positions: dict[TokenAxis, Tensor] = {}
-        self._looked_at = {x for a in program.attending.values() for x in (a.key, a.value) if x.op == "call_function"}
+        looked_at = {x for a in program.attending.values() for x in (a.key, a.value)}
+        sources_as_they_are = {node for node, dtype in sources if dtype is None} - looked_at
+        kinds = dict.fromkeys(looked_at, "keys/values") | dict.fromkeys(sources_as_they_are, _SOURCE)
+        self._kept = {node: kind for node, kind in kinds.items() if isinstance(node.target, torch._ops.OpOverload)}
+        self._casts = [(node, dtype) for node, dtype in sources if dtype is not None]
+        #: Sources that autocast gives another dtype, in it.
+        self.cast: dict[Value, Tensor] = {}
         self.run(*map(_without_grad, inputs))
         self.values: dict[fx.Node, Any] = self.env
 
     def run_node(self, n: fx.Node) -> Any:
+        value = self._run_node(n)
+        for source in (source for source in self._casts if source[0] is n):
+            with tagged(_SOURCE, n):
+                self.cast[source] = value.to(source[1])
+        return value
+
+    def _run_node(self, n: fx.Node) -> Any:
         """A mean over no label is 0, not NaN; attention by position where it can be."""
         if n in self.program.attending:
             with tagged("seek", n):
                 return self._attend(n)
-        value = self._seen_by_rows(n) if n in self._looked_at else super().run_node(n)
+        value = self._seen_by_rows(n) if n in self._kept else super().run_node(n)
         if n.target not in LABEL_LOSSES or n not in self.program.activity.live:
             return value
         given = bind_values(n, self.env)
@@ -142,9 +158,9 @@ class Seek(Retrace):
         return laid_out_as(n.meta["val"], attending(self.env, self.env[attending.query], self._positions[axis]))
 
     def _seen_by_rows(self, n: fx.Node) -> Any:
-        """Keys and values, which rows look at: kept for backward."""
+        """Keys and values, which rows look at, or what they are made from: kept for backward."""
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        with tagged("keys/values", n):
+        with tagged(self._kept[n], n):
             return self._after(self.call_function(n.target, args, kwargs))
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple, dict]:

@@ -8,7 +8,8 @@ into the seek stream's value. What a row looks at as a whole (keys and values: i
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +24,11 @@ from .factors import Axes
 from .geometry import Geometry
 from .head import Head, find_head
 from .program import Program, attribute, where
+from .remake import cast_by
 from .rules.axes import rule_for
 from .rules.op import bytes_hint, is_tensor, operands_of
 from .rules.rows import LABEL_LOSSES, LOSSES, ROWS_RULES, rerun
-from .tags import in_block, tagged
+from .tags import REMADE, in_block, tagged
 from .token_axes import ATTENDING
 
 aten = torch.ops.aten
@@ -65,6 +67,8 @@ class Streams:
         inputs: tuple,
         barriers: list[Barrier],
         kv_grad: str = "selected",
+        remade: Collection[fx.Node] = (),
+        cast: Mapping[tuple[fx.Node, torch.dtype | None], torch.Tensor] | None = None,
     ) -> None:
         self.program, self.axes, self.live = program, program.axes, program.activity.live
         self.seek, self.barriers = seek, barriers
@@ -77,6 +81,9 @@ class Streams:
         self._known: dict[Any, torch.Tensor] = {}
         self.first_alike = first_alike(program.graph)
         self._in_context = keys_and_values(program) if kv_grad == "all" else frozenset()
+        self._to_remake, self._remade, self._cast = remade, dict[fx.Node, Any](), cast or {}
+        #: What attentions by position look at: the seek stream's values, of keys and values those that are made again.
+        self.looked_at = ChainMap(self._remade, seek)  # type: ignore[arg-type]
         self._switches = Retrace(program.module)
 
     def run(self) -> None:
@@ -91,6 +98,9 @@ class Streams:
                 block += 1
 
     def _run_node(self, node: fx.Node, classes: set[int], routed: set[fx.Node]) -> None:
+        if node in self._to_remake:
+            with tagged(REMADE, node):
+                self._remade[node] = self._remake(node)
         if is_autocast(node):
             args, kwargs = self._switches.fetch_args_kwargs_from_env(node)
             self._switches.env[node] = self._switches.call_function(node.target, args, kwargs)
@@ -187,6 +197,22 @@ class Streams:
         if self._in_context and node in self.program.blocks.stream:
             return "block inputs"
         return "keys/values" if feeds_attention(node) else "barrier"
+
+    def _remake(self, node: fx.Node) -> Any:
+        """A value of the seek stream once more, without gradient."""
+
+        def known(x: fx.Node) -> Any:
+            source = (x, cast_by(node, x))
+            return self._cast[source] if source in self._cast else self._without_grad(x)
+
+        args, kwargs = fx.map_arg((node.args, node.kwargs), known)
+        return node.target(*args, **kwargs)
+
+    def _without_grad(self, node: fx.Node) -> Any:
+        if node in self._remade or node.op != "placeholder":
+            return self.looked_at[node]
+        value = self._inputs[node]
+        return value.detach() if isinstance(value, torch.Tensor) and value.requires_grad else value
 
     def _for_all_tokens(self, node: fx.Node) -> Any:
         if node.target is operator.getitem:

@@ -11,6 +11,8 @@ from torch.fx import traceback as fx_traceback
 
 #: Where ``meta["custom"]`` says in which block of the ditch stream a node was traced, beside its kind.
 BLOCK = "tokenseek_block"
+#: The kind of what makes keys and values again (``remake.py``).
+REMADE = "remade"
 
 
 @contextmanager

@@ -108,6 +108,19 @@ class Model(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
+class Grouped(Model):
+    """Four heads that share one key and one value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2), nn.Linear(WIDTH, 2)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        query, key, value = (f(x).unflatten(-1, (-1, 2)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return x + mixed.transpose(1, 2).flatten(2)
+
+
 class WithoutLoss(Model):
     def forward(self, ids: Tensor, labels: Tensor | None = None) -> Any:
         return self.head(self.hidden(self.embed(ids)))
@@ -169,6 +182,18 @@ option(
     inner="eager",
     mode="max-autotune",
 )
+option("a word for `recompute` that it doesn't take", "one of the list, or bytes", recompute="all")
+option("a way to keep keys and values that doesn't exist", "take one of the list", kv="fp16")
+option("keys and values kept otherwise without saved tensors", "another `inner`", inner="eager", kv="recompute")
+option("keys and values kept otherwise and live", "leave one out", kv_grad="all", kv="recompute")
+option("an amount of memory with an unknown unit", "GiB, not GB", memory_budget="8GB")
+option("chunks of no bytes", "1 or more", chunk_bytes=0)
+option(
+    "a budget that another compiler can't plan for",
+    'leave it out, or `inner="inductor"`',
+    inner="aot_eager",
+    memory_budget="8GiB",
+)
 option("an option of another scorer", "leave it out, or choose the scorer", scorer="random", alpha=2.0)
 option("an option of another choice of rows", 'leave it out, or `select="sample"`', select="topk", mix=0.5)
 option(
@@ -219,6 +244,21 @@ def _(**options):
 @misuse("Options", "more pinned positions than kept tokens", "keep more tokens; those with the highest scores are kept")
 def _(**options):
     forward(Model(), pinned=[0, 1, 2], keep_tokens=2, **options)
+
+
+@misuse("Options", "keys and values in host memory on a CPU", '`kv="recompute"`, or leave it out')
+def _(**options):
+    forward(Model(), inner="aot_eager", kv="offload", **options)
+
+
+@misuse("Options", "a number of bytes for `recompute` below what has to be saved", "the bytes that it tells")
+def _(**options):
+    forward(Model(), inner="aot_eager", recompute=64, **options)
+
+
+@misuse("Options", "keys and values made again, but grouped heads make them small", "leave it out")
+def _(**options):
+    forward(Grouped(), inner="aot_eager", kv="recompute", **options)
 
 
 # -- scorers ----------------------------------------------------------------------------------------------------------

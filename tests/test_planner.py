@@ -12,29 +12,46 @@ RATIO = 0.2
 
 
 def size(config: Config) -> int:
-    """1000 bytes whatever is kept; the rows of all tokens take 5000, a fifth of it where they are computed again."""
+    """100 bytes whatever is kept; chunks take 400, small ones 100; keys and values 500, half where they are made again; the rows of all
+    tokens take 5000, a fifth of it where they are computed again."""
     rows = 5000 * (config.keep_ratio if config.keep_tokens is None else config.keep_tokens / 100)
-    return int(1000 + rows / (5 if config.saving == "rows" else 1))
+    chunks, context = 100 if config.chunk_bytes else 400, 250 if config.kv == "recompute" else 500
+    return int(100 + chunks + context + rows / (5 if config.saving == "rows" else 1))
 
 
 def chosen(budget: int, **options) -> Config:
-    return choose(Config(memory_budget=budget, **({"keep_ratio": RATIO} | options)), size)
+    return choose(Config(memory_budget=budget, **({"keep_ratio": RATIO} | options)), size, small=10)
 
 
-@pytest.mark.parametrize(("budget", "recompute"), [(2000, "none"), (1999, "rows"), (1200, "rows")])
-def test_the_first_that_fits_is_taken(budget, recompute):
-    assert chosen(budget).saving == recompute
+@pytest.mark.parametrize(
+    ("budget", "recompute", "chunk_bytes", "kv"),
+    [
+        (2000, "none", None, "keep"),
+        (1999, "rows", None, "keep"),
+        (1200, "rows", None, "keep"),
+        (1199, "rows", 10, "keep"),
+        (900, "rows", 10, "keep"),
+        (899, "rows", 10, "recompute"),
+        (650, "rows", 10, "recompute"),
+    ],
+)
+def test_the_first_that_fits_is_taken(budget, recompute, chunk_bytes, kv):
+    config = chosen(budget)
+    assert (config.saving, config.chunk_bytes, config.kv) == (recompute, chunk_bytes, kv)
 
 
 def test_what_costs_nothing_is_tried_alone_where_it_fits():
     tried = []
-    choose(Config(memory_budget=9000), lambda config: tried.append(config.recompute) or size(config))
+    choose(Config(memory_budget=9000), lambda config: tried.append(config.recompute) or size(config), 10)
     assert tried == ["none"]
 
 
-def test_recompute_chosen_by_hand_stays():
+def test_what_was_chosen_by_hand_stays():
     with pytest.warns(TokenSeekWarning, match="would fit"):
-        assert chosen(1070, recompute=500).recompute == 500
+        config = chosen(800, recompute=500, chunk_bytes=20, kv="fp8")
+    assert (config.recompute, config.chunk_bytes, config.kv) == (500, 20, "fp8")
+    with pytest.warns(TokenSeekWarning, match="would fit"):
+        assert chosen(800, kv_grad="all").kv == "keep"
 
 
 @pytest.mark.parametrize(
@@ -43,18 +60,18 @@ def test_recompute_chosen_by_hand_stays():
 )
 def test_where_nothing_fits_it_is_said_what_would(options, remedy):
     with pytest.warns(
-        TokenSeekWarning, match=f"memory_budget=1060: forward and backward hold at least .* MiB. {remedy}"
+        TokenSeekWarning, match=f"memory_budget=510: forward and backward hold at least .* MiB. {remedy}"
     ):
-        assert chosen(1060, **options).saving == "rows"
+        assert chosen(510, **options).kv == "recompute"
     with pytest.raises(GraphNotSupported, match=remedy):
-        chosen(1060, strict=True, **options)
+        chosen(510, strict=True, **options)
 
 
 def test_where_no_share_fits_that_is_said():
     with pytest.raises(
         GraphNotSupported, match="A keep_ratio 16 times as small does not fit either: shorten sequences"
     ):
-        chosen(1001, strict=True)
+        chosen(451, strict=True)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +79,7 @@ def test_where_no_share_fits_that_is_said():
     [
         ({"memory_budget": "8 apples"}, "memory_budget='8 apples': expected bytes, as a number or as text"),
         ({"memory_budget": 0}, "memory_budget=0: expected bytes"),
+        ({"chunk_bytes": -1}, "chunk_bytes=-1: expected bytes"),
         ({"memory_budget": 5, "inner": "eager"}, "memory_budget=5 has no effect: inner='eager'"),
     ],
 )

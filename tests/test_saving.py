@@ -5,22 +5,27 @@ from __future__ import annotations
 import contextlib
 import warnings
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from architectures import build
 from compare import assert_matches, error, grads_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_backend import Model, compile_eager, data
+from test_pipeline import captured
 from test_random import RATIOS, Transformer, batches, configurations
+from test_split import Autocast
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 
 import tokenseek_fx
 from tokenseek_fx import Config, ConfigError, TokenSeekWarning
 from tokenseek_fx.backend import check_kv
-from tokenseek_fx.passes import context
+from tokenseek_fx.passes import Ditch, Pipeline, Select, Split, context
+from tokenseek_fx.scorers import strided
 
 RELAXED = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 B, T, D, V = 2, 13, 12, 29
@@ -244,7 +249,7 @@ def test_keys_and_values_in_8_bits_take_a_byte_each_and_a_scale_for_each_head():
     assert report.rewritten.bytes <= 1.15 * report.floor
 
 
-@pytest.mark.parametrize("kv", ["keep", "fp8"])
+@pytest.mark.parametrize("kv", ["keep", "fp8", "recompute"])
 def test_one_graph_of_any_length_gives_the_gradients_of_graphs_of_each(kv):
     """Keys and values are parts of one product, whose size is a symbol."""
     found = []
@@ -292,3 +297,129 @@ def test_keys_and_values_that_are_offloaded_are_copied_to_the_host_and_back():
     assert saved.meta["val"].device.type == key.meta["val"].device.type == "cpu"
     (back,) = key.users
     assert back.meta["val"].device.type == "cuda" and [*back.users] == [backward.graph.output_node().args[0][0]]
+
+
+# -- keys and values made again ---------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=10, **RELAXED)
+@given(configurations(), batches(), RATIOS, st.sampled_from(["none", "rows"]))
+def test_keys_and_values_made_again_equal_the_reference(configuration, batch, ratio, recompute):
+    """Of attentions by position with as many key heads as query heads; those of others are kept, which ``strict`` would refuse."""
+    options = {"kv": "recompute", "recompute": recompute, "strict": False}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*kv='recompute'", category=TokenSeekWarning)
+        assert_matches(Transformer(configuration), batch, 1e-12, keep_ratio=ratio, **options)
+
+
+def tuned_llama(dropout: float = 0.0) -> nn.Module:
+    targets = ["q_proj", "k_proj", "v_proj"]
+    config = peft.LoraConfig(r=5, target_modules=targets, init_lora_weights=False, lora_dropout=dropout)
+    return peft.get_peft_model(llama(4), config)
+
+
+@pytest.mark.parametrize("model", [tuned_llama, lambda: llama(4), gpt2], ids=["LoRA", "as many key heads", "fused"])
+def test_models_that_make_keys_and_values_again_equal_the_reference(model):
+    ids = torch.randint(WORDS, (B, T), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids}
+    assert_matches(model().double(), batch, 1e-12, logits="drop", kv="recompute")
+
+
+def test_keys_and_values_made_again_are_those_of_the_same_draws():
+    """Dropout before the factors of LoRA: what was drawn is kept."""
+    model, found = tuned_llama(dropout=0.5).double(), []
+    ids = torch.randint(WORDS, (B, T), generator=torch.Generator().manual_seed(0))
+    for kv in ("keep", "recompute"):
+        torch._dynamo.reset(), torch.manual_seed(0), model.zero_grad()
+        compile_eager(model, inner="aot_eager", scorer="first", kv=kv, strict=True)(
+            input_ids=ids, labels=ids
+        ).loss.backward()
+        found.append(grads_of(model))
+    assert error(*found) < 1e-12
+
+
+@pytest.mark.parametrize("recompute", ["none", "rows"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_inputs_of_blocks_are_kept_where_they_take_less_than_keys_and_values(name, recompute):
+    grouped = name == "grouped heads"
+    with (
+        pytest.warns(TokenSeekWarning, match="nothing smaller makes the keys and values of 3 att")
+        if grouped
+        else contextlib.nullcontext()
+    ):
+        report = explained(MODELS[name](), kv="recompute", recompute=recompute)
+    tables = 0 if name == "fused" else 2 * LENGTH * 32 * 4  # of the rotary positions, which all blocks share
+    expected = (
+        {"keys/values": 3 * 2 * B * LENGTH * 2 * 32 * 4}
+        if grouped
+        else {"block inputs": 3 * B * LENGTH * WIDTH * 4 + tables}
+    )
+    of_all = {
+        kind: size for kind, size in report.rewritten.by_kind().items() if kind in ("keys/values", "block inputs")
+    }
+    assert of_all == expected
+    assert report.remade == (0 if grouped else 3) and f"made again for {report.remade} of 3 attentions" in str(report)
+    assert report.rewritten.bytes <= 1.15 * report.floor and not report.rewritten.unexplained
+
+
+def test_the_forward_of_all_tokens_hands_no_keys_and_values_to_blocks_that_make_them():
+    """They are given up behind their attention, so the peak of the forward falls too."""
+    for remake in (False, True):
+        program = Pipeline((Ditch(Select(strided(), 0.3), remake=remake), Split())).run(captured(Model(), data()))
+        given = [node for node in program.segments.parts[0].gives if node.meta["val"].ndim == 4]
+        assert len(given) == (0 if remake else 4)
+
+
+def test_under_autocast_they_are_what_they_were():
+    found = []
+    for kv in ("keep", "recompute"):
+        torch._dynamo.reset()
+        model = Autocast().float()
+        compile_eager(model, inner="aot_eager", scorer="first", kv=kv, strict=True)(**data()).backward()
+        found.append(grads_of(model))
+    assert error(*found) < 1e-6
+
+
+class Frozen(nn.Module):
+    """One attention behind an embedding without gradient: nothing but keys and values needs the weights that made them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(V, D), nn.Linear(D, V)
+        self.query, self.key, self.value = (nn.Linear(D, D) for _ in range(3))
+        self.embed.requires_grad_(False)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.embed(ids)
+        q, k, v = (f(x).unflatten(-1, (3, -1)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("kv", ["keep", "recompute"])
+def test_a_weight_that_is_changed_before_the_backward_is_noticed(kv):
+    """By autograd, which saved it."""
+    model = Frozen()
+    options = {"inner": "aot_eager", "scorer": "first", "recompute": "none", "kv": kv, "strict": True}
+    loss = compile_eager(model, **options)(**tokens())
+    with torch.no_grad():
+        model.key.weight.mul_(2)
+    changed = pytest.raises(RuntimeError, match="modified by an inplace operation")
+    with changed if kv == "recompute" else contextlib.nullcontext():
+        loss.backward()
+
+
+@pytest.mark.slow
+def test_inductor_makes_keys_and_values_again_that_equal_the_reference():
+    assert_matches(Model(), data(), 1e-9, length=data()["ids"].shape[1], inner="inductor", kv="recompute")
+
+
+def test_a_latent_that_many_heads_are_made_from_is_kept_in_place_of_them():
+    """DeepSeek's: the smallest values are not the inputs of blocks."""
+    torch._dynamo.reset()
+    model, batch = build("deepseek_v3", "sdpa", T)
+    report = tokenseek_fx.explain(model, **batch, options={"scorer": "strided", "kv": "recompute"})
+    latent, rotated, instances = 12, 4, len(batch["input_ids"])
+    assert report.rewritten.by_kind()["block inputs"] == 2 * instances * T * (latent + rotated) * 8
+    assert "keys/values" not in report.rewritten.by_kind()

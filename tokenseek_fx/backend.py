@@ -13,7 +13,7 @@ from torch._dynamo.backends.registry import lookup_backend
 
 from . import compat
 from .compiled import AsItIs, Compiled, KeepAll, Rewritten, WithRows, check_rows, is_activation, unknown_tokens
-from .config import Config, ConfigError
+from .config import Config, ConfigError, bytes_in
 from .given import given
 from .passes.activity import FindActivity
 from .passes.attend import FindAttending
@@ -28,6 +28,7 @@ from .passes.fake import fake_inputs
 from .passes.geometry import example_sizes
 from .passes.pipeline import Pipeline, analysis
 from .passes.program import Program, source_line
+from .passes.remake import find_remade
 from .passes.rules.op import hint
 from .passes.saving import partition_of, partitioning
 from .passes.seek import Signals
@@ -178,7 +179,7 @@ def _compile_own(
 
 def compile_rewritten(program: Program, config: Config) -> Compiled:
     """The rewritten graph of a program, in chunks and segments."""
-    segments = Pipeline((Chunk(), Split())).run(program).segments
+    segments = Pipeline((Chunk(bytes_in(config.chunk_bytes)), Split())).run(program).segments
     assert segments is not None
     again = computed_again(segments, config.saving, config.kv)
     return segments.compiled(lambda number, part, taken: _compiled_part(part, taken, config, number < again))
@@ -214,6 +215,7 @@ def ditch(config: Config, program: Program, given: tuple[Any, ...] = (), part: b
         logits=config.logits,
         report_loss=config.report_loss,
         kv_grad=config.kv_grad,
+        remake=config.kv == "recompute",
         given=given,
         part=part,
     )
@@ -280,10 +282,15 @@ def _say_what_has_no_effect(config: Config, facts: Iterable[tuple[str, str]]) ->
 
 
 def _keeps_kv(config: Config, program: Program) -> Iterator[tuple[str, str]]:
-    """A fact and a remedy: what looks at no keys and values by position has none that could be kept otherwise."""
+    """A fact and a remedy: what looks at no keys and values by position has none that could be kept otherwise; nor has a model where
+    nothing smaller makes them."""
     live = [a.node for a in program.axes.attentions if a.node in program.activity.live]
     count = sum(node not in program.attending for node in live)
-    if config.kv != "keep" and count:
+    if config.kv == "recompute" and count < len(live):
+        if not find_remade(program).attentions:
+            fact = f"kv='recompute' has no effect: nothing smaller makes the keys and values of {len(live) - count} attentions."
+            yield fact, "Keep them (kv='keep'), as grouped heads are."
+    elif config.kv != "keep" and count:
         fact = f"kv={config.kv!r}: {count} of {len(live)} attentions keep their keys and values as they are."
         yield fact, "Use scaled_dot_product_attention without dropout, with a mask that compares positions."
 

@@ -20,7 +20,7 @@ _CHOICES = {
     "logits": _LOGITS,
     "gradient_of": ("last_block", "head"),
     "kv_grad": ("selected", "all"),
-    "kv": ("keep", "offload", "fp8"),
+    "kv": ("keep", "recompute", "offload", "fp8"),
 }
 _RECOMPUTE = ("none", "rows")
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -55,10 +55,15 @@ class Config:
         recompute: what of the kept rows is computed again in backward: "none"; "rows", everything but the rows that enter each
             block and the head (costs one more forward of the kept rows); or bytes to save at most, a number or "64MiB":
             as many blocks are computed again as that takes. ``None``: "rows", or what ``memory_budget`` asks for.
-        kv: keys and values of all tokens between forward and backward: "keep"; "offload", in pinned host memory (on a GPU); "fp8", in
-            8 bits (the loss is exact, the gradient approximate).
+        kv: keys and values of all tokens until the backward: "keep"; "recompute", they are made again, in the forward of the kept
+            rows and in their backward, from what takes fewer bytes, where there is that (the input of a block, for as many key
+            heads as query heads); "offload", in pinned host memory (on a GPU); "fp8", in 8 bits (the loss is exact, the gradient
+            approximate).
+        chunk_bytes: what a value that the forward of all tokens makes on its way may take, a number or "32MiB": it goes through a
+            block's projections and MLP in chunks of so many tokens. ``None``: 12 MiB on a CPU, 256 MiB on a GPU.
         memory_budget: what forward and backward may hold beside parameters, gradients and optimizer states that are there
-            before, in bytes or as "8GiB": what it takes of ``recompute`` is chosen at compile time, by estimates.
+            before, in bytes or as "8GiB": what it takes of ``recompute``, ``chunk_bytes`` and ``kv`` is chosen at compile time,
+            by estimates.
         report_loss: "full" returns the loss of all tokens, "kept" that of the kept ones; ``None``: the full one where the
             scores need it anyway. The gradient is that of the kept tokens.
         inner: what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
@@ -89,6 +94,7 @@ class Config:
     kv_grad: str = "selected"
     recompute: str | int | None = None
     kv: str = "keep"
+    chunk_bytes: str | int | None = None
     memory_budget: str | int | None = None
     report_loss: str | None = None
     inner: str = "inductor"
@@ -111,8 +117,9 @@ class Config:
         self._check_positions()
         if self.recompute is not None:
             _check_recompute(self.recompute)
-        if self.memory_budget is not None and not bytes_in(self.memory_budget):
-            raise ConfigError(f"memory_budget={self.memory_budget!r}: expected bytes, as a number or as text ('8GiB').")
+        for name in ("memory_budget", "chunk_bytes"):
+            if (amount := getattr(self, name)) is not None and (bytes_in(amount) or 0) < 1:
+                raise ConfigError(f"{name}={amount!r}: expected bytes, as a number or as text ('8GiB').")
         for name in ("strict", "keep_label"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected True or False.")

@@ -22,14 +22,17 @@ from .passes.floor import floor
 from .passes.geometry import example_sizes
 from .passes.pipeline import Pipeline, analysis
 from .passes.program import Program, module_path, source_line
+from .passes.remake import find_remade
 from .passes.select import kept_tokens
 from .passes.show import show_blocks
 from .passes.split import Split
 from .passes.streams import Barrier, class_factors, kind_of
+from .passes.tags import REMADE
 
 _MIB = 2**20
-#: Kinds of the seek stream, which has no backward.
-_WITHOUT_GRADIENT = (None, "seek", "keys/values", "scoring", "select")
+#: How often what has no backward is computed in a step, by its kind: keys and values that are made again are so for the rows'
+#: forward and for their backward.
+_WITHOUT_GRADIENT = dict.fromkeys((None, "seek", "keys/values", "block inputs", "scoring", "select"), 1) | {REMADE: 2}
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Explanation:
     ``refusal``: why the model would be compiled as it is (the rest is then empty). ``batch``, ``tokens``, ``kept``: of the
     token axis of the loss; ``others``: (tokens, kept) of further ones. ``forwards``: predicted cost of a
     training step in units of one forward of the model (training on all tokens costs 3). ``plain``, ``rewritten``: the
-    tensors saved for backward; ``floor``: the bytes that have to be (``passes/floor.py``). ``graphs``: the rewritten graph as text,
+    tensors saved for backward; ``floor``: the bytes that have to be (``passes/floor.py``). ``remade``: of how many attentions keys
+    and values are made again instead of kept (``None``: that was not asked for). ``graphs``: the rewritten graph as text,
     block by block (``passes.show.show_blocks``). A notebook shows it as tables.
     """
 
@@ -56,6 +60,7 @@ class Explanation:
     plain: Audit = field(default_factory=lambda: Audit(()))
     rewritten: Audit = field(default_factory=lambda: Audit(()))
     floor: int = 0
+    remade: int | None = None
     forwards: float = 3.0
     graphs: tuple[str, ...] = field(default=(), repr=False)
 
@@ -78,8 +83,15 @@ class Explanation:
             *(f"                {line}" for line in _counted(self.attentions)),
             f"  loss          {loss}",
             f"  ditched       {self.ditched} of {self.live} operations that carry gradient run on the kept rows only",
+            *self._context(),
             f"  cost          {self.forwards:.2f} forwards a step (3.00 with all tokens)",
         ]
+
+    def _context(self) -> list[str]:
+        if self.remade is None:
+            return []
+        kept = "" if self.remade == len(self.attentions) else ", of the others kept"
+        return [f"  keys/values   made again for {self.remade} of {_some(len(self.attentions), 'attention')}{kept}"]
 
     def _barriers(self) -> list[str]:
         if not self.barriers:
@@ -187,6 +199,7 @@ def _described(plain: Program, rewritten: Program, config: Config) -> Explanatio
         plain=everything,
         rewritten=rewritten.audit,
         floor=floor(plain, shares, config.kv, everything if config.saving == "none" else None),
+        remade=len(find_remade(plain).attentions) if config.kv == "recompute" else None,
         forwards=_forwards(plain, rewritten, config),
         graphs=tuple(show_blocks(rewritten)),
     )
@@ -201,7 +214,7 @@ def _counted(lines: Sequence[str]) -> list[str]:
 
 
 def _forwards(plain: Program, rewritten: Program, config: Config) -> float:
-    """(seek + 3 x ditch + what of it is computed again) / forward, in floating-point operations of matrix products."""
+    """(seek + 3 x ditch + what is computed again) / forward, in floating-point operations of matrix products."""
     assert rewritten.rewrite and rewritten.segments
     forward = _flops(plain.module, plain.inputs).total()
     again = computed_again(rewritten.segments, config.saving, config.kv) / len(rewritten.segments.parts)
@@ -213,7 +226,7 @@ def flops_of_step(module: fx.GraphModule, inputs: Sequence[Any], again: float = 
     """Floating-point operations of matrix products in forward and backward of a rewritten graph, by kind (``passes/tags.py``);
     ``again``: share of the kept rows' forward that the backward computes again."""
     flops = _flops(module, inputs)
-    return Counter({kind: count * (1 if kind in _WITHOUT_GRADIENT else 3 + again) for kind, count in flops.items()})
+    return Counter({kind: count * _WITHOUT_GRADIENT.get(kind, 3 + again) for kind, count in flops.items()})
 
 
 def _flops(module: fx.GraphModule, inputs: Sequence[Any]) -> Counter[str | None]:

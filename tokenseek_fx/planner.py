@@ -10,10 +10,13 @@ from typing import Any
 from torch import fx
 
 from .config import Config, bytes_in
+from .passes.chunks import default_bytes
 from .passes.errors import GraphNotSupported
 from .warnings import TokenSeekWarning
 
 _SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
+#: By how much small chunks are smaller than others.
+_SMALLER = 8
 
 
 def within_budget(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Config:
@@ -29,14 +32,15 @@ def within_budget(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> 
     def size(candidate: Config) -> int:
         with warnings.catch_warnings():  # what is to be said of the options is said when they are compiled
             warnings.simplefilter("ignore", TokenSeekWarning)
-            return held(gm, inputs, candidate)
+            return held(gm, inputs, replace(candidate, strict=False))
 
-    return choose(config, size)
+    return choose(config, size, default_bytes(inputs) // _SMALLER)
 
 
-def choose(config: Config, held: Callable[[Config], int]) -> Config:
-    """The first candidate, from the cheapest in time to the dearest, of which ``held`` says that it is within the budget."""
-    budget, ways = bytes_in(config.memory_budget), list(_candidates(config))
+def choose(config: Config, held: Callable[[Config], int], small: int) -> Config:
+    """The first candidate, from the cheapest in time to the dearest, of which ``held`` says that it is within the budget. ``small``:
+    the bytes of small chunks."""
+    budget, ways = bytes_in(config.memory_budget), list(_candidates(config, small))
     assert budget is not None
     sizes: list[int] = []
     for way in ways:
@@ -53,11 +57,16 @@ def choose(config: Config, held: Callable[[Config], int]) -> Config:
     return best
 
 
-def _candidates(config: Config) -> Iterator[Config]:
-    """Exact ways to train. What was chosen by hand stays."""
+def _candidates(config: Config, small: int) -> Iterator[Config]:
+    """Exact ways to train, each slower than the one before. What was chosen by hand stays."""
     if config.recompute is None:
         yield replace(config, recompute="none")
     yield config
+    if config.chunk_bytes is None:
+        config = replace(config, chunk_bytes=small)
+        yield config
+    if config.kv == "keep" and config.kv_grad == "selected":
+        yield replace(config, kv="recompute")
 
 
 def _fewer(config: Config) -> Iterator[Config]:

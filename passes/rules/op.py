@@ -70,6 +70,12 @@ def bind(node: fx.Node) -> dict[str, Any]:
     return {**bound, **node.kwargs}
 
 
+def is_random(node: fx.Node) -> bool:
+    """True for an operation that draws (an attention without dropout does not)."""
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags and bind(node).get("dropout_p") != 0
+
+
 def bind_values(node: fx.Node, values: Mapping[fx.Node, Any]) -> dict[str, Any]:
     """The same with values in place of nodes."""
     return {name: values[arg] if isinstance(arg, fx.Node) else arg for name, arg in bind(node).items()}

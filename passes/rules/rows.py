@@ -114,7 +114,7 @@ def attention(call: Call) -> Any:
     if not restricts(call):
         return NotImplemented
     if call.attending is not None:
-        return call.attending(call.streams.seek, call.rows(0), call.geometry.indices, call.live_keys())
+        return call.attending(call.streams.looked_at, call.rows(0), call.geometry.indices, call.live_keys())
     if call.dim != call.rank(0) - 2:
         return _attention_beside(call)
     query, key, value = call.rows(0), call.context(1), call.context(2)
