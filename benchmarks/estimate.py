@@ -5,7 +5,7 @@
 Every measurement and every estimate has a process of its own; estimates see models on the meta device. Measured is the peak of
 resident memory above the model over two steps after the graphs were compiled, with an allocator that gives every tensor back at
 once (glibc; see `worker.py`): forward, backward and, where an optimizer is named, its update and states; where none is, gradients
-are there before and are not counted. The exit status is 1 where an estimate is more than 10 % off.
+are there before and are not counted. What is in the file is not measured again. The exit status is 1 where an estimate is more than 10 % off.
 """
 
 import argparse
@@ -214,8 +214,9 @@ def main() -> int:
     if not EXACT_MEMORY.items() <= os.environ.items():  # the allocator reads it at the start of a process
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | EXACT_MEMORY)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    results: list[Result] = []
-    for index in options.only:
+    results: list[Result] = json.loads(options.out.read_text())["results"] if options.out.exists() else []
+    known = {found["setting"] for found in results}
+    for index in (i for i in options.only if str(SETTINGS[i]) not in known):
         results.append(result(index))
         figures = {"machine": machine(), "results": results}
         options.out.write_text(json.dumps(figures, indent=1) + "\n")
