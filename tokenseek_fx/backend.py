@@ -288,7 +288,7 @@ def _keeps_kv(config: Config, program: Program) -> Iterator[tuple[str, str]]:
     count = sum(node not in program.attending for node in live)
     if config.kv == "recompute" and count < len(live):
         if not find_remade(program).attentions:
-            fact = f"kv='recompute' has no effect: nothing smaller makes the keys and values of {len(live) - count} attentions."
+            fact = f"kv='recompute' has no effect: nothing smaller makes the keys and values (attentions: {len(live) - count})."
             yield fact, "Keep them (kv='keep'), as grouped heads are."
     elif config.kv != "keep" and count:
         fact = f"kv={config.kv!r}: {count} of {len(live)} attentions keep their keys and values as they are."
