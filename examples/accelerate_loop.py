@@ -1,6 +1,6 @@
 """A training loop with accelerate, on one process or several:
 
-python examples/accelerate_loop.py, or accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
+python examples/accelerate_loop.py, or accelerate launch --multi_gpu --num_processes 2 examples/accelerate_loop.py
 """
 
 import accelerate

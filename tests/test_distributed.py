@@ -13,8 +13,17 @@ import torch
 from compare import Grads, by_reference, error
 
 HERE = Path(__file__).parent
+WAYS = ("ddp", "fsdp2", "fsdp2_blocks")
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-ACCELERATE = ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no"]
+# accelerate's --cpu starts several processes by mpirun alone; without a GPU --multi_gpu starts those of gloo
+SETTINGS = [
+    "--num_processes=2",
+    "--num_machines=1",
+    "--mixed_precision=no",
+    "--dynamo_backend=no",
+    "--main_process_port=0",
+]
+ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", *SETTINGS]
 
 
 def launch(launcher: list[str], *command: str) -> str:
@@ -47,8 +56,8 @@ def assert_equal(steps: list[dict], expected: Grads) -> None:
 
 @pytest.mark.slow
 def test_gradients_of_ddp_and_fsdp2_are_those_of_one_process(tmp_path):
-    launch(TORCHRUN, str(HERE / "distributed.py"), str(tmp_path), "ddp", "fsdp2")
-    for way in ("ddp", "fsdp2"):
+    launch(TORCHRUN, str(HERE / "distributed.py"), str(tmp_path), *WAYS)
+    for way in WAYS:
         found = steps(tmp_path, way)
         mean = {name: grad / distributed.PROCESSES for name, grad in on_one_process(found).items()}
         assert_equal(found, mean)

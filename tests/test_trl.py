@@ -14,11 +14,11 @@ from trl.trainer.utils import add_fused_lm_head
 
 from tokenseek_fx import Config, ConfigError, TokenSeekWarning, record, reference
 from tokenseek_fx.compat import call_in_place
-from tokenseek_fx.integrations.trl import PlainHead, has_fused_head
+from tokenseek_fx.integrations.trl import PlainHead, fused_head
 from tokenseek_fx.integrations.watched import Watched
 
 B, T = 3, 13
-OUTPUTS = ("log_probs", "entropy", "is_top1")
+OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 @pytest.fixture(autouse=True)
@@ -30,10 +30,11 @@ def fused(summed: bool, **options: Any) -> nn.Module:
     """A model as a trainer of TRL prepares it, and the callback after it."""
     model = zoo.build("llama")
     add_fused_lm_head(model, outputs=OUTPUTS)
-    assert has_fused_head(model)
+    head = fused_head(model)
+    assert head is not None and fused_head(zoo.build("llama")) is None
     watched = Watched(Config(inner="aot_eager", keep_ratio=0.5, strict=True, **options))
     with pytest.warns(TokenSeekWarning, match="fused head is off in training forwards"):
-        call_in_place(model, PlainHead(model, watched, summed))
+        call_in_place(model, PlainHead(model, head, watched, summed))
     return model
 
 
@@ -43,10 +44,14 @@ def packed() -> dict[str, Tensor]:
     return {**batch, "position_ids": torch.cat([torch.arange(6), torch.arange(T - 6)])[None]}
 
 
-@pytest.mark.parametrize("kind", ["padded", "packed"])
+@pytest.mark.parametrize("kind", ["padded", "packed", "without logits"])
 def test_a_sum_of_log_probabilities_is_a_loss_that_tokens_are_drawn_by(kind):
     """What SFTTrainer does with them, under gradient accumulation."""
-    model, batch = fused(summed=True), packed() if kind == "packed" else zoo.batch(zoo.build("llama"), B, T, "right")
+    logits = "drop" if kind == "without logits" else "keep"
+    model, batch = (
+        fused(summed=True, logits=logits),
+        packed() if kind == "packed" else zoo.batch(zoo.build("llama"), B, T, "right"),
+    )
     before = zoo.build("llama")
     with record() as rec:
         output = model(**batch, fused_lm_head=True)
@@ -61,6 +66,9 @@ def test_a_sum_of_log_probabilities_is_a_loss_that_tokens_are_drawn_by(kind):
     with torch.no_grad():
         theirs = model(**batch, fused_lm_head=True)
     torch.testing.assert_close(loss.double(), -theirs.log_probs.sum().double() / 50)
+    if logits == "drop":
+        assert output.entropy.isnan().all() and output.is_top1.isnan().all(), "unknown, and not a wrong number"
+        return
     for name in (*OUTPUTS, "label_mask"):
         torch.testing.assert_close(getattr(output, name).double(), getattr(theirs, name).double(), rtol=1e-5, atol=1e-5)
 
@@ -97,8 +105,8 @@ def test_calls_that_do_not_ask_for_the_head_have_logits():
     torch.testing.assert_close(model(**batch).logits, plain(**batch).logits)
 
 
-def test_an_auxiliary_loss_outside_is_refused():
+def test_a_head_with_a_temperature_is_refused():
     model = zoo.build("llama")
-    model.config.output_router_logits = True
-    with pytest.raises(ConfigError, match=r"Set router_aux_loss_coef=0\.0"):
-        PlainHead(model, Watched(Config()), summed=True)
+    add_fused_lm_head(model, temperature=0.7)
+    with pytest.raises(ConfigError, match=r"divides logits by 0\.7.* Set temperature=1\.0"):
+        PlainHead(model, fused_head(model), Watched(Config()), summed=False)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,10 +18,12 @@ from .. import compat
 from ..config import Config, ConfigError
 from ..recording import Selection
 from ..warnings import TokenSeekWarning
-from .trl import PlainHead, has_fused_head
+from .trl import PlainHead, fused_head
 from .watched import Watched
 
 PREFIX = "tokenseek_"
+#: What transformers and PEFT call the hook that makes embeddings require grad.
+_INPUT_HOOK = "make_inputs_require_grad"
 
 
 class TokenSeekCallback(TrainerCallback):
@@ -60,10 +63,15 @@ class TokenSeekCallback(TrainerCallback):
         self.settings.callback(compat.call_in_place, model, None)
         if args.parallel_mode is ParallelMode.DISTRIBUTED:
             self.settings.enter_context(whole_graphs())
-        if _has_input_hooks(args, model):
-            self.settings.callback(model.enable_input_require_grads)
-            model.disable_input_require_grads()
+        if not _is_reentrant(args):
+            self.settings.enter_context(without_input_hooks(model))
         compat.call_in_place(model, _call(args, model, self.watched))
+
+    def on_step_begin(self, args: TrainingArguments, *others: Any, model: nn.Module, **kwargs: Any) -> None:
+        if not _is_reentrant(args):  # DPO's forward of the reference has them put back
+            remove_input_hooks(model)
+
+    on_substep_end = on_step_begin
 
     def on_log(
         self,
@@ -99,16 +107,33 @@ class InPlace:
 
 
 def _call(args: TrainingArguments, model: nn.Module, backend: Watched) -> InPlace | PlainHead:
-    if has_fused_head(model):
-        return PlainHead(model, backend, summed=getattr(args, "loss_type", None) == "nll")
+    if (head := fused_head(model)) is not None:
+        return PlainHead(model, head, backend, summed=getattr(args, "loss_type", None) == "nll")
     return InPlace(model, backend)
 
 
-def _has_input_hooks(args: TrainingArguments, model: nn.Module) -> bool:
-    """True where hooks make embeddings require grad: they serve reentrant checkpointing alone, and Dynamo can't trace them."""
+def _is_reentrant(args: TrainingArguments) -> bool:
     given = [getattr(args, f"{kind}_checkpointing_kwargs", None) or {} for kind in ("activation", "gradient")]
-    reentrant = any(settings.get("use_reentrant") for settings in given)
-    return bool(getattr(model, "_require_grads_hooks", None)) and not reentrant
+    return any(settings.get("use_reentrant") for settings in given)
+
+
+@contextmanager
+def without_input_hooks(model: nn.Module) -> Iterator[None]:
+    """Embeddings are not made to require grad: that serves reentrant checkpointing alone, and Dynamo can't trace it."""
+    found = remove_input_hooks(model)
+    yield
+    remove_input_hooks(model)
+    for hooks, key, hook in found:
+        hooks[key] = hook
+
+
+def remove_input_hooks(model: nn.Module) -> list[tuple[dict[int, Any], int, Any]]:
+    """Several libraries may have asked for these hooks, and transformers knows the last alone: all are found by their name."""
+    every = [(module._forward_hooks, *item) for module in model.modules() for item in module._forward_hooks.items()]
+    found = [(hooks, key, hook) for hooks, key, hook in every if getattr(hook, "__name__", "").startswith(_INPUT_HOOK)]
+    for hooks, key, _ in found:
+        del hooks[key]
+    return found
 
 
 def whole_graphs() -> AbstractContextManager:
