@@ -93,7 +93,7 @@ def _fresh_dynamo():
         ({"select": "top-k"}, "select='top-k': expected one of 'topk', 'sample'. Did you mean 'topk'?"),
         ({"gradient_of": "block"}, "gradient_of='block': expected one of 'last_block', 'head'. Did you mean"),
         ({"kv_grad": "none"}, "kv_grad='none': expected one of 'selected', 'all'."),
-        ({"kv": "fp-8"}, "kv='fp-8': expected one of 'keep', 'offload', 'fp8'. Did you mean 'fp8'?"),
+        ({"kv": "fp-8"}, "kv='fp-8': expected one of 'keep', 'recompute', 'offload', 'fp8'. Did you mean 'fp8'?"),
         ({"kv": "fp8", "inner": "eager"}, "kv='fp8' has no effect: inner='eager'."),
         ({"kv": "fp8", "kv_grad": "all"}, "kv='fp8' has no effect: kv_grad='all' keeps the inputs of blocks"),
         ({"report_loss": "all"}, "report_loss='all': expected one of 'full', 'kept'."),
