@@ -9,7 +9,7 @@ export TORCHINDUCTOR_COMPILE_THREADS ?= $(CORES)
 export TOKENIZERS_PARALLELISM ?= false
 export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
 
-.PHONY: demo test check types bench bench-gpu clean
+.PHONY: demo test check types docs bench bench-gpu clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -25,6 +25,10 @@ check: $(STAMP) types
 types: $(STAMP) $(LINK)
 	$(BIN)/pyright
 
+# the site, in site/; a link that leads nowhere is an error
+docs: $(STAMP) $(LINK)
+	$(BIN)/mkdocs build --quiet
+
 bench: $(STAMP)
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
 
@@ -37,8 +41,8 @@ $(LINK):
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,hf,bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,docs,hf,bench]'
 	@touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info $(LINK)
+	rm -rf .venv build dist site *.egg-info $(LINK)

@@ -99,6 +99,7 @@ def active(page: Any) -> str:
     return page.locator(".token.active").inner_text()
 
 
+@pytest.mark.slow
 def test_the_report_of_the_example_draws_every_section(opened, scheme, example_run):
     page = opened(example_run, scheme)
     assert page.title() == example_run.title == page.locator("h1").inner_text()
