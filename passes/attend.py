@@ -129,10 +129,12 @@ def _read(program: Program, node: fx.Node, mask: Mask | None) -> Attending | Non
 
 
 def _is_by_token(axes: TokenAxes, node: fx.Node) -> bool:
-    """[B, H, T, E], where B are the instances and T their tokens."""
+    """[B, H, T, E], where B are the instances and T their tokens; a single instance has no axis."""
     labels = axes.of(node)
     axis = axes.axis_at(labels[2]) if len(labels) == 4 else None
-    return axis is not None and bool(axis.batch) and labels[0] == axis.batch and labels[2] == axis.token
+    if axis is None or labels[2] != axis.token or labels[0] != axis.batch:
+        return False
+    return bool(axis.batch) or same_size(node.meta["val"].shape[0], 1)
 
 
 def _before_groups(node: fx.Node) -> Any:

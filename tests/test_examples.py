@@ -66,4 +66,5 @@ def test_loops(name, capsys):
 def test_examples_are_all_here():
     helpers = {"data", "demo", "measure", "small", "training"}
     tested = {"trainer", "sft", "dpo", "lightning_module", "accelerate_loop", "loop"}
+    tested |= {"pairs", "write_report"}  # by test_cli.py and test_report_browser.py
     assert {path.stem for path in EXAMPLES.glob("*.py")} - helpers == tested

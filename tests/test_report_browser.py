@@ -114,14 +114,14 @@ def test_the_report_of_the_example_draws_every_section(opened, scheme, example_r
 
 @pytest.fixture(scope="module")
 def example_run() -> Run:
-    """``examples/report.py``, cut short."""
+    """``examples/write_report.py``, cut short."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
     try:
-        import report
+        import write_report
     finally:
         sys.path.pop(0)
     torch._dynamo.reset()
-    return report.make_run(3, layers=1, length=48, batch=2, inner="eager", scorer="tokenseek")
+    return write_report.make_run(3, layers=1, length=48, batch=2, inner="eager", scorer="tokenseek")
 
 
 def test_no_text_of_a_run_is_executed_or_hidden(opened):

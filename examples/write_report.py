@@ -1,4 +1,4 @@
-"""A plain training loop that ends with a report, one HTML file: `python examples/report.py report.html`.
+"""A plain training loop that ends with a report, one HTML file: `python examples/write_report.py report.html`.
 
 A small Llama with random weights learns docstring -> code pairs of Python's own library, every pair three times: once on a fifth
 of the tokens, and once on all of them.
