@@ -392,7 +392,8 @@ class Frozen(nn.Module):
 
     def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
         x = self.embed(ids)
-        q, k, v = self.query(x), *(f(self.context(x)) for f in (self.key, self.value))
+        context = self.context(x)
+        q, k, v = self.query(x), self.key(context), self.value(context)
         q, k, v = (y.unflatten(-1, (3, -1)).transpose(1, 2) for y in (q, k, v))
         x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
         return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
