@@ -60,6 +60,7 @@ class Segments:
         mode = detect_fake_mode(self.inputs)
 
         def run(part: Segment, taken: list) -> Sequence[Any]:
+            taken = [_settled(x) for x in taken]
             with fake_mode_of(self.inputs):
                 given = part.run(*taken)
             with tracing(TracingContext(mode)):
@@ -191,6 +192,14 @@ def _meta(node: fx.Node) -> dict[str, Any]:
     """That of a node without its block."""
     custom = {name: value for name, value in node.meta.get("custom", {}).items() if name != BLOCK}
     return {**node.meta, "custom": custom}
+
+
+def _settled(value: Any) -> Any:
+    """A symbolic size as the symbol that it is known to equal by now. Inductor reads a number as it was created: where ids and mask have
+    lengths of their own that a guard found equal, it would not know the symbol that other sizes are made of."""
+    if not isinstance(value, torch.SymInt):
+        return value
+    return value.node.shape_env.create_symintnode(value.node.expr, hint=value.node.hint)
 
 
 def _places_of_symbols(inputs: Sequence[Any]) -> dict[sympy.Symbol, tuple[int, int | None]]:
