@@ -26,6 +26,7 @@ from .parallel import is_parallel, reads
 from .part import Part, trace_whole
 from .program import Program
 from .rules.op import bytes_hint
+from .sizes import Numbers, symbols_of
 from .tail import cut_to
 from .token_axes import TokenAxis
 
@@ -37,7 +38,7 @@ CHUNK_BYTES = {"cpu": 12 * 2**20, "cuda": 256 * 2**20}
 @dataclass(frozen=True)
 class Chunk:
     """Cut the regions of the seek stream so that no value inside one takes more than ``chunk_bytes`` (``None``: ``CHUNK_BYTES`` of
-    the device). Reads and writes ``rewrite``. Lengths that are symbols are left whole."""
+    the device). Reads and writes ``rewrite``. A length that is a symbol is cut into as many chunks as the example would be."""
 
     chunk_bytes: int | None = None
     name: str = "chunks"
@@ -46,10 +47,11 @@ class Chunk:
         assert program.rewrite is not None
         module, bodies = program.rewrite.module, _Bodies(program.rewrite.module)
         chunk_bytes = self.chunk_bytes or default_bytes(program.rewrite.inputs)
+        number = Numbers(module.graph, program.rewrite.inputs)
         for region in _regions(program):
             sizes = region.sizes(chunk_bytes)
             if len(sizes) > 1:
-                _call_in_chunks(region, sizes, bodies)
+                _call_in_chunks(region, sizes, bodies, number)
         module.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or is_autocast(node))
         module.recompile()
         return program
@@ -109,12 +111,19 @@ class _Region:
         """What is read outside of it."""
         return tuple(node for node in self.nodes if not self.inside >= {*self.seek[node].users})
 
-    def sizes(self, chunk_bytes: int) -> list[int]:
+    @cached_property
+    def symbols(self) -> list[torch.SymInt]:
+        """What sizes of what it reads are made of."""
+        read = [node.meta["val"] for node in (*self.rows, *self.whole)]
+        return symbols_of(
+            [*example_sizes(self.program, self.axis), *(size for x in read for size in (*x.shape, *x.stride()))]
+        )
+
+    def sizes(self, chunk_bytes: int) -> list[Any]:
         """The chunks of tokens: one where there is nothing to cut."""
         inner = [bytes_hint(node) for node in self.nodes if node not in self.outputs]
-        batch, tokens = example_sizes(self.program, self.axis)
-        symbolic = not isinstance(tokens, int) or not isinstance(batch, int) or not self._is_static
-        sizes = [tokens] if symbolic else cut_to(tokens, max([1, *inner]), chunk_bytes)
+        _, tokens = example_sizes(self.program, self.axis)
+        sizes = cut_to(tokens, max([1, *inner]), chunk_bytes)
         return sizes if len(sizes) > 1 and self._can_stand else [tokens]
 
     def geometry(self, size: int, positions: Any = None) -> Geometry:
@@ -130,11 +139,6 @@ class _Region:
         pieces = self.geometry(1).cut(shape, axes.of(node), axes.row_dim(node))
         at = [kind for kind, _ in pieces].index("token")
         return [size for _, size in pieces], at, len(pieces) > len(shape)
-
-    @property
-    def _is_static(self) -> bool:
-        read = [node.meta["val"] for node in (*self.nodes, *self.rows, *self.whole)]
-        return all(isinstance(size, int) for x in read for size in (*x.shape, *x.stride()))
 
     @cached_property
     def _can_stand(self) -> bool:
@@ -169,8 +173,8 @@ class _Bodies:
     def __init__(self, module: fx.GraphModule) -> None:
         self.module, self._known = module, dict[Any, str]()
 
-    def named(self, body: fx.GraphModule, inputs: Sequence[Tensor]) -> str:
-        key = (body.code, *((x.shape, x.stride(), x.dtype) for x in inputs))
+    def named(self, body: fx.GraphModule, inputs: Sequence[Any]) -> str:
+        key = (body.code, *(f"{x.shape} {x.stride()} {x.dtype}" for x in inputs if isinstance(x, Tensor)))
         if [*body.named_buffers()]:  # it holds constants
             key = id(body)
         if key not in self._known:
@@ -179,48 +183,50 @@ class _Bodies:
         return self._known[key]
 
 
-def _call_in_chunks(region: _Region, sizes: Sequence[int], bodies: _Bodies) -> None:
+def _call_in_chunks(region: _Region, sizes: Sequence[Any], bodies: _Bodies, number: Numbers) -> None:
     """Replace a region by calls of a subgraph; one that can't be cut after all stays."""
     graph, seek = bodies.module.graph, region.seek
     order = {node: i for i, node in enumerate(graph.nodes)}
     last = max((seek[node] for node in (*region.rows, *region.whole)), key=order.__getitem__)
     try:
-        traced = {size: _trace(region, size) for size in {*sizes}}
+        traced = {str(size): _trace(region, size) for size in (sizes[0], sizes[-1])}
     except TokenSeekError:
         return
     like, start, calls = seek[region.nodes[-1]], 0, list[fx.Node]()
     with graph.inserting_before(_after(last)):
         for size in sizes:
-            body, examples = traced[size]
+            body, examples = traced[str(size)]
             name = bodies.named(body, examples)
-            calls.append(_call(region, like, name, body, start, size))
-            start += size
+            calls.append(_call(region, like, name, body, start, size, number))
+            start = start + size
         for i, node in enumerate(region.outputs):
             parts = [emit(seek[node], operator.getitem, call, i) for call in calls]
-            whole = _joined(region, node, parts)
+            whole = _joined(region, node, parts, partial(number.emit, seek[node]))
             seek[node].replace_all_uses_with(whole, lambda user: user not in region.inside)
             seek[node] = whole
 
 
-def _call(region: _Region, like: fx.Node, name: str, body: fx.GraphModule, start: int, size: int) -> fx.Node:
+def _call(
+    region: _Region, like: fx.Node, name: str, body: fx.GraphModule, start: Any, size: Any, number: Numbers
+) -> fx.Node:
     """One call of a subgraph, for the tokens from ``start`` on."""
     graph, (batch, _) = like.graph, example_sizes(region.program, region.axis)
     device = like.meta["val"].device
-    positions = emit(like, aten.arange.start, start, start + size, device=device)
-    positions = emit(like, aten.expand.default, positions, [batch, size])
+    positions = number.emit(like, aten.arange.start, start, start + size, device=device)
+    positions = number.emit(like, aten.expand.default, positions, [batch, size])
     rows = []
     for node in region.rows:
         place = region.seek[node]
-        rows.append(_rows(region, node, place, start, size, partial(emit, place)))
+        rows.append(_rows(region, node, place, start, size, partial(number.emit, place)))
     subgraph = graph.get_attr(name)
-    operands = (positions, *rows, *(region.seek[node] for node in region.whole))
+    operands = (positions, *rows, *(region.seek[node] for node in region.whole), *map(number, region.symbols))
     call = graph.call_function(invoke_subgraph, (subgraph, name, *operands))
     results: Any = body.graph.output_node().args[0]
     call.meta = {**like.meta, "val": tuple(node.meta["val"] for node in results)}
     return call
 
 
-def _rows(region: _Region, node: fx.Node, value: Any, start: int, size: int, apply: Callable[..., Any]) -> Any:
+def _rows(region: _Region, node: fx.Node, value: Any, start: Any, size: Any, apply: Callable[..., Any]) -> Any:
     """The rows of ``value`` from ``start`` on, contiguous whatever the layout of ``value`` is when it is computed; ``apply`` calls an
     operation."""
     sizes, at, is_cut = region.layout(node)
@@ -235,15 +241,14 @@ def _apply(target: Any, *args: Any) -> Any:
     return target(*args)
 
 
-def _joined(region: _Region, node: fx.Node, parts: list[fx.Node]) -> fx.Node:
+def _joined(region: _Region, node: fx.Node, parts: list[fx.Node], apply: Callable[..., fx.Node]) -> fx.Node:
     """The value of ``node`` from its chunks."""
-    place = region.seek[node]
     sizes, at, is_cut = region.layout(node)
     if is_cut:
-        cuts = [[-1 if i == at else size for i, size in enumerate(sizes)] for _ in parts]
-        parts = [emit(place, aten.reshape.default, part, shape) for part, shape in zip(parts, cuts, strict=True)]
-    whole = emit(place, aten.cat.default, parts, at)
-    return emit(place, aten.reshape.default, whole, list(node.meta["val"].shape)) if is_cut else whole
+        cut = [-1 if i == at else size for i, size in enumerate(sizes)]
+        parts = [apply(aten.reshape.default, part, cut) for part in parts]
+    whole = apply(aten.cat.default, parts, at)
+    return apply(aten.reshape.default, whole, list(node.meta["val"].shape)) if is_cut else whole
 
 
 def _after(node: fx.Node) -> fx.Node:
@@ -254,14 +259,13 @@ def _after(node: fx.Node) -> fx.Node:
     return node
 
 
-def _trace(region: _Region, size: int) -> tuple[fx.GraphModule, list[Tensor]]:
-    """(positions, *rows, *whole) -> outputs for ``size`` tokens, and examples of its inputs."""
+def _trace(region: _Region, size: Any) -> tuple[fx.GraphModule, list[Any]]:
+    """(positions, *rows, *whole, *symbols) -> outputs for ``size`` tokens, and examples of its inputs."""
     program, (batch, _) = region.program, example_sizes(region.program, region.axis)
-    count = len(region.rows) + 1
 
-    def body(positions: Tensor, *args: Tensor) -> tuple[Tensor, ...]:
+    def body(positions: Tensor, *args: Any) -> tuple[Tensor, ...]:
         rows = dict(zip(region.rows, args, strict=False))
-        known = dict(zip(region.whole, args[count - 1 :], strict=True))
+        known = dict(zip(region.whole, args[len(rows) :], strict=False))
         part = Part(program, region.nodes, known, region.geometry(size, positions), rows)
         part.run()
         return tuple(part.rows_of(node) for node in region.outputs)
@@ -270,7 +274,7 @@ def _trace(region: _Region, size: int) -> tuple[fx.GraphModule, list[Tensor]]:
         device = region.nodes[0].meta["val"].device
         positions = torch.arange(size, device=device).expand(batch, size)
         rows = [_rows(region, node, region.seek[node].meta["val"], 0, size, _apply) for node in region.rows]
-    inputs = [positions, *rows, *(region.seek[node].meta["val"] for node in region.whole)]
+    inputs = [positions, *rows, *(region.seek[node].meta["val"] for node in region.whole), *region.symbols]
     with torch.no_grad():
         module = trace_whole(body, inputs)
     return module, inputs

@@ -24,6 +24,7 @@ from .errors import InvariantBroken
 from .fake import fake_mode_of
 from .program import Program
 from .rules.op import bytes_hint, hint, is_tensor
+from .sizes import places_of_symbols, settled
 from .tags import BLOCK, block_of
 
 Run = Callable[..., Any]
@@ -60,7 +61,7 @@ class Segments:
         mode = detect_fake_mode(self.inputs)
 
         def run(part: Segment, taken: list) -> Sequence[Any]:
-            taken = [_settled(x) for x in taken]
+            taken = [settled(x) for x in taken]
             with fake_mode_of(self.inputs):
                 given = part.run(*taken)
             with tracing(TracingContext(mode)):
@@ -99,7 +100,7 @@ class Split:
         _copy_parts(module.graph)
         returned: Any = module.graph.output_node().args[0]
         outputs = tuple(returned)
-        sizes = _places_of_symbols(inputs)
+        sizes = places_of_symbols(inputs)
         parts, wanted = list[Segment](), set(outputs)
         for nodes in reversed(_blocks(module.graph)):
             parts.insert(0, _segment(module, nodes, sizes, wanted))
@@ -192,22 +193,3 @@ def _meta(node: fx.Node) -> dict[str, Any]:
     """That of a node without its block."""
     custom = {name: value for name, value in node.meta.get("custom", {}).items() if name != BLOCK}
     return {**node.meta, "custom": custom}
-
-
-def _settled(value: Any) -> Any:
-    """A symbolic size as the symbol that it is known to equal by now. Inductor reads a number as it was created: where ids and mask have
-    lengths of their own that a guard found equal, it would not know the symbol that other sizes are made of."""
-    if not isinstance(value, torch.SymInt):
-        return value
-    return value.node.shape_env.create_symintnode(value.node.expr, hint=value.node.hint)
-
-
-def _places_of_symbols(inputs: Sequence[Any]) -> dict[sympy.Symbol, tuple[int, int | None]]:
-    """Symbols of dynamic sizes and the first place where the inputs have each."""
-    found: dict[sympy.Symbol, tuple[int, int | None]] = {}
-    for i, value in enumerate(inputs):
-        dims = enumerate(value.shape) if isinstance(value, torch.Tensor) else [(None, value)]
-        for dim, size in dims:
-            if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
-                found.setdefault(size.node.expr, (i, dim))
-    return found

@@ -7,6 +7,7 @@ import torch
 from compare import assert_matches
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_lengths import assert_exact
 from test_random import RATIOS, Transformer, batches, configurations
 from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import batch as batch_of
@@ -82,11 +83,20 @@ def test_nothing_of_all_tokens_lies_between_attentions_but_what_comes_out(small)
     assert not any({inner, 13} <= {*value.shape} for value in values)
 
 
-def test_symbolic_lengths_are_left_whole(small):
+@pytest.mark.parametrize(
+    ("name", "inner", "tol"),
+    [
+        ("llama", "aot_eager", 1e-6),
+        ("gpt2", "aot_eager", 1e-6),
+        pytest.param("llama", "inductor", 1e-6, marks=pytest.mark.slow),
+    ],
+)
+def test_lengths_that_change_are_cut(small, name, inner, tol):
+    """As many chunks at any length as the example needs; exact at every one of them."""
     torch._dynamo.reset()
-    model = build("llama", "sdpa")
-    data = batch_of(model, 2, 13, None)
-    for tensor in data.values():
-        torch._dynamo.mark_dynamic(tensor, 1)
-    torch.compile(model, backend=backend(Config(inner="eager", strict=True)))(**data).loss.backward()
-    assert not calls(small[-1])
+    model = build(name, "sdpa").double()
+    config = Config(inner=inner, keep_ratio=0.3, chunk_bytes=6000, strict=True)
+    step = torch.compile(model, backend=backend(config))
+    for count, length in [(3, 13), (3, 19), (5, 23), (2, 17)]:
+        assert_exact(step, model, batch_of(model, count, length, "right"), tol)
+    assert [len(calls(module)) > 2 for module in small] == 3 * [True]  # of this size; of any length; of any batch
