@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .emit import emit
 from .errors import GraphNotSupported, InvariantBroken
+from .factors import same_size
 from .fake import fake_inputs, fake_mode_of
 from .program import Program, attribute
 
@@ -209,14 +210,14 @@ def _traced(function: Any, inputs: tuple) -> fx.GraphModule:
 
 
 def _tidy(module: fx.GraphModule) -> None:
-    """Drop asserts, aliases and autocast switches that change nothing; spell ``copy`` differentiably."""
+    """Drop asserts, aliases, slices of everything and autocast switches that change nothing; spell ``copy`` differentiably."""
     for node in list(module.graph.nodes):
         if node.op != "call_function":
             continue
         name = node.target._schema.name.split("::")[-1] if isinstance(node.target, torch._ops.OpOverload) else ""
         if name in _ASSERTS:
             module.graph.erase_node(node)
-        elif name == "alias":
+        elif name == "alias" or (name == "slice" and _is_whole(node)):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
         elif name == "copy":
@@ -225,6 +226,12 @@ def _tidy(module: fx.GraphModule) -> None:
             _drop_idle_autocast(module.graph, node)
     module.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or is_autocast(node))
     module.recompile()
+
+
+def _is_whole(node: fx.Node) -> bool:
+    """Whether a slice takes all there is: indexing leaves such slices where sizes are symbols."""
+    value, whole = node.meta["val"], node.args[0].meta["val"]
+    return all(map(same_size, value.shape, whole.shape))
 
 
 def _expand_copy(node: fx.Node) -> None:

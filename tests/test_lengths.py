@@ -16,6 +16,8 @@ from torch._dynamo.utils import counters
 
 import tokenseek_fx
 from tokenseek_fx import TokenSeekWarning
+from tokenseek_fx.passes.attend import FindAttending
+from tokenseek_fx.passes.program import Program
 from tokenseek_fx.passes.select import kept_tokens
 
 #: Sizes that other dims of the models have: the reference would not know a token axis of one of them.
@@ -109,6 +111,26 @@ def test_real_models_at_sizes_that_change(name, inner, dynamic):
     for batch, length in [(3, 13), (3, 19), (7, 23), (2, 11), (5, 17), (3, 11)]:
         assert_exact(step, model, zoo.batch(model, batch, length, padding="right"), 1e-6)
     assert graphs() <= 3
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_attention_is_read_alike_at_lengths_that_change(name, monkeypatch):
+    """Keys before their heads are repeated and masks by position, so what is kept of them is as little as at a fixed length."""
+    programs, run = list[Program](), FindAttending.run
+    monkeypatch.setattr(FindAttending, "run", lambda self, program: programs.append(run(self, program)) or programs[-1])
+    model = zoo.build(name)
+    step = compile_(model)
+    for length in (13, 19):
+        loss_of(step(**zoo.batch(model, 3, length, padding="right")))
+    fixed, changing = (
+        [
+            (x.key.meta["val"].shape[1], x.mask.causal, x.mask.window, len(x.mask.keys), x.mask.added)
+            for x in program.attending.values()
+        ]
+        for program in programs
+    )
+    assert fixed == changing
+    assert [heads for heads, *_ in fixed] == [zoo.KV_HEADS] * 2
 
 
 def test_a_last_smaller_batch():
