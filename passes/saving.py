@@ -113,8 +113,12 @@ def repeat_remade(graph: fx.Graph) -> None:
 
 def _is_repeatable(node: fx.Node, repeated: set[fx.Node]) -> bool:
     """Computed in the forward from inputs and from what is repeated: what is made of constants and of values that all blocks share
-    (masks) is one value for all of them."""
-    if not partitioners._has_tag_is_forward(node) or is_random(node):
+    (masks) is one value for all of them. The head gives its backward a number for each row, and has no other use there."""
+    if (
+        not partitioners._has_tag_is_forward(node)
+        or is_random(node)
+        or node.target is torch.ops.tokenseek_fx.head_loss.default
+    ):
         return False
     if node.target is operator.getitem:
         return node.args[0] in repeated

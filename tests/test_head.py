@@ -56,12 +56,12 @@ def by_autograd(
     SIZES, SIZES, st.integers(2, 40), st.booleans(), st.sampled_from([0.0, 0.4, 1.0]), st.sampled_from([0.0, 3.0, -2.0]),
     st.sampled_from([1.0, 0.3, -2.0]), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), st.integers(1, 9),
 )  # fmt: skip
-def test_losses_and_gradients_are_those_of_cross_entropy(n, d, v, bias, ignored, softcap, scale, kind, rows):
+def test_losses_and_gradients_are_those_of_cross_entropy(n, d, v, bias, ignored, softcap, scale, kind, side):
     dtype = torch.promote_types(kind, torch.float32)
     given = example(n, d, v, bias, ignored, kind)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(head.BLOCK_BYTES, "cpu", rows * v * dtype.itemsize)
-        losses, grad = head_loss(*given, IGNORED, softcap, scale, dtype, True)
+        patch.setitem(head.TILE_BYTES, "cpu", side**2 * dtype.itemsize)
+        losses, grad, _ = head_loss(*given, IGNORED, softcap, scale, dtype, True)
     expected = by_autograd(*given, softcap, scale, dtype)
     tol = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[
         kind
@@ -71,16 +71,52 @@ def test_losses_and_gradients_are_those_of_cross_entropy(n, d, v, bias, ignored,
     assert losses.dtype == dtype and grad.dtype == kind
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    SIZES, SIZES, st.integers(2, 40), st.booleans(), st.sampled_from([0.0, 0.4, 1.0]), st.sampled_from([0.0, 3.0]),
+    st.sampled_from([1.0, -2.0]), st.sampled_from([torch.float64, torch.bfloat16]), st.integers(1, 9), st.booleans(),
+)  # fmt: skip
+def test_its_backward_is_that_of_cross_entropy(n, d, v, bias, ignored, softcap, scale, kind, side, trained):
+    dtype = torch.promote_types(kind, torch.float32)
+    *parts, target = example(n, d, v, bias, ignored, kind)
+    leaves = [x.requires_grad_(i == 0 or trained) for i, x in enumerate(parts) if x is not None]
+    back = torch.linspace(-1, 2, n, dtype=dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(head.TILE_BYTES, "cpu", side**2 * dtype.itemsize)
+        losses = head_loss(*parts, target, IGNORED, softcap, scale, dtype, False)[0]
+        found = torch.autograd.grad(losses, [x for x in leaves if x.requires_grad], back)
+    whole = F.linear(*parts).to(dtype)
+    whole = softcap * torch.tanh(whole / softcap) if softcap else whole
+    losses = F.cross_entropy(whole * scale, target, ignore_index=IGNORED, reduction="none")
+    expected = torch.autograd.grad(losses, [x for x in leaves if x.requires_grad], back)
+    tol = 1e-12 if kind is torch.float64 else 4e-2  # bfloat16: slopes, and products of every tile, are rounded to it
+    for mine, other in zip(found, expected, strict=True):
+        assert mine.dtype is kind
+        torch.testing.assert_close(mine, other, rtol=tol, atol=tol * max(1.0, other.abs().max().item()))
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_classes_that_are_ruled_out_may_fill_a_tile(gradient, monkeypatch):
+    monkeypatch.setitem(head.TILE_BYTES, "cpu", 4 * 8)
+    hidden, weight, _, target = example(5, 4, 9, False, 0.0, torch.float64)
+    bias = torch.zeros(9, dtype=torch.float64).index_fill(0, torch.arange(3, 7), -torch.inf)
+    target = target.clamp(max=2)
+    losses, grad, _ = head_loss(hidden, weight, bias, target, IGNORED, 0.0, 1.0, torch.float64, gradient)
+    expected = by_autograd(hidden, weight, bias, target, 0.0, 1.0, torch.float64)
+    torch.testing.assert_close(losses, expected[0])
+    assert not gradient or torch.allclose(grad, expected[1])
+
+
 def test_large_logits_do_not_overflow():
     hidden, weight, _, target = example(5, 4, 7, False, 0.0, torch.float32)
-    losses, grad = head_loss(hidden * 1e4, weight, None, target, IGNORED, 0.0, 1.0, torch.float32, True)
+    losses, grad, _ = head_loss(hidden * 1e4, weight, None, target, IGNORED, 0.0, 1.0, torch.float32, True)
     expected = by_autograd(hidden * 1e4, weight, None, target, 0.0, 1.0, torch.float32)
     torch.testing.assert_close(losses, expected[0], rtol=1e-5, atol=0)
     torch.testing.assert_close(grad, expected[1], rtol=1e-5, atol=1e-5)
 
 
 def test_without_the_gradient_none_is_computed():
-    losses, grad = head_loss(*example(5, 4, 7, True, 0.4, torch.float64), IGNORED, 0.0, 1.0, torch.float64, False)
+    losses, grad, _ = head_loss(*example(5, 4, 7, True, 0.4, torch.float64), IGNORED, 0.0, 1.0, torch.float64, False)
     expected = by_autograd(*example(5, 4, 7, True, 0.4, torch.float64), 0.0, 1.0, torch.float64)
     torch.testing.assert_close(losses, expected[0])
     assert grad.shape == (0,)

@@ -4,14 +4,17 @@
     loss[n] = log sum_v exp(z[n, v]) - z[n, target[n]]
     grad[n] = d loss[n] / d hidden[n]
 
-For scores and the value of the full loss it gives the gradient at ``hidden`` at once; the loss of the kept rows, through which
-the head is trained, computes their logits again in backward instead of keeping them. Other implementations of the same
-idea: Cut Your Losses (arXiv 2411.09009), Liger kernels (arXiv 2410.10989), which also have gradients of the weight.
+The logits are made in tiles, some rows by some classes, each once for the log-sum-exp of its rows and once more for gradients; the
+weight is read once for many rows. For scores the operator gives the gradient at ``hidden`` at once; the loss of the kept rows, through
+which the head is trained, keeps their log-sum-exp alone for backward. Other implementations of the same idea: Cut Your Losses (arXiv
+2411.09009), Liger kernels (arXiv 2410.10989).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import isqrt
 from typing import Any
 
 import torch
@@ -21,8 +24,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .device import HALF, runs_triton
 
-#: Bytes of the logits that are in memory at a time: about what a CPU's caches hold; a GPU is busy with more of them only.
-BLOCK_BYTES = {"cpu": 12 * 2**20, "cuda": 256 * 2**20}
+#: Bytes of a tile of logits: about what a CPU's own caches hold; a GPU is busy with more of them only.
+TILE_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
+#: So many tiles are in memory at a time where the gradient needs them once more.
+_KEPT = 6
 
 
 def loss_of_head(
@@ -41,7 +46,8 @@ def loss_of_head(
         from .head_triton import head_loss_triton
 
         return head_loss_triton(hidden, weight, bias, target, ignore_index, softcap, scale, gradient)
-    return head_loss(hidden, weight, bias, target, ignore_index, softcap, scale, dtype, gradient)
+    losses, found, _ = head_loss(hidden, weight, bias, target, ignore_index, softcap, scale, dtype, gradient)
+    return losses, found
 
 
 @torch.library.custom_op("tokenseek_fx::head_loss", mutates_args=())
@@ -55,7 +61,7 @@ def head_loss(
     scale: float,
     dtype: torch.dtype,
     gradient: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The loss of every row and, where ``gradient`` asks for it, its gradient at ``hidden``.
 
     Args:
@@ -67,54 +73,120 @@ def head_loss(
         dtype: that of the logits in the loss, float32 or float64. The product itself is in the dtype of ``hidden``.
 
     Returns:
-        losses [N] in ``dtype``, 0 without a label; the gradient [N, D] in the dtype of ``hidden``, or an empty [0].
+        losses [N] in ``dtype``, 0 without a label; the gradient [N, D] in the dtype of ``hidden``, or an empty [0]; the log-sum-exp of the
+        logits [N] in ``dtype`` (on the CPU 0 without a label).
 
     Raises:
         IndexError: a target is neither a class nor ``ignore_index`` (on the CPU).
     """
-    losses = torch.zeros(target.shape, dtype=dtype, device=target.device)
+    head, labelled = _Head(weight, bias, softcap, scale, dtype), target != ignore_index
+    # a label that is no class is an error here: no tile would have it
+    weight[:, :1].gather(0, target.where(labelled, 0)[:, None])
+    losses, total = (torch.zeros(target.shape, dtype=dtype, device=target.device) for _ in range(2))
     grad = torch.zeros_like(hidden) if gradient else hidden.new_empty(0)
-    for part, z, slope, labels, labelled in _blocks(hidden, weight, bias, target, ignore_index, softcap, scale, dtype):
-        chosen = z.gather(-1, labels)
-        total = z.exp_().sum(-1, keepdim=True)
-        losses[part] = (total.log() - chosen)[:, 0].where(labelled, 0)
+    side = _side(hidden.device, dtype)
+    for part in _parts(labelled, max(1, _KEPT * side**2 // len(weight)) if gradient else side):
+        rows, labels = hidden[part], target[part].where(labelled[part], 0)[:, None]
+        tiles = list(head.tiles(rows)) if gradient else head.tiles(rows)
+        total[part], chosen = _log_sum_exp(tiles, labels, total)
+        losses[part] = (total[part] - chosen).where(labelled[part], 0)
         if gradient:
-            back = _back(z, total, labels, labelled[:, None].to(dtype) * scale, slope)
-            with torch.autocast(hidden.device.type, enabled=False):
-                grad[part] = back.to(hidden.dtype) @ weight
-    return losses, grad
+            by = labelled[part, None].to(dtype) * scale
+            grad[part] = _back(tiles, rows, labels, by, total[part], head, None, None)
+    return losses, grad, total
 
 
-Block = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]
+def _parts(labelled: Tensor, count: int) -> Iterator[Tensor]:
+    """Rows that go through the classes together, so many at a time; on the CPU those with a label alone."""
+    every = torch.arange(len(labelled), device=labelled.device)
+    rows = labelled.nonzero()[:, 0] if labelled.device.type == "cpu" else every
+    return iter(rows.split(count))
 
 
-def _blocks(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    ignore_index: int,
-    softcap: float,
-    scale: float,
-    dtype: torch.dtype,
-) -> Iterator[Block]:
-    """Some rows at a time: which, their logits less the largest, the slope of the cap, their labels [n, 1], which have one."""
-    labelled = target != ignore_index
-    rows = labelled.nonzero()[:, 0] if hidden.device.type == "cpu" else torch.arange(len(target), device=target.device)
-    held = BLOCK_BYTES.get(hidden.device.type, BLOCK_BYTES["cpu"])
-    for part in rows.split(max(1, held // (len(weight) * dtype.itemsize))):
+Tile = tuple[slice, Tensor, Tensor | None]
+
+
+def _side(device: torch.device, dtype: torch.dtype) -> int:
+    """Of a square tile."""
+    return max(1, isqrt(TILE_BYTES.get(device.type, TILE_BYTES["cpu"]) // dtype.itemsize))
+
+
+@dataclass(frozen=True)
+class _Head:
+    """weight [V, D], bias [V], and what becomes of their product with rows."""
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float
+    scale: float
+    dtype: torch.dtype
+
+    def tiles(self, hidden: Tensor) -> Iterator[Tile]:
+        """Classes, the logits of the rows for them [n, classes], and the slope of the cap."""
+        width = max(1, _side(hidden.device, self.dtype) ** 2 // max(1, len(hidden)))
+        for start in range(0, len(self.weight), width):
+            classes = slice(start, min(start + width, len(self.weight)))
+            yield classes, *_logits(self._product(hidden, classes).to(self.dtype), self.softcap, self.scale)
+
+    def _product(self, hidden: Tensor, classes: slice) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            product = F.linear(hidden[part], weight, bias)
-        z, slope = _logits(product.to(dtype), softcap, scale)
-        z -= z.amax(-1, keepdim=True)
-        yield part, z, slope, target[part].where(labelled[part], 0)[:, None], labelled[part]
+            return F.linear(hidden, self.weight[classes], None if self.bias is None else self.bias[classes])
 
 
-def _back(z: Tensor, total: Tensor, labels: Tensor, by: Tensor, slope: Tensor | None) -> Tensor:
-    """The slope of the loss at the product, times ``by`` [n, 1], in place of ``z``, the exponentials whose sums are ``total``."""
-    z *= by / total
-    z.scatter_add_(-1, labels, -by)
-    return z if slope is None else z.mul_(slope)
+def _log_sum_exp(tiles: Iterable[Tile], labels: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """That of rows [n], and their logits at ``labels`` [n, 1], [n]; in the dtype of ``like``."""
+    total, chosen = like.new_full(labels.shape, -torch.inf), like.new_zeros(labels.shape)
+    for classes, z, _ in tiles:
+        at, inside = _within(labels, classes)
+        chosen += z.gather(-1, at).where(inside, 0)
+        largest = z.amax(-1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)  # a tile of -inf has no largest
+        total = torch.logaddexp(total, (z - largest).exp_().sum(-1, keepdim=True).log_().add_(largest))
+    return total[:, 0], chosen[:, 0]
+
+
+def _back(
+    tiles: Iterable[Tile],
+    rows: Tensor,
+    labels: Tensor,
+    by: Tensor,
+    total: Tensor,
+    head: _Head,
+    of_weight: Tensor | None,
+    of_bias: Tensor | None,
+) -> Tensor:
+    """The gradient at ``rows`` of their losses times ``by`` [n, 1]; those at weight and bias are added to what is given. The tiles are used
+    up."""
+    grad = torch.zeros_like(rows, dtype=_wide(rows))
+    for classes, z, slope in tiles:
+        at, inside = _within(labels, classes)
+        z.sub_(total[:, None]).exp_().mul_(by).scatter_add_(-1, at, -by.where(inside, 0))
+        found = (z if slope is None else z.mul_(slope)).to(rows.dtype)
+        _add_product(grad, found, head.weight[classes])
+        if of_weight is not None:
+            _add_product(of_weight[classes], found.t(), rows)
+        if of_bias is not None:
+            of_bias[classes] += found.sum(0)
+    return grad.to(rows.dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """Of a sum over many tiles."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _within(labels: Tensor, classes: slice) -> tuple[Tensor, Tensor]:
+    """Where in a tile the labels are, and whether they are."""
+    at, size = labels - classes.start, classes.stop - classes.start
+    return at.clamp(0, size - 1), (at >= 0) & (at < size)
+
+
+def _add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """``out += a @ b``"""
+    with torch.autocast(a.device.type, enabled=False):
+        if out.dtype is a.dtype:
+            out.addmm_(a, b)
+        else:
+            out += a @ b
 
 
 @torch.library.custom_op("tokenseek_fx::head_loss_backward", mutates_args=())
@@ -124,6 +196,7 @@ def head_loss_backward(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    total: Tensor,
     ignore_index: int,
     softcap: float,
     scale: float,
@@ -131,24 +204,17 @@ def head_loss_backward(
     trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of ``head_loss`` at ``hidden``, ``weight`` and ``bias`` (empty [0] unless ``trained``, or without a bias) for
-    that of its losses, ``back`` [N]. The logits are computed again, some rows at a time."""
-    grad = torch.zeros_like(hidden)
-    wide = torch.promote_types(weight.dtype, torch.float32)  # many blocks are added
-    of_weight = torch.zeros_like(weight, dtype=wide) if trained else weight.new_empty(0)
-    of_bias = weight.new_empty(0) if bias is None or not trained else torch.zeros_like(bias)
-    for part, z, slope, labels, labelled in _blocks(hidden, weight, bias, target, ignore_index, softcap, scale, dtype):
-        by = (back[part] * scale).where(labelled, 0)[:, None].to(dtype)
-        total = z.exp_().sum(-1, keepdim=True)
-        found = _back(z, total, labels, by, slope).to(hidden.dtype)
-        with torch.autocast(hidden.device.type, enabled=False):
-            grad[part] = found @ weight
-            if trained and wide is weight.dtype:
-                of_weight.addmm_(found.t(), hidden[part])
-            elif trained:
-                of_weight += found.t() @ hidden[part]
-        if len(of_bias):
-            of_bias += found.sum(0)
-    return grad, of_weight.to(weight.dtype), of_bias
+    that of its losses, ``back`` [N]. The logits are computed again; ``total`` [N] is the log-sum-exp that it gave."""
+    head, labelled = _Head(weight, bias, softcap, scale, dtype), target != ignore_index
+    of_weight, of_bias = (
+        torch.zeros_like(x, dtype=_wide(x)) if trained and x is not None else None for x in (weight, bias)
+    )
+    grad, by = torch.zeros_like(hidden), (back * scale).where(labelled, 0).to(dtype)[:, None]
+    for part in _parts(labelled, _side(hidden.device, dtype)):
+        rows, labels = hidden[part], target[part].where(labelled[part], 0)[:, None]
+        grad[part] = _back(head.tiles(rows), rows, labels, by[part], total[part], head, of_weight, of_bias)
+    of_weight, of_bias = (weight.new_empty(0) if x is None else x.to(weight.dtype) for x in (of_weight, of_bias))
+    return grad, of_weight, of_bias
 
 
 @head_loss_backward.register_fake
@@ -164,11 +230,11 @@ def _(back: Tensor, hidden: Tensor, weight: Tensor, bias: Any, *rest: Any) -> tu
 
 def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, bias, target, *how, _ = inputs
-    ctx.save_for_backward(hidden, weight, bias, target)
+    ctx.save_for_backward(hidden, weight, bias, target, output[2])
     ctx.how = how
 
 
-def _backward(ctx: Any, back: Tensor, of_gradient: Any) -> tuple:
+def _backward(ctx: Any, back: Tensor, *others: Any) -> tuple:
     trained = ctx.needs_input_grad[1]
     grad, weight, bias = head_loss_backward(back, *ctx.saved_tensors, *ctx.how, trained)
     return grad, weight if trained else None, bias if ctx.needs_input_grad[2] else None, *[None] * 6
@@ -186,9 +252,10 @@ def _logits(x: Tensor, softcap: float, scale: float) -> tuple[Tensor, Tensor | N
 
 
 @head_loss.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Any, target: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, bias: Any, target: Tensor, *how: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype, gradient = how[-2:]
-    return target.new_empty(target.shape, dtype=dtype), torch.empty_like(hidden) if gradient else hidden.new_empty(0)
+    losses, total = (target.new_empty(target.shape, dtype=dtype) for _ in range(2))
+    return losses, torch.empty_like(hidden) if gradient else hidden.new_empty(0), total
 
 
 @register_flop_formula(torch.ops.tokenseek_fx.head_loss)
