@@ -50,7 +50,7 @@ class Chunk:
         number = Numbers(module.graph, program.rewrite.inputs)
         for region in _regions(program):
             sizes = region.sizes(chunk_bytes)
-            if len(sizes) > 1:
+            if len(sizes) > 1 and number.knows(region.symbols):
                 _call_in_chunks(region, sizes, bodies, number)
         module.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or is_autocast(node))
         module.recompile()
@@ -113,8 +113,8 @@ class _Region:
 
     @cached_property
     def symbols(self) -> list[torch.SymInt]:
-        """What sizes of what it reads are made of."""
-        read = [node.meta["val"] for node in (*self.rows, *self.whole)]
+        """What sizes of what it reads and gives are made of."""
+        read = [node.meta["val"] for node in (*self.rows, *self.whole, *self.outputs)]
         return symbols_of(
             [*example_sizes(self.program, self.axis), *(size for x in read for size in (*x.shape, *x.stride()))]
         )

@@ -53,6 +53,10 @@ class Numbers:
         self._first = next(node for node in graph.nodes if node.op != "placeholder")
         self._known: dict[sympy.Expr, Any] = {}
 
+    def knows(self, symbols: Iterable[torch.SymInt]) -> bool:
+        """Whether the inputs have all of these (a size that depends on data is in none)."""
+        return all(symbol.node.expr in self._places for symbol in symbols)
+
     def __call__(self, size: Any) -> Any:
         """A number, or the node that computes it; anything but a symbolic size as it is."""
         if not isinstance(size, torch.SymInt):
