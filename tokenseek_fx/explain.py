@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import compat
@@ -239,6 +240,12 @@ def _flops(module: fx.GraphModule, inputs: Sequence[Any]) -> Counter[str | None]
                 result = super().run_node(n)
             counts[n.meta.get("custom", {}).get("tokenseek")] += counter.get_total_flops()
             return result
+
+        def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
+            if target is not invoke_subgraph:
+                return super().call_function(target, args, kwargs)
+            body, _, *operands = args
+            return fx.Interpreter(body).run(*operands)
 
     with torch.no_grad(), fake_mode_of(inputs):
         Count(module).run(*inputs)
