@@ -210,7 +210,8 @@ def _traced(function: Any, inputs: tuple) -> fx.GraphModule:
 
 
 def _tidy(module: fx.GraphModule) -> None:
-    """Drop asserts, aliases, slices of everything and autocast switches that change nothing; spell ``copy`` differentiably."""
+    """Drop asserts, aliases, slices of everything, concatenations with nothing and autocast switches that change nothing; spell ``copy``
+    differentiably."""
     for node in list(module.graph.nodes):
         if node.op != "call_function":
             continue
@@ -220,12 +221,23 @@ def _tidy(module: fx.GraphModule) -> None:
         elif name == "alias" or (name == "slice" and _is_whole(node)):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
+        elif name == "cat" and len(rest := _not_empty(node)) == 1:
+            node.replace_all_uses_with(rest[0])
+            module.graph.erase_node(node)
         elif name == "copy":
             _expand_copy(node)
         elif node.target is EXIT_AUTOCAST:
             _drop_idle_autocast(module.graph, node)
     module.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or is_autocast(node))
     module.recompile()
+
+
+def _not_empty(node: fx.Node) -> list[fx.Node]:
+    """What a concatenation joins, but tensors [0]. An empty cache is one beside the first keys; Inductor lays the result out as
+    these are, and not as it is traced."""
+    dtype = node.meta["val"].dtype
+    rest = [x for x in node.args[0] if tuple(x.meta["val"].shape) != (0,)]
+    return rest if all(x.meta["val"].dtype is dtype for x in rest) else list(node.args[0])
 
 
 def _is_whole(node: fx.Node) -> bool:
