@@ -235,9 +235,9 @@ def _tidy(module: fx.GraphModule) -> None:
 def _not_empty(node: fx.Node) -> list[fx.Node]:
     """What a concatenation joins, but tensors [0]. An empty cache is one beside the first keys; Inductor lays the result out as
     these are, and not as it is traced."""
-    dtype = node.meta["val"].dtype
-    rest = [x for x in node.args[0] if tuple(x.meta["val"].shape) != (0,)]
-    return rest if all(x.meta["val"].dtype is dtype for x in rest) else list(node.args[0])
+    dtype, joined = node.meta["val"].dtype, list[Any](node.args[0])  # type: ignore[call-overload]
+    rest = [x for x in joined if tuple(x.meta["val"].shape) != (0,)]
+    return rest if all(x.meta["val"].dtype is dtype for x in rest) else joined
 
 
 def _is_whole(node: fx.Node) -> bool:
