@@ -105,6 +105,19 @@ def test_a_broken_invariant_is_caught_between_passes():
         Pipeline((Canonicalize(), FindActivity(), Liar())).run(eager_graph())
 
 
+def test_a_concatenation_with_an_empty_cache_is_what_it_joins():
+    def forward(x):
+        cache, whole = x.new_empty(0), x.new_empty(0, dtype=torch.float64)
+        return torch.cat([cache, x], 1), torch.cat([whole, x], 1), torch.cat([x, x[:, :0]], 1)
+
+    x = torch.randn(2, 3)
+    program = Canonicalize().run(Program(make_fx(forward, pre_dispatch=True)(x), (x,)))
+    (results,) = (node.args[0] for node in program.graph.nodes if node.op == "output")
+    assert results[0].op == "placeholder"  # and the next one is of another type than x
+    for is_now, was in zip(program.module(x), forward(x), strict=True):
+        assert torch.equal(is_now, was) and is_now.dtype == was.dtype
+
+
 def test_places_survive_every_pass():
     """Module path and source line are on every call of the analysed graph, and on all but scoring and selection after it."""
     program = captured(Model(), data())

@@ -24,6 +24,15 @@ def test_every_axis_has_its_own_ratio(name):
     assert (encoder.indices.diff(dim=1) > 0).all() and encoder.indices.max() < S
 
 
+@pytest.mark.slow
+def test_inductor_with_the_cache_that_is_on_by_default():
+    """The first keys are joined to an empty cache: what Inductor makes of that is laid out as the keys are. The gradient of the
+    position bias is added up by several threads."""
+    model, batch = build("t5", "sdpa", T)
+    options = {"keep_ratio": [0.5, 0.2], "inner": "inductor", "inductor_options": {"cpp.threads": 2}}
+    assert_matches(model, {**batch, "use_cache": True}, 1e-5, length=T, **options)  # its norms are float32
+
+
 def test_one_ratio_is_that_of_all_axes():
     model, batch = build("bart", "sdpa", T)
     run = compiled(model, batch, keep_ratio=0.3)

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -93,7 +94,29 @@ def compiled_twice() -> bool:
 
 def inductor(mode: str | None, options: dict[str, Any] | None) -> Any:
     """Inductor as ``torch.compile(mode=..., options=...)`` would call it."""
+    _mend_atomic_add()
     return torch._TorchCompileInductorWrapper(mode, options, None)
+
+
+@cache
+def _mend_atomic_add() -> None:
+    """Let tiled C++ code add where it should: pytorch#191837, in all supported versions.
+
+    For several threads the index of such a store counts the place inside of a tile twice: gradients of small tables (T5's position
+    bias) are wrong without a word, and memory beside them is written to.
+    """
+    from torch._inductor import config
+    from torch._inductor.codegen.cpp import CppTile2DKernel, CppVecKernel
+
+    store = CppTile2DKernel.store
+
+    def store_once(self: CppTile2DKernel, name: str, index: Any, value: Any, mode: Any = None) -> None:
+        shared = mode == "atomic_add" and (config.cpp.dynamic_threads or self.num_threads != 1)
+        if shared and not self.need_vec_transpose(self.rename_indexing(index)):
+            return CppVecKernel.store(self, name, index, value, mode)  # which counts it itself
+        return store(self, name, index, value, mode)
+
+    CppTile2DKernel.store = store_once
 
 
 def aot_eager(partition: Callable[..., Any]) -> Callable[..., Any]:
