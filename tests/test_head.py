@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from compare import compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import needs_triton
+from marks import needs_triton
 from scores import Watch
 from test_random import V
 from test_scores import B, Decoder, T, close, tokens

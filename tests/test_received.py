@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernels import needs_triton
+from marks import needs_triton
 from torch import Tensor
 from torch.utils import _pytree as pytree
 

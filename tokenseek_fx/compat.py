@@ -94,21 +94,26 @@ def compiled_twice() -> bool:
 
 def inductor(mode: str | None, options: dict[str, Any] | None) -> Any:
     """Inductor as ``torch.compile(mode=..., options=...)`` would call it."""
-    _mend_atomic_add()
+    _mend_inductor()
     return torch._TorchCompileInductorWrapper(mode, options, None)
 
 
 @cache
-def _mend_atomic_add() -> None:
-    """Let tiled C++ code add where it should: pytorch#191837, in all supported versions.
+def _mend_inductor() -> None:
+    """Mend what makes Inductor's C++ silently wrong, in all supported versions.
 
-    For several threads the index of such a store counts the place inside of a tile twice: gradients of small tables (T5's position
-    bias) are wrong without a word, and memory beside them is written to.
+    - pytorch#191837: for several threads the index of an addition counts the place inside of a transposed tile twice. Gradients of small
+      tables (T5's position bias) are wrong, and memory beside them is written to.
+    - Where loops are made alike to be fused, a reader forgets that it reads a buffer after it was written to (#177631 keeps that only
+      where the reader has other such dependencies): experts' gradient of their input was read before it was added up.
     """
     from torch._inductor import config
     from torch._inductor.codegen.cpp import CppTile2DKernel, CppVecKernel
+    from torch._inductor.dependencies import StarDep, WeakDep
+    from torch._inductor.scheduler import SchedulerNode
+    from torch.utils._ordered_set import OrderedSet
 
-    store = CppTile2DKernel.store
+    store, recompute = CppTile2DKernel.store, SchedulerNode.recompute_size_and_body
 
     def store_once(self: CppTile2DKernel, name: str, index: Any, value: Any, mode: Any = None) -> None:
         shared = mode == "atomic_add" and (config.cpp.dynamic_threads or self.num_threads != 1)
@@ -116,7 +121,13 @@ def _mend_atomic_add() -> None:
             return CppVecKernel.store(self, name, index, value, mode)  # which counts it itself
         return store(self, name, index, value, mode)
 
+    def recompute_in_order(self: SchedulerNode, *args: Any, **kwargs: Any) -> None:
+        added = OrderedSet([dep for dep in self.read_writes.reads if isinstance(dep, (WeakDep, StarDep))])
+        recompute(self, *args, **kwargs)
+        self.set_read_writes(self.read_writes.with_read(added).rename(self.mutation_renames))
+
     CppTile2DKernel.store = store_once
+    SchedulerNode.recompute_size_and_body = recompute_in_order
 
 
 def aot_eager(partition: Callable[..., Any]) -> Callable[..., Any]:
