@@ -183,7 +183,8 @@ def model_table(sweep: dict[float, Rows], row: str, base: Rows) -> str:
                 f"{charts.kept_bytes(one['setting'], r, base) / 1e6:.1f}" if "saved" in base.get(COMPILE, {}) else ""
             )
             figures = [f"{one['step']:.2f}", f"{one['step'] / forward:.2f}", f"{1 + 3 * r:.2f}"]
-            lines.append([str(r), *figures, f"{one['saved'] / 1e6:.1f}", saved, f"{one['peak'] / 1e6:.0f}"])
+            figures += [f"{one['saved'] / 1e6:.1f}", saved, f"{one['peak'] / 1e6:.0f}", f"{one['loss']:.3f}"]
+            lines.append([str(r), *figures])
     heads = ["step s", "in forwards F", "F + 3rF", "saved MB", "keys/values + r x torch.compile's", "peak MB", "loss"]
     return table(["r", *heads], lines)
 
