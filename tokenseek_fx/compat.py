@@ -128,6 +128,7 @@ def _mend_inductor() -> None:
 
     CppTile2DKernel.store = store_once
     SchedulerNode.recompute_size_and_body = recompute_in_order
+    torch.compiler.config.cache_key_tag += "mended by tokenseek_fx"  # what is in a cache was written without
 
 
 def aot_eager(partition: Callable[..., Any]) -> Callable[..., Any]:
