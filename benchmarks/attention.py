@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
 from tokenseek_fx.ops.attention import selected_attention
 
@@ -121,19 +122,26 @@ def useful(operands: Operands | None, case: Case) -> dict[str, float]:
 
 
 def timed(call: Callable[[], Any], device: str, count: int) -> float:
-    """Median seconds after two calls that don't count."""
-    seconds = []
-    for _ in range(2 + count):
-        begin = clock(device)
-        call()
-        seconds.append(clock(device) - begin)
-    return statistics.median(seconds[2:])
-
-
-def clock(device: str) -> float:
+    """Seconds of a call, after two that don't count: on CUDA those of its kernels, without the gaps between launches, which
+    a compiled model does not have; else the median of the clock's."""
+    call(), call()
     if device == "cuda":
+        return kernel_seconds(call, count)
+    seconds = []
+    for _ in range(count):
+        begin = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
+
+
+def kernel_seconds(call: Callable[[], Any], count: int) -> float:
+    """The mean over ``count`` calls."""
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        for _ in range(count):
+            call()
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return sum(event.self_device_time_total for event in found.key_averages()) / count / 1e6
 
 
 def measure(name: str, case: Case, device: str, count: int) -> Result:

@@ -16,6 +16,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
@@ -62,7 +63,8 @@ class Segments:
 
         def run(part: Segment, taken: list) -> Sequence[Any]:
             taken = [settled(x) for x in taken]
-            with fake_mode_of(self.inputs):
+            # the dispatcher: composite operations in Python; in C++ some can't take symbolic sizes
+            with fake_mode_of(self.inputs), enable_python_dispatcher():
                 given = part.run(*taken)
             with tracing(TracingContext(mode)):
                 look(part, taken)

@@ -19,7 +19,7 @@ from torch.library import triton_op
 from ..compat import wrap_kernel
 from .attention import register
 from .attention_blocks import lse_like, rows_like
-from .static import Variant
+from .static import NUMBER, Variant
 
 #: log2(e) and its inverse: softmax is taken in powers of 2.
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -153,6 +153,7 @@ def forward_kernel(
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, MASK: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
     """out and the log-sum-exp of BLOCK_M rows of one instance and key head; the longest rows are started first."""
+    scale, softcap = tl.cast(scale, tl.float32), tl.cast(softcap, tl.float32)
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     b, h = (tl.program_id(1) // key_heads).to(tl.int64), (tl.program_id(1) % key_heads).to(tl.int64)
     positions += b * rows
@@ -240,6 +241,7 @@ def grad_query_kernel(
     SOFTCAP: tl.constexpr, MASK: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M rows of one instance and key head, over all keys."""
+    scale, softcap = tl.cast(scale, tl.float32), tl.cast(softcap, tl.float32)
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     b, h = (tl.program_id(1) // key_heads).to(tl.int64), (tl.program_id(1) % key_heads).to(tl.int64)
     positions += b * rows
@@ -300,6 +302,7 @@ def grad_keys_kernel(
     SOFTCAP: tl.constexpr, MASK: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
     """dk, dv of BLOCK_N of the keys at ``columns``, of one instance and key head, over the rows; scores are [columns, rows]."""
+    scale, softcap = tl.cast(scale, tl.float32), tl.cast(softcap, tl.float32)
     first = tl.program_id(0) * BLOCK_N
     b, h = (tl.program_id(1) // key_heads).to(tl.int64), (tl.program_id(1) % key_heads).to(tl.int64)
     positions += b * rows
@@ -530,7 +533,7 @@ def _variant(name: str, kernel: Any, dtype: str, width: int, group: int, how: di
     warps, stages = tile.pop("num_warps"), tile.pop("num_stages")
     constants = {"GROUP": group, **widths, **tile, **how}
     constants = {n: value for n, value in constants.items() if n in kernel.arg_names}
-    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("scale", "softcap", "delta", "lse"), "fp32")
+    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("scale", "softcap"), NUMBER)
     tensors = ("query", "key", "value", "mask", "sinks", "out", "grad", "grad_key", "grad_value")
     types |= dict.fromkeys(tensors, f"*{dtype}") | dict.fromkeys(("positions", "columns", "segments"), "*i64")
     types |= {"lse": "*fp32", "delta": "*fp32"}

@@ -16,9 +16,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..compat import wrap_kernel
 from .head import flops_of_head
-from .static import Variant
+from .static import NUMBER, Variant
 
 WARPS, STAGES = 8, 3
+#: Bytes that a thread may spill, outside of the products: blocks that spill none are slower (H100, docs/design/0013).
+SPILLS = 128
 #: Into how many parts the first kernel cuts the vocabulary.
 PARTS = 8
 
@@ -59,6 +61,7 @@ def loss_kernel(
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Of part p of the classes: lse[p, n] = log sum_v exp(z[n, v]), chosen[p, n] = z[n, target[n]] (0 where it is elsewhere)."""
+    scale, softcap = tl.cast(scale, tl.float32), tl.cast(softcap, tl.float32)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(1) * part
     label = tl.load(target + n, mask=n < rows, other=-1)
@@ -88,6 +91,7 @@ def gradient_kernel(
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """grad[n, :] += sum_v (exp(z[n, v] - lse[n]) - [v = target[n]]) slope[n, v] weight[v, :], 0 for rows without a label."""
+    scale, softcap = tl.cast(scale, tl.float32), tl.cast(softcap, tl.float32)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     far_n = n.to(tl.int64)
     label = tl.load(target + n, mask=n < rows, other=ignored)
@@ -128,33 +132,31 @@ def head_loss_triton(
 ) -> tuple[Tensor, Tensor]:
     """``head_loss`` with losses in float32, for inputs no wider than that; arguments as there."""
     (rows, width), classes = hidden.shape, weight.shape[0]
-    options = blocks(width) | {
-        "BIAS": bias is not None,
-        "SOFTCAP": softcap != 0,
-        "num_warps": WARPS,
-        "num_stages": STAGES,
-    }
+    flags = {"BIAS": bias is not None, "SOFTCAP": softcap != 0, "num_warps": WARPS, "num_stages": STAGES}
+    options = blocks(width, "loss") | flags
     given = (hidden, weight, hidden if bias is None else bias, target)
     how = (scale, softcap, *hidden.stride(), *weight.stride())
     part = triton.cdiv(triton.cdiv(classes, PARTS), options["BLOCK_V"]) * options["BLOCK_V"]
     lse, chosen = (hidden.new_empty((PARTS, rows), dtype=torch.float32) for _ in range(2))
-    blocks_of_rows = triton.cdiv(rows, options["BLOCK_N"])
-    wrap_kernel(loss_kernel)[(blocks_of_rows, PARTS)](*given, lse, chosen, rows, classes, part, *how, **options)
+    grid = (triton.cdiv(rows, options["BLOCK_N"]), PARTS)
+    wrap_kernel(loss_kernel)[grid](*given, lse, chosen, rows, classes, part, *how, **options)
     whole = lse.logsumexp(0)
     losses = (whole - chosen.sum(0)).where(target != ignore_index, 0.0)
     if not gradient:
         return losses, hidden.new_empty(0)
     grad = hidden.new_zeros((rows, width), dtype=torch.float32)
-    wrap_kernel(gradient_kernel)[(blocks_of_rows,)](*given, whole, grad, rows, classes, ignore_index, *how, **options)
+    options = blocks(width, "gradient") | flags
+    grid = (triton.cdiv(rows, options["BLOCK_N"]),)
+    wrap_kernel(gradient_kernel)[grid](*given, whole, grad, rows, classes, ignore_index, *how, **options)
     return losses, grad.to(hidden.dtype)
 
 
 register_flop_formula(torch.ops.tokenseek_fx.head_loss_triton)(flops_of_head)
 
 
-def blocks(width: int) -> dict[str, int]:
-    """Block sizes for hidden states of a width in half precision."""
-    return {"D": width, "BLOCK_N": 64, "BLOCK_V": 128, "BLOCK_D": 64}
+def blocks(width: int, kernel: str) -> dict[str, int]:
+    """Block sizes for hidden states of a width in half precision; measured on an H100 (docs/design/0013)."""
+    return {"D": width, "BLOCK_N": {"loss": 128, "gradient": 64}[kernel], "BLOCK_V": 256, "BLOCK_D": 64}
 
 
 def variants() -> list[Variant]:
@@ -164,9 +166,10 @@ def variants() -> list[Variant]:
 
 
 def _variant(kernel: triton.JITFunction, width: int, full: bool) -> Variant:
-    constants = {**blocks(width), "BIAS": full, "SOFTCAP": full, "h_d": 1, "w_d": 1}
+    name = "loss" if kernel is loss_kernel else "gradient"
+    constants = {**blocks(width, name), "BIAS": full, "SOFTCAP": full, "h_d": 1, "w_d": 1}
     types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("hidden", "weight", "bias"), "*bf16")
-    types |= dict.fromkeys(("lse", "chosen", "grad"), "*fp32") | {"target": "*i64", "scale": "fp32", "softcap": "fp32"}
+    types |= dict.fromkeys(("lse", "chosen", "grad"), "*fp32") | {"target": "*i64", "scale": NUMBER, "softcap": NUMBER}
     signature = {name: types[name] for name in kernel.arg_names if name not in constants}
     label = f"bf16, width {width}" + (", bias and soft cap" if full else "")
-    return Variant(label, kernel, signature, constants, WARPS, STAGES, aligned=("h_n", "w_v"))
+    return Variant(label, kernel, signature, constants, WARPS, STAGES, aligned=("h_n", "w_v"), spills=SPILLS)

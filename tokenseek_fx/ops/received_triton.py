@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..compat import wrap_kernel
 from .received import HIDDEN, flops_of_received
-from .static import Variant
+from .static import NUMBER, Variant
 
 WARPS = 8
 
@@ -56,6 +56,7 @@ def lse_kernel(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """lse[b, h, i] = log sum over j of exp(score[b, h, i, j])."""
+    scale, softcap = tl.cast(scale, tl.float32), tl.cast(softcap, tl.float32)
     at = tl.program_id(1)
     b, h = (at // heads).to(tl.int64), (at % heads).to(tl.int64)
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -96,6 +97,7 @@ def received_kernel(
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """out[b, h, j] = sum over i of exp(score[b, h, i, j] - lse[b, h, i]), without the queries whose lse is at most ``hidden``."""
+    scale, softcap = tl.cast(scale, tl.float32), tl.cast(softcap, tl.float32)
     at = tl.program_id(1)
     b, h = (at // heads).to(tl.int64), (at % heads).to(tl.int64)
     j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
@@ -194,7 +196,7 @@ def _variant(kernel: triton.JITFunction, dtype: str, width: int, how: dict, labe
     sizes = blocks(width, torch.float32 if dtype == "fp32" else torch.bfloat16, not how["MASK"])
     types = dict.fromkeys(kernel.arg_names, "i32")
     types |= dict.fromkeys(("query", "key", "mask"), f"*{dtype}") | dict.fromkeys(("lse", "out"), "*fp32")
-    types |= {"segments": "*i64"} | dict.fromkeys(("scale", "softcap", "hidden"), "fp32")
+    types |= {"segments": "*i64"} | dict.fromkeys(("scale", "softcap", "hidden"), NUMBER)
     constants = {**sizes, **how, "q_e": 1, "k_e": 1, "mask_j": 1}
     aligned = ("q_b", "q_h", "q_i", "k_b", "k_h", "k_j", "mask_b", "mask_h", "mask_i")
     signature = {name: types[name] for name in kernel.arg_names if name not in constants}
