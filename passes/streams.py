@@ -328,8 +328,7 @@ class Streams:
 
     def _merge(self, node: fx.Node) -> torch.Tensor:
         if node.target in LAYOUT and len(operands_of(node)) == 1:
-            args, kwargs = Call(node, self, None).in_full
-            return node.target(*args, **kwargs)
+            return _applied(node, *Call(node, self, None).in_full)
         dim = self.axes.row_dim(node)
         return self.geometry_of(node).put(self.seek[node], self._rows[node], self.axes.of(node), dim)
 
@@ -338,6 +337,8 @@ def _applied(node: fx.Node, args: tuple, kwargs: dict) -> Any:
     """The operation of a node on other values of all tokens; a higher-order one stays one node."""
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return record_opaque(node.target, args, kwargs, node.meta["val"])
+    if node.target is torch.ops.aten.view.default:  # other strides than the model's own may need a copy
+        return args[0].reshape(args[1])
     return node.target(*args, **kwargs)
 
 

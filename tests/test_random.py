@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from compare import assert_matches, by_reference, compiled, error, grads_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from marks import needs_float64_attention
 from torch import Tensor, nn
 
 V = 29
@@ -154,6 +155,7 @@ def test_equals_the_reference_on_more(configuration, batch, ratio):
     assert_matches(Transformer(configuration), batch, 1e-9, keep_ratio=ratio, inner="eager")
 
 
+@needs_float64_attention
 @pytest.mark.slow
 @settings(max_examples=5, **RELAXED)
 @given(configurations(), batches(), RATIOS)

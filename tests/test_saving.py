@@ -13,6 +13,7 @@ import transformers
 from compare import assert_matches, error, grads_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from marks import needs_float64_attention
 from test_backend import Model, compile_eager, data
 from test_pipeline import captured
 from test_random import RATIOS, Transformer, batches, configurations
@@ -83,6 +84,7 @@ def test_rows_that_are_computed_again_equal_the_reference(configuration, batch, 
     assert_matches(Transformer(configuration), batch, 1e-9, keep_ratio=ratio, recompute="rows")
 
 
+@needs_float64_attention
 @pytest.mark.slow
 @settings(max_examples=4, **RELAXED)
 @given(configurations(), batches(), RATIOS)
