@@ -14,9 +14,9 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS ?= 1
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py $(ARGS)
 
-# one thread per worker: as many workers as cores, no fight over them
+# one thread per worker: as many workers as cores, no fight over them; ALL=1 takes the slow tests as well
 test: $(STAMP)
-	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/pytest -q -n $(CORES) $(ARGS)
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/pytest -q -n $(CORES) $(if $(ALL),,-m "not slow") $(ARGS)
 
 check: $(STAMP) types
 	$(BIN)/ruff check .

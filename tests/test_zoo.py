@@ -1,7 +1,6 @@
 """Every architecture of the zoo: exact against the reference, or refused with a reason. ``docs/support.md`` says which.
 
-A third of the cases runs here; ``TOKENSEEK_ZOO=all`` runs them all, as continuous integration does, ``EXPECTTEST_ACCEPT=1`` writes
-their rows anew.
+They are slow tests: ``make test ALL=1`` and continuous integration run them. ``EXPECTTEST_ACCEPT=1`` writes their rows anew.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from tokenseek_fx import GraphNotSupported
 PAGE = Path(__file__).parents[1] / "docs" / "support.md"
 SHORT, LONG, KEEP = 13, 256, 0.1
 CASES = [(name, attn) for name in ARCHITECTURES for attn in forms(name)]
-CHOSEN = CASES if os.environ.get("TOKENSEEK_ZOO") == "all" else CASES[::3]
 #: The product of groups of rows has no float64 on CPUs.
 SINGLE = {"gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"}
 
@@ -38,7 +36,7 @@ def quiet() -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "attn"), CHOSEN)
+@pytest.mark.parametrize(("name", "attn"), CASES)
 def test_what_the_page_says_of_an_architecture(name, attn):
     row = " | ".join((name, attn, *result(name, attn)))
     if os.environ.get("EXPECTTEST_ACCEPT"):
