@@ -26,6 +26,7 @@ from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..compat import without_idle_results
 from .emit import emit
 from .errors import GraphNotSupported, InvariantBroken
 from .factors import same_size
@@ -35,6 +36,7 @@ from .program import Program, attribute
 aten = torch.ops.aten
 _SET_GRAD = torch._C._set_grad_enabled
 ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+CUSTOM_FUNCTION = torch.ops.higher_order.autograd_function_apply
 _INLINED = {"tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint"}
 _LARGEST_LITERAL = 64
 _ASSERTS = {
@@ -110,6 +112,9 @@ class Retrace(fx.Interpreter):
             body, *operands = args
             return Retrace(body).run(*operands)
         example = node.meta.get("example_value", node.meta.get("val"))
+        if node.target is CUSTOM_FUNCTION:
+            forward, backward, count = without_idle_results(node, *args[:2])
+            args, example = (forward, backward, *args[2:]), example[:count]
         return record_opaque(node.target, args, kwargs, example)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import expecttest
 import pytest
+from marks import PYTORCH
 from misuse import CASES, outcome, page, row_of, strictly
 
 PAGE = Path(__file__).parents[1] / "docs" / "errors.md"
@@ -25,9 +26,16 @@ def test_the_page_has_every_case_and_nothing_else():
     assert PAGE.read_text() == page(lambda case: lines.get(case.what, f"{case.what}: not on the page"))
 
 
+#: Said by PyTorch itself, in the words of its version: the page has those of 2.13.
+OF_PYTORCH = {"model and batch on different devices"}
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.what)
 def test_class_and_text_are_those_of_the_page(case):
-    assert shown()[case.what] == row_of(case)
+    if case.what in OF_PYTORCH and PYTORCH != (2, 13):
+        assert f"| `{outcome(case).kind}` |" in shown()[case.what]
+    else:
+        assert shown()[case.what] == row_of(case)
     assert outcome(case).kind != "AssertionError" and "internal error" not in outcome(case).text
 
 

@@ -15,6 +15,7 @@ import transformers
 import zoo
 from accelerate.utils import convert_outputs_to_fp32
 from compare import TOPK, assert_matches, by_reference, compiled, error, grads_of
+from marks import PYTORCH
 from peft.tuners.lora import dora
 from peft.tuners.lycoris_utils import LycorisLayer
 from torch import Tensor, nn
@@ -111,9 +112,13 @@ def test_adapters_are_no_barriers(name):
 
 
 def test_dora(monkeypatch):
+    """PEFT asks for the module of a weight's class, which Dynamo of PyTorch 2.11 can trace and later ones can't."""
     model = lora(use_dora=True)
-    with pytest.raises(Exception, match="can't be rewritten"):
-        compiled(model, batch(model))
+    if PYTORCH == (2, 11):
+        assert_matches(model, batch(model), TOL)
+    else:
+        with pytest.raises(Exception, match="can't be rewritten"):
+            compiled(model, batch(model))
     monkeypatch.setattr(dora, "dequantize_module_weight", lambda layer: layer.weight)
     run = assert_matches(model, batch(model), TOL)
     assert any("magnitude" in name for name in run.grads)

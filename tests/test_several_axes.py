@@ -8,6 +8,7 @@ import pytest
 import torch
 from architectures import B, build
 from compare import assert_matches, by_reference, compiled, error
+from marks import PYTORCH
 from torch._inductor.utils import fresh_cache
 
 import tokenseek_fx
@@ -26,6 +27,10 @@ def test_every_axis_has_its_own_ratio(name):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    PYTORCH == (2, 11),
+    reason="Dynamo of PyTorch 2.11 can't trace copy.deepcopy, which a new cache calls: T5 is refused there",
+)
 def test_inductor_with_the_cache_that_is_on_by_default():
     """The first keys are joined to an empty cache: what Inductor makes of that is laid out as the keys are. The gradient of the
     position bias is added up by several threads."""

@@ -8,6 +8,7 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+from marks import needs_new_triton
 
 from tokenseek_fx.ops.static import SHARED
 
@@ -21,7 +22,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("triton") is None, reason="the report needs triton")
+@needs_new_triton
 def test_every_kernel_fits():
     """Of the head's, whose blocks are larger than spill nothing, a few registers are spilled (docs/design/0013)."""
     done = python("-m", "tokenseek_fx.ops.static")

@@ -1,11 +1,14 @@
 """Every architecture of the zoo: exact against the reference, or refused with a reason. ``docs/support.md`` says which.
 
-They are slow tests: ``make test ALL=1`` and continuous integration run them. ``EXPECTTEST_ACCEPT=1`` writes their rows anew.
+They are slow tests: ``make test ALL=1`` and continuous integration run them. ``EXPECTTEST_ACCEPT=1`` writes their rows anew. The page is
+that of PyTorch 2.13: another version's partitioner saves other values, and transformers makes other masks for it, so that the verdict alone
+is compared.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import os
 from collections.abc import Iterator
@@ -13,9 +16,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from architectures import ARCHITECTURES, build, forms
-from compare import by_reference, compiled, error
+from compare import by_reference, compiled, error, grads_of
+from marks import PYTORCH
+from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
 import tokenseek_fx
@@ -38,10 +44,51 @@ def quiet() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "attn"), CASES)
 def test_what_the_page_says_of_an_architecture(name, attn):
-    row = " | ".join((name, attn, *result(name, attn)))
+    if name == "jamba" and PYTORCH == (2, 11):
+        pytest.skip("Dynamo of PyTorch 2.11 takes itself for an export: the scan is a loop, of whose states the reference can't say whose rows "
+                    "they are")  # fmt: skip
+    row = f"| {' | '.join((name, attn, *result(name, attn)))} |"
+    if PYTORCH != (2, 13):
+        assert verdict(row) == verdict(row_of(name, attn))
+        return
     if os.environ.get("EXPECTTEST_ACCEPT"):
-        write(name, attn, f"| {row} |")
-    assert f"| {row} |" in PAGE.read_text().splitlines()
+        write(name, attn, row)
+    assert row == row_of(name, attn)
+
+
+class Recurrence(nn.Module):
+    """Attention, then a state that goes from token to token in a loop. ``only``: what is done to every value with a token axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.steps, self.head = nn.Linear(8, 24), nn.Linear(8, 24), nn.Linear(8, 1)
+        self.only = lambda x: x
+        self.double()
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> Tensor:
+        q, k, v = map(self.only, self.qkv(x).chunk(3, -1))
+        x = self.only(x + F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], is_causal=True)[:, 0])
+        decay, added, read = map(self.only, self.steps(x).sigmoid().chunk(3, -1))
+        state, outputs = torch.zeros_like(x[:, 0]), []
+        for i in range(SHORT):
+            state = decay[:, i] * state + added[:, i]
+            outputs.append(state * read[:, i])
+        y = self.head(self.only(x + torch.stack(outputs, 1))).squeeze(-1)
+        return y if target is None else F.mse_loss(y, target)
+
+
+def test_a_recurrence_in_a_loop_is_exact():
+    """A state has no token axis: gradient passes through it to the kept rows before. So is Jamba's scan with PyTorch 2.11, where the
+    reference can't tell."""
+    model, batch = Recurrence(), {"x": torch.randn(3, SHORT, 8).double(), "target": torch.randn(3, SHORT).double()}
+    run, by_hand = compiled(model, batch, report_loss="kept", inner="eager"), copy.deepcopy(model)
+    kept = torch.zeros(3, SHORT, dtype=torch.bool).scatter(1, run.indices, True)
+    by_hand.only = lambda x: torch.where(kept[..., None], x, x.detach())
+    loss = F.mse_loss(by_hand(batch["x"])[kept], batch["target"][kept])
+    loss.backward()
+    torch.testing.assert_close(run.loss, loss)
+    assert error(run.grads, grads_of(by_hand)) < 1e-9
 
 
 @pytest.mark.slow
@@ -54,6 +101,17 @@ def test_inductor_reads_what_experts_add_up_after_it_is_added_up():
 def test_the_page_has_every_architecture():
     rows = [tuple(cell.strip() for cell in line.split("|")[1:3]) for line in PAGE.read_text().splitlines()]
     assert [row for row in rows if row in CASES] == CASES
+
+
+def row_of(name: str, attn: str) -> str:
+    """The row of the page."""
+    (row,) = (line for line in PAGE.read_text().splitlines() if line.startswith(f"| {name} | {attn} |"))
+    return row
+
+
+def verdict(row: str) -> str:
+    """Exact or refused."""
+    return row.split(" | ")[2].split(":")[0]
 
 
 def result(name: str, attn: str) -> tuple[str, ...]:

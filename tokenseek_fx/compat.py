@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import sys
@@ -161,6 +162,27 @@ def body_of_custom_op(operation: Any) -> Any:
         return None
     definition = OPDEFS.get(operation._schema.name)
     return definition._init_fn if definition is not None else None
+
+
+def without_idle_results(node: fx.Node, forward: fx.GraphModule, backward: fx.GraphModule) -> tuple[Any, Any, int]:
+    """The bodies of a custom function, and their number of results, without the last ones that nothing uses and whose gradient is not
+    read: PyTorch 2.11 also returns what the forward computes on its way."""
+    results, gradients = _results(forward.graph)[0], backward.graph.find_nodes(op="placeholder")
+    used = [user.args[1] for user in node.users] + [i for i in range(len(results)) if gradients[i].users]
+    count = max(used, default=0) + 1
+    if count == len(results):
+        return forward, backward, count
+    forward_graph, backward_graph = copy.deepcopy(forward.graph), copy.deepcopy(backward.graph)
+    results, saved = _results(forward_graph)
+    forward_graph.output_node().args = ((results[:count], saved),)
+    for idle in backward_graph.find_nodes(op="placeholder")[count : len(results)]:
+        backward_graph.erase_node(idle)
+    return fx.GraphModule(forward, forward_graph), fx.GraphModule(backward, backward_graph), count
+
+
+def _results(forward: fx.Graph) -> Any:
+    """The results of the forward body of a custom function, and what it saves."""
+    return forward.output_node().args[0]
 
 
 def wrap_kernel(kernel: Any) -> Any:

@@ -20,7 +20,7 @@ from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils import _pytree as pytree
 
-from ..canonicalize import Canonicalize, fresh_like, record_opaque
+from ..canonicalize import CUSTOM_FUNCTION, Canonicalize, fresh_like, record_opaque
 from ..errors import GraphNotSupported
 from ..factors import Axes, Space
 from ..fake import fake_mode_of
@@ -32,7 +32,6 @@ from .rows import restricts, rows_rule
 if TYPE_CHECKING:
     from ..call import Call
 
-CUSTOM_FUNCTION = torch.ops.higher_order.autograd_function_apply
 #: The dim along which a value is cut to its rows; the values that are not in it are whole.
 RowDims = dict[fx.Node, int]
 
