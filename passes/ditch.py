@@ -24,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from .canonicalize import is_autocast
 from .errors import GraphNotSupported, InvariantBroken
 from .fake import fake_mode_of
+from .frozen import made_of_rows
 from .geometry import Geometry, device_of, example_sizes, sizes_of
 from .program import Program
 from .remake import Remade, find_remade
@@ -89,7 +90,8 @@ class Ditch:
             seek = Seek(program, inputs, remade.sources)
             choose = self._take if self.given else self._choose
             geometries, selections = choose(seek, tail, *extra)
-            streams = Streams(program, seek.values, geometries, inputs, barriers, self.kv_grad, remade.nodes, seek.cast)
+            known = remade.nodes, seek.cast, made_of_rows(program)
+            streams = Streams(program, seek.values, geometries, inputs, barriers, self.kv_grad, *known)
             streams.run()
             places.update(seek.nodes())
             outputs = tuple(self._outputs(program, streams))

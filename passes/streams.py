@@ -69,6 +69,7 @@ class Streams:
         kv_grad: str = "selected",
         remade: Collection[fx.Node] = (),
         cast: Mapping[tuple[fx.Node, torch.dtype | None], torch.Tensor] | None = None,
+        again: Collection[fx.Node] = (),
     ) -> None:
         self.program, self.axes, self.live = program, program.axes, program.activity.live
         self.seek, self.barriers = seek, barriers
@@ -81,6 +82,7 @@ class Streams:
         self._known: dict[Any, torch.Tensor] = {}
         self.first_alike = first_alike(program.graph)
         self._in_context = keys_and_values(program) if kv_grad == "all" else frozenset()
+        self._again = again
         self._to_remake, self._remade, self._cast = remade, dict[fx.Node, Any](), cast or {}
         #: What attentions by position look at: the seek stream's values, of keys and values those that are made again.
         self.looked_at = ChainMap(self._remade, seek)  # type: ignore[arg-type]
@@ -148,6 +150,9 @@ class Streams:
     def rows(self, node: fx.Node, dim: int) -> torch.Tensor:
         """The selected rows of a value along one of its token dims."""
         if node in self._rows and dim == self.axes.row_dim(node):
+            return self._rows[node]
+        if node in self._again and dim == self.axes.row_dim(node):
+            self._operation(node)
             return self._rows[node]
         return self.take(self.full(node), self.axes.of(node), dim)
 

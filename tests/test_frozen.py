@@ -1,0 +1,58 @@
+"""Values without gradient that rows are made of are made again on the rows; the seek stream keeps what they are made of alone."""
+
+from __future__ import annotations
+
+import torch
+import zoo
+from compare import assert_matches
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_pipeline import captured
+from test_random import RATIOS, RELAXED, Transformer, batches, configurations
+from torch import nn
+
+from tokenseek_fx.passes import Ditch, Pipeline, Select
+from tokenseek_fx.passes.frozen import made_of_rows
+from tokenseek_fx.scorers import strided
+
+
+@settings(max_examples=30, **RELAXED)
+@given(configurations(), batches(), RATIOS, st.integers(0, 1000), st.sampled_from([0.3, 0.7, 0.9]))
+def test_models_with_frozen_parameters_equal_the_reference(configuration, batch, ratio, seed, share):
+    model = Transformer(configuration)
+    parameters, generator = [*model.parameters()], torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.requires_grad_(bool(torch.rand((), generator=generator) > share))
+    parameters[-1].requires_grad_()
+    assert_matches(model, batch, 1e-9, keep_ratio=ratio, inner="eager")
+
+
+def tuned() -> tuple[nn.Module, dict]:
+    model = zoo.build("llama")
+    return zoo.lora(model), zoo.batch(model, 2, 13)
+
+
+def test_of_the_first_block_under_lora_the_residual_stream_alone_is_kept():
+    """Its norm and what the frozen linears make of it are made of its rows: nothing but the seek stream reads them."""
+    program = captured(*tuned())
+    made = made_of_rows(program)
+    assert sum(node.target is torch.ops.aten.linear.default for node in made) == 3
+    rewrite = Pipeline((Ditch(Select(strided(), 0.3)),)).run(program).rewrite
+    seek = {*rewrite.seek.values()}
+    assert all({*rewrite.seek[node].users} <= seek for node in made if node in rewrite.seek)
+
+
+def test_under_autocast_they_are_taken():
+    """The operations stand in regions, rows are made before them."""
+
+    class Autocast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model, self.batch = tuned()
+
+        def forward(self, **batch):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.model(**batch)
+
+    model = Autocast()
+    assert not made_of_rows(captured(model, model.batch))
