@@ -51,7 +51,11 @@ POINTWISE = [
     *each("where.self", "bool b 1 t, b d t, b d 1", "b d t"),
     *each("masked_fill.Scalar", "b t d, bool b t 1", "b t d", lambda n, x, mask: (x, mask, -2.0)),
     *each("masked_fill.Tensor", "b t d, bool b t 1, ", "b t d"),
-    *each("hardswish.default log_sigmoid.default contiguous.default alias.default detach.default", "b t d", "b t d"),
+    *each(
+        "hardswish.default leaky_relu.default log_sigmoid.default contiguous.default alias.default detach.default",
+        "b t d",
+        "b t d",
+    ),
     *each("lift_fresh_copy.default _to_copy.default", "b t d", "b t d"),
     *each("dropout.default native_dropout.default", "b t d", "b t d", first(0.0, True)),
     *each("to.dtype", "b t d", "b t d", first(torch.float32)),

@@ -48,7 +48,7 @@ def _register(names: str, rule: AxesRule) -> None:
 _register(
     "dropout.default native_dropout.default contiguous.default alias.default detach.default to.dtype to.device "
     "to.dtype_layout _to_copy.default lift_fresh_copy.default masked_fill.Tensor "
-    "__and__.Tensor __or__.Tensor __and__.Scalar __or__.Scalar hardswish.default log_sigmoid.default "
+    "__and__.Tensor __or__.Tensor __and__.Scalar __or__.Scalar hardswish.default leaky_relu.default log_sigmoid.default "
     "floor_divide.default rand_like.default zeros_like.default ones_like.default full_like.default bernoulli.default "
     "bernoulli.p fill.Scalar _conj.default broadcast_tensors.default empty_like.default randn_like.default",
     elementwise,
