@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +151,28 @@ def test_a_killed_run_resumes_to_the_same_losses(runs, tmp_path):
     assert losses(resumed) == losses(ours)
     for name, x in ours.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], x), name
+
+
+def in_a_process(where: Path, killed_at: int = 0) -> subprocess.CompletedProcess[str]:
+    """``killed.py``, with the modules that this process finds."""
+    line = [sys.executable, str(Path(__file__).parent / "killed.py"), str(where), str(killed_at)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_another_process_resumes_a_killed_one_to_the_same_losses(tmp_path):
+    killed = in_a_process(tmp_path / "killed", killed_at=3)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == {"checkpoint-1", "checkpoint-2"}
+    found = []
+    for where in ("killed", "whole"):
+        run = in_a_process(tmp_path / where)
+        assert run.returncode == 0, run.stderr[-3000:]
+        found.append(json.loads(run.stdout.splitlines()[-1]))
+    resumed, whole = found
+    assert (resumed["trained"], whole["trained"]) == ([3, 4], [1, 2, 3, 4])
+    assert resumed["losses"] == whole["losses"] and len(set(whole["losses"])) == STEPS
 
 
 class Watch(TrainerCallback):
