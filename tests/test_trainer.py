@@ -227,6 +227,15 @@ def test_what_is_compiled_otherwise_is_refused(tmp_path):
         TokenSeekCallback(keep_ration=0.1)
 
 
+def test_data_parallel_is_refused(tmp_path):
+    """What the Trainer does where it sees two GPUs; wrapping needs none."""
+    run = trainer(tmp_path, TokenSeekCallback(**KEEP))
+    run.args._n_gpu = 2
+    with pytest.raises(ConfigError, match=r"over 2 GPUs by DataParallel, .* Start one process for each GPU"):
+        run.train()
+    assert isinstance(run.model_wrapped, torch.nn.DataParallel) and run.model._compiled_call_impl is None
+
+
 def test_the_name_of_the_backend_in_training_arguments_is_refused_by_accelerate(tmp_path):
     """Its list of backends is closed; should it open, docs/integrations.md has a shorter way to tell of."""
     with pytest.raises(ValueError, match="TOKENSEEK"):
