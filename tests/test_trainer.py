@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 import zoo
+from accelerate.utils import DynamoBackend
 from compare import by_reference, error
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -175,6 +177,19 @@ def test_another_process_resumes_a_killed_one_to_the_same_losses(tmp_path):
     assert resumed["losses"] == whole["losses"] and len(set(whole["losses"])) == STEPS
 
 
+def test_the_progress_bar_stays_and_its_lines_have_our_figures(tmp_path, capsys):
+    settings = {"disable_tqdm": False, "eval_strategy": "no", "save_strategy": "no"}
+    shown = []
+    for callbacks in ([], [TokenSeekCallback(keep_ratio=0.5, inner="eager")]):
+        trainer(tmp_path, *callbacks, **settings).train()
+        shown.append(capsys.readouterr())
+    plain, ours = shown
+    for text in shown:  # between these two, what is drawn depends on the time
+        bar = re.findall(r"(\d+)%\|.*?\| (\d)/4 ", text.err)
+        assert bar[0] == ("0", "0") and bar[-1] == ("100", "4")
+    assert "tokenseek" not in plain.out and ours.out.count("'tokenseek_kept': '0.5'") == STEPS
+
+
 class Watch(TrainerCallback):
     """Gradients of the first step, and the rows that each of its forwards kept."""
 
@@ -238,8 +253,11 @@ def test_data_parallel_is_refused(tmp_path):
 
 def test_the_name_of_the_backend_in_training_arguments_is_refused_by_accelerate(tmp_path):
     """Its list of backends is closed; should it open, docs/integrations.md has a shorter way to tell of."""
-    with pytest.raises(ValueError, match="TOKENSEEK"):
+    with pytest.raises(ValueError, match="'TOKENSEEK' is not a valid DynamoBackend"):
         trainer(tmp_path, torch_compile=True, torch_compile_backend="tokenseek")
+    page = (Path(__file__).parents[1] / "docs" / "integrations.md").read_text()
+    (allowed,) = re.findall(r"In accelerate 1\.15 it\s+allows (.*?), in either case", page, re.DOTALL)
+    assert re.findall(r"`(\w+)`", allowed) == [name.lower() for name in DynamoBackend.list()]
 
 
 def test_without_transformers_one_error_names_what_to_install(monkeypatch):
