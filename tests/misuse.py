@@ -655,11 +655,12 @@ def _(**options):
 # -- trainers ---------------------------------------------------------------------------------------------------------
 
 
-def begin(model: nn.Module, options: dict[str, Any], **settings: Any) -> None:
-    """The moment when a Trainer begins to train."""
+def begin(model: nn.Module, options: dict[str, Any], gpus: int = 0, **settings: Any) -> None:
+    """The moment when a Trainer begins to train, in a process that sees so many GPUs."""
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     arguments = TrainingArguments("unused", use_cpu=True, report_to=[], **settings)
+    arguments._n_gpu = gpus
     callback = tokenseek_fx.integrations.TokenSeekCallback(**options)
     callback.on_train_begin(arguments, TrainerState(), TrainerControl(), model=model)
 
@@ -675,6 +676,15 @@ def callback_on_a_compiled_model(**options):
 def callback_beside_torch_compile(**options):
     with mock.patch.dict("os.environ"):  # where transformers writes the settings of accelerate
         begin(nn.Linear(2, 2), options, torch_compile=True, torch_compile_backend="eager")
+
+
+@misuse(
+    "Trainers",
+    "`TokenSeekCallback` in one process that sees several GPUs",
+    "one process for each GPU, or one GPU: `CUDA_VISIBLE_DEVICES=0`",
+)
+def callback_under_data_parallel(**options):
+    begin(nn.Linear(2, 2), options, gpus=2)
 
 
 @misuse(

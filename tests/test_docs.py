@@ -1,6 +1,7 @@
 """The documentation is true: its Python runs, its output blocks and graphs are what comes out, its links lead somewhere.
 
-- ```` ```python ````: executed, one namespace per file, in order. Other ```` ```sh ```` is not run.
+- ```` ```python ````: executed, one namespace per file, in order. ```` ```py ```` is not, and ``NOT_RUN`` says why; other ```` ```sh ````
+  is not run.
 - ```` ```sh title="run" ````: executed, lines `python FILE ...` and `tokenseek ...`, in an empty directory.
 - ```` ```text title="output" ````: what the block before it printed.
 - ```` ```text title="after NAME" ````: the golden graph after the pass NAME.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import doctest
 import io
+import operator
 import re
 import shlex
 import subprocess
@@ -21,18 +23,26 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import pytest
 import torch
 from golden_model import graphs
+from peft.tuners.lora import dora
 from typer.testing import CliRunner
 
+import tokenseek_fx
+import tokenseek_fx.integrations
 from tokenseek_fx import Config
 from tokenseek_fx.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 SUBJECTS = [page for page in PAGES if re.search(r"^```(python|sh title)", page.read_text(), re.MULTILINE)]
+
+#: The pages with ```` ```py ````.
+NOT_RUN = {"README.md": "the one line, before there is a model: the example below it runs the same line"}
 
 
 def name(page: Path) -> str:
@@ -86,8 +96,12 @@ def run_commands(block: Block) -> str:
 
 @pytest.fixture(autouse=True)
 def _fresh():
+    """Pages change settings of Dynamo and PEFT, which others must not see."""
     torch._dynamo.reset()
     torch.manual_seed(0)
+    as_it_is = mock.patch.object(dora, "dequantize_module_weight", dora.dequantize_module_weight)
+    with as_it_is, torch._dynamo.config.patch(optimize_ddp=True):
+        yield
 
 
 @pytest.mark.parametrize("page", SUBJECTS, ids=name)
@@ -103,6 +117,25 @@ def test_code_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):
                 printed = run_commands(block)
             elif block.title == "output":
                 assert_shows(block.text, printed)
+
+
+def test_python_that_is_not_run_is_run_elsewhere_on_its_page():
+    found = {}
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        run = [block.text for block in blocks(page) if block.info.startswith("python")]
+        for block in blocks(page):
+            if block.info == "py":
+                found[name(page)] = any(block.text.split("  #")[0].strip() in text for text in run)
+    assert found == dict.fromkeys(NOT_RUN, True)
+
+
+def test_the_lines_from_scratch_are_as_many_as_the_pages_say():
+    page = ROOT / "docs" / "from-scratch.md"
+    code = "".join(block.text for block in blocks(page) if block.info.startswith("python"))
+    count = sum(bool(line.strip()) for line in code.splitlines())
+    assert count <= 150
+    for told in (page, ROOT / "docs" / "index.md"):
+        assert re.findall(r"in (\d+) lines", told.read_text()) == [str(count)], name(told)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if 'title="after ' in page.read_text()], ids=name)
@@ -145,3 +178,16 @@ def test_every_page_is_listed():
     index = (ROOT / "docs" / "index.md").read_text()
     listed = {(ROOT / "docs" / target).resolve() for target in re.findall(r"\]\(([^)#\s]+)\)", index)}
     assert {page for page in PAGES if page.is_relative_to(ROOT / "docs")} - {ROOT / "docs" / "index.md"} <= listed
+
+
+def test_every_public_name_is_on_the_page_of_the_api():
+    text = (ROOT / "docs" / "api.md").read_text()
+    names = re.findall(r"^::: tokenseek_fx\.(\S+)$", text, re.MULTILINE)
+    assert text.count(":::") == len(names)
+    shown = [operator.attrgetter(name)(tokenseek_fx) for name in names]
+    for module in (tokenseek_fx, tokenseek_fx.integrations, tokenseek_fx.passes, tokenseek_fx.report):
+        for public in module.__all__:
+            value = getattr(module, public)
+            listed = isinstance(value, ModuleType) or any(value is x for x in shown)
+            assert listed, f"{module.__name__}.{public}"
+    assert {"reference.ditching", "stats"} <= set(names)

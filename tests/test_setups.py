@@ -105,6 +105,21 @@ def test_adapters(name):
     assert set(run.grads) == {n for n, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("first", ["compile", "adapters"])
+def test_a_model_is_compiled_in_place_before_its_adapters_or_after(first):
+    base = llama()
+    if first == "compile":
+        base.compile(backend="tokenseek", options=OPTIONS)
+    model = lora(base)
+    if first == "adapters":
+        model.compile(backend="tokenseek", options=OPTIONS)
+    inputs = batch(model)
+    with tokenseek_fx.record() as rec:
+        model(**inputs).loss.backward()
+    assert len(rec) == 1 and rec[0].indices.shape[1] < T
+    assert error(grads_of(model), by_reference(lora(), inputs, rec[0].indices).grads) < TOL
+
+
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters_are_no_barriers(name):
     model = ADAPTERS[name]()

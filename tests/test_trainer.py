@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 import zoo
+from accelerate.utils import DynamoBackend
 from compare import by_reference, error
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -150,6 +155,41 @@ def test_a_killed_run_resumes_to_the_same_losses(runs, tmp_path):
         assert torch.equal(resumed.model.state_dict()[name], x), name
 
 
+def in_a_process(where: Path, killed_at: int = 0) -> subprocess.CompletedProcess[str]:
+    """``killed.py``, with the modules that this process finds."""
+    line = [sys.executable, str(Path(__file__).parent / "killed.py"), str(where), str(killed_at)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_another_process_resumes_a_killed_one_to_the_same_losses(tmp_path):
+    killed = in_a_process(tmp_path / "killed", killed_at=3)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == {"checkpoint-1", "checkpoint-2"}
+    found = []
+    for where in ("killed", "whole"):
+        run = in_a_process(tmp_path / where)
+        assert run.returncode == 0, run.stderr[-3000:]
+        found.append(json.loads(run.stdout.splitlines()[-1]))
+    resumed, whole = found
+    assert (resumed["trained"], whole["trained"]) == ([3, 4], [1, 2, 3, 4])
+    assert resumed["losses"] == whole["losses"] and len(set(whole["losses"])) == STEPS
+
+
+def test_the_progress_bar_stays_and_its_lines_have_our_figures(tmp_path, capsys):
+    settings = {"disable_tqdm": False, "eval_strategy": "no", "save_strategy": "no"}
+    shown = []
+    for callbacks in ([], [TokenSeekCallback(keep_ratio=0.5, inner="eager")]):
+        trainer(tmp_path, *callbacks, **settings).train()
+        shown.append(capsys.readouterr())
+    plain, ours = shown
+    for text in shown:  # between these two, what is drawn depends on the time
+        bar = re.findall(r"(\d+)%\|.*?\| (\d)/4 ", text.err)
+        assert bar[0] == ("0", "0") and bar[-1] == ("100", "4")
+    assert "tokenseek" not in plain.out and ours.out.count("'tokenseek_kept': '0.5'") == STEPS
+
+
 class Watch(TrainerCallback):
     """Gradients of the first step, and the rows that each of its forwards kept."""
 
@@ -202,10 +242,22 @@ def test_what_is_compiled_otherwise_is_refused(tmp_path):
         TokenSeekCallback(keep_ration=0.1)
 
 
+def test_data_parallel_is_refused(tmp_path):
+    """What the Trainer does where it sees two GPUs; wrapping needs none."""
+    run = trainer(tmp_path, TokenSeekCallback(**KEEP))
+    run.args._n_gpu = 2
+    with pytest.raises(ConfigError, match=r"over 2 GPUs by DataParallel, .* Start one process for each GPU"):
+        run.train()
+    assert isinstance(run.model_wrapped, torch.nn.DataParallel) and run.model._compiled_call_impl is None
+
+
 def test_the_name_of_the_backend_in_training_arguments_is_refused_by_accelerate(tmp_path):
     """Its list of backends is closed; should it open, docs/integrations.md has a shorter way to tell of."""
-    with pytest.raises(ValueError, match="TOKENSEEK"):
+    with pytest.raises(ValueError, match="'TOKENSEEK' is not a valid DynamoBackend"):
         trainer(tmp_path, torch_compile=True, torch_compile_backend="tokenseek")
+    page = (Path(__file__).parents[1] / "docs" / "integrations.md").read_text()
+    (allowed,) = re.findall(r"In accelerate 1\.15 it\s+allows (.*?), in either case", page, re.DOTALL)
+    assert re.findall(r"`(\w+)`", allowed) == [name.lower() for name in DynamoBackend.list()]
 
 
 def test_without_transformers_one_error_names_what_to_install(monkeypatch):

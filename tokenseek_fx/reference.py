@@ -88,15 +88,11 @@ def ditching(
     With l_i the loss term of token i, as reduction="none" gives it, S the kept tokens and L the labelled ones (every
     entry, where a loss has no labels), a loss over tokens is
 
-    ====  =================================================  ===============================================
-    ..    plain                                              with `weights` w
-    ====  =================================================  ===============================================
-    mean  sum of l_i over S and L, divided by |S and L|      sum of w_i l_i over S and L, divided by |L|
-    sum   sum of l_i over S and L, times |L| / |S and L|     sum of w_i l_i over S and L
-    ====  =================================================  ===============================================
+    - mean: the sum of l_i over S and L, divided by |S and L|; with `weights` w the sum of w_i l_i over S and L, divided by |L|
+    - sum: the sum of l_i over S and L, times |L| / |S and L|; with `weights` w the sum of w_i l_i over S and L
 
     where a class-weighted mean counts every token by its class weight, and a sum over nothing is 0 with gradients 0.
-    With w_i = 1 / (the probability that i is in S) the right column has the full loss as its expectation. Reductions
+    With w_i = 1 / (the probability that i is in S) what has weights has the full loss as its expectation. Reductions
     that are no torch loss are neither rescaled nor weighted, nor is a loss per instance.
 
     An open block b computes ``only(b(only(x)))`` with ``only(x) = torch.where(selected, x, x.detach())``, and cuts

@@ -1,0 +1,46 @@
+"""A training run in a process of its own: ``python tests/killed.py DIRECTORY KILLED_AT`` (0: not killed).
+
+It continues from the last checkpoint in the directory, where there is one, and prints the losses and which steps it trained itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import zoo
+from test_trainer import losses, trainer
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from tokenseek_fx.integrations import TokenSeekCallback
+
+
+class Kill(TrainerCallback):
+    """SIGKILL between backward and the optimizer's step; counts the steps before."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.trained = step, []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, *others: Any, **kwargs: Any) -> None:
+        self.trained.append(state.global_step + 1)
+        if self.trained[-1] == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(where: str, step: str) -> None:
+    checkpoint = get_last_checkpoint(where) if Path(where).exists() else None
+    model = zoo.build("llama", dtype=torch.float32, seed=0 if checkpoint is None else 1)  # weights are the checkpoint's
+    kill, ours = Kill(int(step)), TokenSeekCallback(keep_ratio=0.5, inner="eager")
+    run = trainer(Path(where), ours, kill, model=model, save_steps=1, eval_strategy="no", seed=7)
+    run.train(resume_from_checkpoint=checkpoint)
+    print(json.dumps({"losses": losses(run), "trained": kill.trained}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
