@@ -13,12 +13,12 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import tokenseek_fx.cli
 from tokenseek_fx import TokenSeekWarning
-from tokenseek_fx.cli import bench, data, encode, watch
+from tokenseek_fx.cli import bench, data, encode, models, watch
 from tokenseek_fx.cli.answer import Failure, Usage
 from tokenseek_fx.cli.app import app
 from tokenseek_fx.report import Run
@@ -231,6 +231,26 @@ def test_a_model_without_weights_is_trained_only_if_asked_for(work):
     result = tokenseek(*arguments)
     assert result.exit_code == 1 and "--random-weights" in result.stderr
     assert tokenseek(*arguments, "--random-weights", "--lora").exit_code == 2
+
+
+def test_an_evaluation_leaves_the_gradient_through_a_4_bit_base_as_it_was(tmp_path):
+    """On CPUs with AVX512-BF16 bitsandbytes' own evaluation leaves weights behind that give none."""
+    sizes = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)).save_pretrained(tmp_path)
+    adapter = models.Adapter(quantised=True)
+    model = models.with_weights(str(tmp_path), torch.float32, "cpu", adapter, random=False)
+    ids = torch.arange(20)[None]
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.train().zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    after = gradients()
+    assert len(before) == 2 * 2 * 7 and all(torch.equal(after[name], x) for name, x in before.items())
 
 
 def test_the_report_of_a_run_is_written_anew(ran, tmp_path):
