@@ -13,12 +13,12 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import tokenseek_fx.cli
 from tokenseek_fx import TokenSeekWarning
-from tokenseek_fx.cli import bench, data, encode, watch
+from tokenseek_fx.cli import bench, data, encode, models, watch
 from tokenseek_fx.cli.answer import Failure, Usage
 from tokenseek_fx.cli.app import app
 from tokenseek_fx.report import Run
@@ -231,6 +231,65 @@ def test_a_model_without_weights_is_trained_only_if_asked_for(work):
     result = tokenseek(*arguments)
     assert result.exit_code == 1 and "--random-weights" in result.stderr
     assert tokenseek(*arguments, "--random-weights", "--lora").exit_code == 2
+
+
+@pytest.fixture(scope="module")
+def weighted(work) -> Path:
+    """The model with weights: what adapters need."""
+    made = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(work / "model"))
+    for each in (made, AutoTokenizer.from_pretrained(work / "model")):
+        each.save_pretrained(work / "weighted")
+    return work / "weighted"
+
+
+def adapters(weighted: Path, work: Path, out: Path, *more: object):
+    """A run of few steps that trains adapters."""
+    settings = ["--skip-bad", "--steps", "3", "--batch", "2", "--length", "128", "--held-out", "2", *OPTIONS]
+    return tokenseek("finetune", weighted, work / "pairs.jsonl", *settings, "--out", out, *more)
+
+
+@pytest.mark.parametrize(("kind", "held_out"), [("--lora", 2), ("--qlora", 2), ("--qlora", 0)])
+def test_adapters_are_trained_to_a_table_and_a_report(kind, held_out, weighted, work, tmp_path):
+    result = adapters(weighted, work, tmp_path, kind, "--held-out", held_out)
+    assert result.exit_code == 0, result.stderr
+    assert "held-out loss" in result.stdout and (tmp_path / "report.html").exists()
+    run = Run.load(tmp_path)
+    assert len(run.steps) == 3 and run.memory and run.graphs and "not in this report" not in run.settings
+    files = {each.name for each in (tmp_path / "model").iterdir()}
+    assert "adapter_model.safetensors" in files and "model.safetensors" not in files
+
+
+def test_a_run_that_cannot_be_explained_keeps_its_table_and_its_report(weighted, work, tmp_path, monkeypatch):
+    def failing(*given):
+        raise AttributeError("no [meta]\nand more")
+
+    monkeypatch.setattr("tokenseek_fx.cli.finetune.explain_without_weights", failing)
+    result = adapters(weighted, work, tmp_path, "--lora")
+    assert result.exit_code == 0 and "held-out loss" in result.stdout
+    told = "split of memory, graph: AttributeError: no [meta]"
+    assert f"The report lacks {told}\n" in result.stderr
+    assert Run.load(tmp_path).settings["not in this report"] == told
+    assert told in (tmp_path / "report.html").read_text()
+
+
+def test_an_evaluation_leaves_the_gradient_through_a_4_bit_base_as_it_was(tmp_path):
+    """On CPUs with AVX512-BF16 bitsandbytes' own evaluation leaves weights behind that give none."""
+    sizes = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)).save_pretrained(tmp_path)
+    adapter = models.Adapter(quantised=True)
+    model = models.with_weights(str(tmp_path), torch.float32, "cpu", adapter, random=False)
+    ids = torch.arange(20)[None]
+
+    def gradients() -> dict[str, torch.Tensor]:
+        model.train().zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    after = gradients()
+    assert len(before) == 2 * 2 * 7 and all(torch.equal(after[name], x) for name, x in before.items())
 
 
 def test_the_report_of_a_run_is_written_anew(ran, tmp_path):

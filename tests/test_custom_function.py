@@ -13,6 +13,7 @@ from test_custom_op import HEADS, B, T, barriers  # noqa: F401 (a fixture)
 from torch import Tensor, nn
 
 import tokenseek_fx
+from tokenseek_fx.cli.predict import explain_without_weights
 
 D = 8
 OPTIONS = {"keep_ratio": 0.4, "strict": True, **TOPK}
@@ -159,3 +160,12 @@ def test_a_backward_that_reads_a_dynamic_length_is_a_barrier(reads, barriers):  
         step(**batch()).backward()
     assert barriers == ["autograd_function_apply"] * (2 if reads == "backward" else 0)
     assert error(grads_of(model), by_reference(expected, batch(), rec[0].indices, length=T).grads) < 1e-9
+
+
+def test_a_dynamic_length_may_be_a_number_where_only_sizes_are_looked_at():
+    """The graph has a dynamic length, its inputs have one: the function is given a number."""
+    custom = function(lambda x: x / x.shape[1], lambda g, x: (6 * g,))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(assume_static_by_default=False):
+        found = explain_without_weights(Transformer(lambda x, w: custom.apply(x)), batch(), {"keep_ratio": 0.4})
+    assert not found.refusal and not found.barriers

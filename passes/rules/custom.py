@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -68,8 +68,7 @@ class Body:
 def custom_function(op: Op) -> Flow:
     """The axes of its results are those of its forward body."""
     forward_graph, backward_graph, *args = op.node.args
-    axes = [op._axes.get(arg, ((),)) for arg in args]
-    forward = _body(op, forward_graph, [arg.meta["val"] for arg in args], axes)
+    forward = _body(op, forward_graph, args, op._axes)
     count = len(pytree.tree_leaves(op.node.meta["val"]))
     if forward is None or count != len(op.results) or not all(map(is_tensor, forward.outputs[:count])):
         return op.unknown()
@@ -84,20 +83,22 @@ def custom_function(op: Op) -> Flow:
     return Flow(outputs, tuple(carries))
 
 
-def _body(op: Op, graph: fx.Node, values: Sequence[Any], axes: Sequence[tuple[Axes, ...]]) -> Body | None:
-    """A body, traced on ``values`` with ``axes``; ``None`` where it can't be, or writes to its inputs."""
+def _body(op: Op, graph: fx.Node, args: Sequence[Any], known: Mapping[fx.Node, tuple[Axes, ...]]) -> Body | None:
+    """A body, traced on ``args``, nodes or numbers; ``None`` where it can't be, or writes to its inputs."""
+    values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
+    axes = [known.get(arg, ((),)) if isinstance(arg, fx.Node) else ((),) for arg in args]
     step, inputs = Canonicalize(), tuple(fresh_like(value, op.results) for value in values)  # no two may be the same
     try:
         program = step.run(Program(_module(op, graph), inputs))
         step.check(program)
     except GraphNotSupported:
         return None
-    known, flows = dict(zip(program.placeholders, axes, strict=True)), {}
+    found, flows = dict(zip(program.placeholders, axes, strict=True)), {}
     for node in program.graph.nodes:
-        if node not in known and node.op != "output":
-            flows[node] = flow_of(node, op.space, known)
-            known[node] = flows[node].outputs
-    return None if program.mutated else Body(program.placeholders, program.outputs, known, flows)
+        if node not in found and node.op != "output":
+            flows[node] = flow_of(node, op.space, found)
+            found[node] = flows[node].outputs
+    return None if program.mutated else Body(program.placeholders, program.outputs, found, flows)
 
 
 def _module(op: Op, graph: fx.Node) -> fx.GraphModule:
@@ -118,9 +119,7 @@ def _reads_sizes(graph: fx.Graph) -> bool:
 
 def _backward(op: Op, graph: fx.Node, forward: Body) -> Body | None:
     """The backward body: of the gradients of the results and of the values that the forward one saved."""
-    given = [node.meta["val"] if isinstance(node, fx.Node) else node for node in forward.outputs]
-    axes = [forward.axes[node] if isinstance(node, fx.Node) else ((),) for node in forward.outputs]
-    return _body(op, graph, given, axes)
+    return _body(op, graph, forward.outputs, forward.axes)
 
 
 def _row_dims(space: Space, forward: Body, outputs: Sequence[Axes]) -> Iterator[tuple[int, RowDims]]:

@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..explain import Explanation
 from ..integrations.trainer import TokenSeekCallback
 from ..report import Run, memory_of, write_report
 from . import models
@@ -31,6 +33,7 @@ from .predict import explain_without_weights
 from .watch import SeeingTrainer, Seen, Stop, Watch, resumed, stopping
 
 _SETTINGS, _BAD, _REPORT, _MODEL = "settings.json", "skipped.jsonl", "report.html", "model"
+_MISSING = "not in this report"
 _COMPARED, _COMPILER = "all-tokens", ("inner", "mode", "inductor_options")
 _LOGS = 500  # points of a curve, about
 
@@ -307,16 +310,24 @@ def _report(work: Work) -> None:
 
 
 def _explain(work: Work, run: Run) -> None:
-    """Memory and graph of the longest batch; none where the model isn't rewritten."""
+    """Memory and graph of the longest batch. Where they can't be had the report says why: the run is done, and not lost for them."""
+    run.settings.pop(_MISSING, None)
     longest = sorted(work.learnt, key=lambda each: len(each["input_ids"]))[-work.settings.batch :]
     device = next(work.model.parameters()).device
     batch = batch_of(longest, _pad(work.tokenizer), _length(work.settings))
-    found = explain_without_weights(
-        work.model, {name: x.to(device) for name, x in batch.items()}, work.settings.options
-    )
-    if not found.refusal:
-        run.memory = memory_of(found, work.model, work.trainer.optimizer)
-        run.graphs = [str(found), *found.graphs]
+    try:
+        found = explain_without_weights(
+            work.model, {name: x.to(device) for name, x in batch.items()}, work.settings.options
+        )
+    except Exception as error:
+        error = getattr(error, "inner_exception", error)  # Dynamo's, around what a backend raised
+        found = Explanation(f"{type(error).__name__}: {error}")
+    if found.refusal:
+        run.settings[_MISSING] = f"split of memory, graph: {found.refusal.splitlines()[0]}"
+        work.console.print(f"[yellow]The report lacks {escape(run.settings[_MISSING])}[/]", soft_wrap=True)
+        return
+    run.memory = memory_of(found, work.model, work.trainer.optimizer)
+    run.graphs = [str(found), *found.graphs]
 
 
 def _compared(work: Work) -> dict[str, Any]:

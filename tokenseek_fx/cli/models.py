@@ -100,6 +100,9 @@ def adapted(model: Any, adapter: Adapter | None) -> Any:
 
 def _ready(model: Any) -> nn.Module:
     model.config.use_cache = False
+    for each in model.modules():
+        if hasattr(each, "support_avx512bf16_for_cpu"):  # in evaluation bitsandbytes repacks 4-bit weights, in place,
+            each.support_avx512bf16_for_cpu = False  # for a product without a gradient: training went on with it
     return model.train()
 
 
