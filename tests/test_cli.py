@@ -13,7 +13,12 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+<<<<<<< HEAD
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+=======
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import AutoModelForCausalLM, AutoTokenizer
+>>>>>>> ce1ef9eed469a55024623cbaf7759291a0542f37
 from typer.testing import CliRunner
 
 import tokenseek_fx.cli
@@ -21,6 +26,7 @@ from tokenseek_fx import TokenSeekWarning
 from tokenseek_fx.cli import bench, data, encode, models, watch
 from tokenseek_fx.cli.answer import Failure, Usage
 from tokenseek_fx.cli.app import app
+from tokenseek_fx.peak import forget_peak
 from tokenseek_fx.report import Run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -185,6 +191,31 @@ def test_a_run_ends_with_figures_a_model_and_a_report(ran, work):
     assert "<html" in Path(figures["report"]).read_text()[:500]
     assert AutoModelForCausalLM.from_pretrained(figures["model"]).config.hidden_size == 48
     assert AutoTokenizer.from_pretrained(figures["model"]).eos_token == pairs.END
+
+
+@pytest.mark.skipif(not forget_peak(torch.device("cpu")), reason="this system can't reset the peak of a process")
+def test_the_run_on_all_tokens_is_measured_without_the_first(work, monkeypatch):
+    """Neither what the first run took for a moment nor its model and optimizer count."""
+    training_step, much = watch.SeeingTrainer.training_step, 2**29
+    held: list[StorageWeakRef] = []
+    left: list[int] = []
+
+    def step(self, *given):
+        loss = training_step(self, *given)
+        if self.seen.directory.name == "all-tokens":
+            left.append(sum(not each.expired() for each in held))
+        else:
+            torch.ones(much, dtype=torch.uint8)
+            states = [x for state in self.optimizer.state.values() for x in state.values()]
+            held[:] = [StorageWeakRef(x.untyped_storage()) for x in [*self.model.parameters(), *states]]
+        return loss
+
+    monkeypatch.setattr(watch.SeeingTrainer, "training_step", step)
+    result = finetune(work, work / "measured", "--compare", "--json")
+    assert result.exit_code == 0, result.stderr
+    figures = json.loads(result.stdout)
+    assert held and set(left) == {0}
+    assert figures["all_tokens"]["peak_bytes"] < figures["peak_bytes"] - 0.9 * much
 
 
 def test_rows_that_are_left_out_are_kept_beside_the_run(ran):

@@ -23,6 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import tokenseek_fx
 from tokenseek_fx import ConfigError
 from tokenseek_fx.integrations import TokenSeekCallback
+from tokenseek_fx.peak import forget_peak
 
 KEEP = {"keep_ratio": 0.5, "inner": "aot_eager"}
 FIGURES = {"kept", "kept_labelled", "scoring_share", "recompiles", "activations_mib", "peak_mib"}
@@ -48,6 +49,17 @@ class Kill(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, *others: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
             raise KeyboardInterrupt
+
+
+class Take(TrainerCallback):
+    """Has so many bytes for a moment, in one step."""
+
+    def __init__(self, bytes_: int, step: int) -> None:
+        self.bytes, self.step = bytes_, step
+
+    def on_step_begin(self, args: Any, state: Any, *others: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            torch.ones(self.bytes, dtype=torch.uint8)
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +120,17 @@ def test_logs_have_the_keys_of_the_trainer_and_our_figures(runs):
     assert all(0 < log["tokenseek_kept_labelled"] < 1 and log["tokenseek_recompiles"] == 0 for log in trained)
     assert all(0 < log["tokenseek_scoring_share"] < 0.5 and log["tokenseek_activations_mib"] > 0 for log in trained)
     assert [{**log, "step": None} for log in tracker.seen] == [{**log, "step": None} for log in ours.state.log_history]
+
+
+@pytest.mark.skipif(not forget_peak(torch.device("cpu")), reason="this system can't reset the peak of a process")
+def test_the_peak_is_that_of_the_steps_since_the_last_log(tmp_path):
+    much = 2**29  # far above what a step of the model takes, or the allocator keeps
+    torch.ones(2 * much, dtype=torch.uint8)  # before the run: not of it
+    run = trainer(tmp_path, TokenSeekCallback(**KEEP), Take(much, step=2), eval_strategy="no", save_strategy="no")
+    run.train()
+    first, taken, *after = [log["tokenseek_peak_mib"] * 2**20 for log in run.state.log_history if "loss" in log]
+    assert first < taken and len(after) == STEPS - 2
+    assert max(after) < taken - 0.9 * much
 
 
 def test_checkpoints_have_the_files_and_tensors_of_the_trainer(runs):

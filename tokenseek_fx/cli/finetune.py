@@ -24,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..explain import Explanation
 from ..integrations.trainer import TokenSeekCallback
-from ..report import Run, memory_of, write_report
+from ..report import Run, Step, memory_of, write_report
 from . import models
 from .answer import Answer, Failure, Interrupted, Usage, progress_console
 from .data import rows, write_bad
@@ -331,8 +331,9 @@ def _explain(work: Work, run: Run) -> None:
 
 
 def _compared(work: Work) -> dict[str, Any]:
-    """The same run on all tokens, from the same weights: its steps for the report, its figures."""
+    """The same run on all tokens, from the same weights: its steps for the report, its figures. The trained model is given up for it."""
     work.console.print("The same on all tokens:")
+    _give_up(work.model, work.trainer.optimizer)
     compiler = {name: work.settings.options[name] for name in _COMPILER if name in work.settings.options}
     settings = replace(work.settings, options={"keep_ratio": 1.0} | compiler)
     other = prepared(settings, work.out / _COMPARED, None, None, work.console)
@@ -347,7 +348,16 @@ def _compared(work: Work) -> dict[str, Any]:
         "held_out_after": _held_out_loss(other, "after"),
         "loss_last": steps[-1].loss if steps else None,
         "step_seconds": _middle([each.seconds for each in steps]),
+        "peak_bytes": _peak(steps),
     }
+
+
+def _give_up(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Weights, gradients and states are empty from here on: Trainer and accelerate hold the tensors in many places."""
+    for each in [*model.parameters(), *model.buffers()]:
+        each.grad = None
+        each.data = each.data.new_empty(0)
+    optimizer.state.clear()
 
 
 def _figures(work: Work, before: float | None, after: float | None, seconds: float) -> dict[str, Any]:
@@ -370,8 +380,12 @@ def _figures(work: Work, before: float | None, after: float | None, seconds: flo
         "held_out_after": after,
         "kept": _middle([each.kept for each in steps]),
         "kept_labelled": _middle([each.labelled for each in steps]),
-        "peak_bytes": max((each.peak for each in steps if each.peak is not None), default=None),
+        "peak_bytes": _peak(steps),
     }
+
+
+def _peak(steps: list[Step]) -> int | None:
+    return max((each.peak for each in steps if each.peak is not None), default=None)
 
 
 def _middle(values: list[float | None]) -> float | None:
@@ -404,7 +418,7 @@ def _lines(f: dict[str, Any]) -> list[tuple[str, str]]:
         ("held-out loss", held),
         *beside,
         ("tokens kept", f"{share(f['kept'])}, of labelled ones {share(f['kept_labelled'])}"),
-        ("peak memory", "unknown" if f["peak_bytes"] is None else f"{f['peak_bytes'] / 1e6:,.0f} MB"),
+        ("peak memory", _megabytes(f["peak_bytes"])),
         ("model", f["model"]),
         ("report", f["report"]),
     ]
@@ -414,7 +428,11 @@ def _loss(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.4f}"
 
 
+def _megabytes(value: int | None) -> str:
+    return "unknown" if value is None else f"{value / 1e6:,.0f} MB"
+
+
 def _beside(other: dict[str, Any]) -> str:
     held = "" if other["held_out_after"] is None else f"held-out loss {other['held_out_after']:.4f}, "
     step = "" if other["step_seconds"] is None else f", {other['step_seconds']:.3f} s a step"
-    return f"{held}loss of the last step {_loss(other['loss_last'])}{step}"
+    return f"{held}loss of the last step {_loss(other['loss_last'])}{step}, peak {_megabytes(other['peak_bytes'])}"

@@ -6,13 +6,13 @@ import gc
 import json
 import sys
 import time
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..peak import forget_peak, peak_bytes, status_bytes
 from .bench import Task
 from .models import Adapter, batch_for, device_and_dtype, with_weights
 
@@ -28,7 +28,7 @@ def measure(task: Task) -> dict[str, Any]:
     first = _timed(model, batch, optimizer, mixed)
     base = _in_use(device)
     seconds = [_timed(model, batch, optimizer, mixed) for _ in range(task.steps)]
-    peak = _peak(device)
+    peak = peak_bytes(torch.device(device))
     return {
         "first_step_seconds": first,
         "step_seconds": median(seconds),
@@ -63,26 +63,9 @@ def _timed(model: nn.Module, batch: dict[str, Tensor], optimizer: torch.optim.Op
 def _in_use(device: str) -> int | None:
     """Bytes in use now; the peak is counted from here on. None where the system doesn't tell (a CPU, not Linux)."""
     gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the process's high-water mark
-    except OSError:
+    if not forget_peak(torch.device(device)):
         return None
-    return _status("VmRSS")
-
-
-def _peak(device: str) -> int | None:
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
-
-
-def _status(name: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+    return torch.cuda.memory_allocated() if device == "cuda" else status_bytes("VmRSS")
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from transformers.training_args import ParallelMode
 
 from .. import compat
 from ..config import Config, ConfigError
+from ..peak import forget_peak
 from ..recording import Selection
 from ..warnings import TokenSeekWarning
 from .trl import PlainHead, fused_head
@@ -33,8 +34,9 @@ class TokenSeekCallback(TrainerCallback):
     precision are the Trainer's own, without a compiler. Training logs get these figures, of the steps since the last log:
     ``tokenseek_kept``, ``tokenseek_kept_labelled`` (shares of the tokens, of the labelled ones), ``tokenseek_scoring_share`` (of
     the step's matrix products), ``tokenseek_recompiles``, ``tokenseek_activations_mib`` (what one forward saved for backward),
-    ``tokenseek_peak_mib`` (allocated on the device so far; on the CPU, resident). With several processes they are those of the
-    process that logs.
+    ``tokenseek_peak_mib`` (the most that was allocated on the device; on the CPU, resident). For the last one the beginning and every
+    log reset the peak that PyTorch or Linux counts for the process; elsewhere it is the most so far. With several processes the
+    figures are those of the process that logs.
 
     Args:
         options: fields of ``Config``.
@@ -66,6 +68,7 @@ class TokenSeekCallback(TrainerCallback):
         if not _is_reentrant(args):
             self.settings.enter_context(without_input_hooks(model))
         compat.call_in_place(model, _call(args, model, self.watched))
+        forget_peak(next(model.parameters()).device)
 
     def on_step_begin(self, args: TrainingArguments, *others: Any, model: nn.Module, **kwargs: Any) -> None:
         if not _is_reentrant(args):  # DPO's forward of the reference has them put back

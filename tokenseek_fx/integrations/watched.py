@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from ..backend import Trained, compile_graph
 from ..compiled import Rewritten
 from ..config import Config
 from ..explain import flops_of_step
+from ..peak import forget_peak, peak_bytes
 from ..recording import Recording, Selection, record
 from ..variants import Variants
 
@@ -61,7 +61,7 @@ class Watched:
 
         ``kept``: share of the tokens; ``kept_labelled``: share of the labelled ones. ``scoring_share``: what choosing tokens takes of
         the matrix products of a step. ``recompiles``: training graphs after the first. ``activations_mib``: what one forward saved for
-        backward. ``peak_mib``: allocated on the device so far; on the CPU, resident.
+        backward. ``peak_mib``: the most that was allocated on the device, by whatever ran since then; on the CPU, resident.
         """
         peak = peak_bytes(device)
         known = {
@@ -72,6 +72,7 @@ class Watched:
             "peak_mib": None if peak is None else peak / MIB,
         }
         self.counts, self.saved = _Counts(), None
+        forget_peak(device)
         return {name: value for name, value in known.items() if value is not None}
 
 
@@ -141,15 +142,3 @@ def _nodes(last: Iterable[Any]) -> Iterator[Any]:
 def _saved(node: Any) -> Iterator[Tensor]:
     """What a function saves; AOTAutograd keeps some beside what autograd knows of."""
     yield from (x for x in (*node.saved_tensors, *getattr(node, "_tensors_no_vc_check", ())) if x is not None)
-
-
-def peak_bytes(device: torch.device) -> int | None:
-    """The most that was allocated on the device since its statistics were last reset; on the CPU, the most that was resident."""
-    if device.type != "cpu":
-        return torch.accelerator.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return None
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
