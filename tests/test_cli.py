@@ -13,12 +13,8 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-<<<<<<< HEAD
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-=======
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import AutoModelForCausalLM, AutoTokenizer
->>>>>>> ce1ef9eed469a55024623cbaf7759291a0542f37
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import tokenseek_fx.cli
