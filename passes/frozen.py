@@ -12,6 +12,7 @@ from torch import fx
 from .canonicalize import is_autocast
 from .parallel import is_parallel, reads
 from .program import Program
+from .rules.axes import rule_for
 
 
 def made_of_rows(program: Program) -> frozenset[fx.Node]:
@@ -36,8 +37,9 @@ def _made(program: Program, node: fx.Node, taken: set[fx.Node]) -> set[fx.Node] 
         node = todo.pop()
         if node in made or node in taken:
             continue
-        if not is_parallel(program, node) or node in program.attending:
+        sources = [x for x, carried in reads(program, node) if carried]
+        if not (sources and rule_for(node.target) and is_parallel(program, node)) or node in program.attending:
             return None
         made.add(node)
-        todo += [x for x, carried in reads(program, node) if carried]
+        todo += sources
     return made
