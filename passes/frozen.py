@@ -24,9 +24,9 @@ def made_of_rows(program: Program) -> frozenset[fx.Node]:
     read = [(x, carried) for node in live for x, carried in reads(program, node)]
     taken = {x for x, carried in read if carried and x not in live and axes.has_rows(x)}
     found: set[fx.Node] = set()
-    for node in program.graph.nodes:
-        if node in taken and (made := _made(program, node, taken - {node})) is not None:
-            found |= made
+    for node in program.graph.nodes:  # numbers of tokens and types are small
+        if node in taken and node.meta["val"].is_floating_point():
+            found |= _made(program, node, taken - {node}) or set()
     return frozenset(found)
 
 
