@@ -4,7 +4,6 @@ import ctypes
 import gc
 import threading
 import time
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -12,6 +11,9 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from tokenseek_fx.peak import forget_peak, peak_bytes
+
+CPU = torch.device("cpu")
 PERIOD = 0.005  # seconds between two samples, where the kernel does not keep the peak for us
 
 
@@ -29,28 +31,13 @@ def trim() -> None:
         return
 
 
-def reset_kernel_peak() -> bool:
-    """Forget the process's high-water mark (Linux); False where that is not permitted."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return False
-    return True
-
-
-def kernel_peak() -> int:
-    """The process's high-water mark since `reset_kernel_peak`."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
 class PeakMemory:
     """Peak resident bytes above the entry's: `with PeakMemory() as peak: ...; peak.bytes`."""
 
     def __enter__(self) -> "PeakMemory":
         trim()
         self.base, self.top, self.bytes = resident(), 0, 0
-        self.exact = reset_kernel_peak()
+        self.exact = forget_peak(CPU)
         self.stop = threading.Event()
         self.sampler = threading.Thread(target=self._sample, daemon=True)
         if not self.exact:
@@ -65,7 +52,7 @@ class PeakMemory:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.stop.set()
         if self.exact:
-            self.top = kernel_peak()
+            self.top = peak_bytes(CPU) or 0
         self.bytes = max(0, self.top - self.base)
 
 

@@ -83,6 +83,7 @@ class Ditch:
         places: dict[fx.Node, fx.Node] = {}
         tail = None if self.given else self._tail(program)
         remade = find_remade(program) if self.remake else Remade()
+        again = made_of_rows(program)
 
         def forward(*args: Any) -> tuple:
             written, extra = args[: len(program.inputs)], args[len(program.inputs) :]
@@ -90,7 +91,7 @@ class Ditch:
             seek = Seek(program, inputs, remade.sources)
             choose = self._take if self.given else self._choose
             geometries, selections = choose(seek, tail, *extra)
-            known = remade.nodes, seek.cast, made_of_rows(program)
+            known = remade.nodes, seek.cast, again
             streams = Streams(program, seek.values, geometries, inputs, barriers, self.kv_grad, *known)
             streams.run()
             places.update(seek.nodes())
