@@ -2,7 +2,8 @@
 
 Between two places where tokens mix the seek stream works on every token alone (projections, MLP, norms; attention too looks
 from every query alone). Such a region, where its values inside are large, becomes calls of one subgraph, one for every chunk
-of tokens: only what comes out of it exists for all tokens. Layers that are alike share the subgraph.
+of tokens: only what comes out of it exists for all tokens. Layers that are alike share the subgraph. An attention whose result is
+small is not cut: it is faster with all queries at once.
 """
 
 from __future__ import annotations
@@ -48,9 +49,11 @@ class Chunk:
         module, bodies = program.rewrite.module, _Bodies(program.rewrite.module)
         chunk_bytes = self.chunk_bytes or default_bytes(program.rewrite.inputs)
         number = Numbers(module.graph, program.rewrite.inputs)
-        for region in _regions(program):
+        regions = _regions(program, chunk_bytes)
+        large = any(bytes_hint(node) > chunk_bytes for region in regions for node in region.nodes)
+        for region in regions:
             sizes = region.sizes(chunk_bytes)
-            if len(sizes) > 1 and number.knows(region.symbols):
+            if (len(sizes) > 1 or (large and region.is_attention)) and number.knows(region.symbols):
                 _call_in_chunks(region, sizes, bodies, number)
         module.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or is_autocast(node))
         module.recompile()
@@ -75,6 +78,11 @@ class _Region:
     program: Program
     axis: TokenAxis
     nodes: tuple[fx.Node, ...]
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether it is one attention and nothing else."""
+        return len(self.nodes) == 1 and self.nodes[0] in self.program.attending
 
     @property
     def seek(self) -> dict[fx.Node, fx.Node]:
@@ -149,22 +157,24 @@ class _Region:
         return all(place[user] > last for user in users)
 
 
-def _regions(program: Program) -> list[_Region]:
-    """All regions, by the number of mixing operations before them."""
+def _regions(program: Program, chunk_bytes: int) -> list[_Region]:
+    """All regions, by the number of mixing operations before them; an attention that gives no more than ``chunk_bytes`` is one."""
     there, seek = {*program.rewrite.module.graph.nodes}, program.rewrite.seek
+    small = {node for node in program.attending if bytes_hint(node) <= chunk_bytes}
     levels: dict[fx.Node, int] = {}
-    found: dict[tuple[int, TokenAxis], list[fx.Node]] = {}
+    found: dict[tuple[int, TokenAxis, fx.Node | None], list[fx.Node]] = {}
     for node in program.graph.nodes:
         if seek.get(node) not in there:
             continue
         parallel = is_parallel(program, node)
-        read = [(levels.get(x, -1), carried) for x, carried in reads(program, node)]
+        read = [(levels.get(x, -1), carried and x not in small) for x, carried in reads(program, node)]
         if parallel:
             levels[node] = max([0, *(level if carried else level + 1 for level, carried in read)])
-            found.setdefault((levels[node], program.axes.axis_of(node)), []).append(node)
+            alone = node if node in small else None
+            found.setdefault((levels[node], program.axes.axis_of(node), alone), []).append(node)
         elif (level := max((level for level, _ in read), default=-1)) >= 0:
             levels[node] = level + 1
-    return [_Region(program, axis, tuple(nodes)) for (_, axis), nodes in found.items()]
+    return [_Region(program, axis, tuple(nodes)) for (_, axis, _), nodes in found.items()]
 
 
 class _Bodies:
@@ -247,7 +257,7 @@ def _joined(region: _Region, node: fx.Node, parts: list[fx.Node], apply: Callabl
     if is_cut:
         cut = [-1 if i == at else size for i, size in enumerate(sizes)]
         parts = [apply(aten.reshape.default, part, cut) for part in parts]
-    whole = apply(aten.cat.default, parts, at)
+    whole = apply(aten.cat.default, parts, at) if len(parts) > 1 else parts[0]
     return apply(aten.reshape.default, whole, list(node.meta["val"].shape)) if is_cut else whole
 
 

@@ -83,6 +83,19 @@ def test_nothing_of_all_tokens_lies_between_attentions_but_what_comes_out(small)
     assert not any({inner, 13} <= {*value.shape} for value in values)
 
 
+@pytest.mark.parametrize(("less", "queries"), [(0, {13}), (1, {6, 7})])
+def test_an_attention_that_gives_no_more_than_a_chunk_has_all_queries_at_once(small, monkeypatch, less, queries):
+    model = build("llama", "sdpa")
+    gives = 3 * 13 * model.config.hidden_size * 8
+    assert gives < 3 * 13 * model.config.intermediate_size * 8 < 2 * gives  # the MLP is in two chunks
+    monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", gives - less)
+    assert_matches(model, batch_of(model, 3, 13, "right"), 1e-6, inner="eager", scorer="random", logits="drop")
+    module = small[-1]
+    bodies = {getattr(module, name) for name in calls(module)}
+    attentions = [node for body in bodies for node in body.graph.nodes if "selected_attention" in str(node.target)]
+    assert {node.args[0].meta["val"].shape[2] for node in attentions} == queries
+
+
 @pytest.mark.parametrize(
     ("name", "inner", "tol"),
     [

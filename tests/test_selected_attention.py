@@ -136,6 +136,19 @@ def test_equals_the_definition_where_the_rows_are_all_tokens():
     assert_same(given | {"window": 7})
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 30), st.integers(1, 20), st.integers(0, 12), st.sampled_from([torch.float64, torch.bfloat16]))
+def test_equals_the_definition_where_the_rows_are_consecutive(start, rows, later, dtype):
+    given = operands(2, 4, 2, rows, start + rows + later, 8, causal=True, dtype=dtype)
+    positions = torch.arange(start, start + rows).expand(2, -1)
+    given = given | {"positions": positions, "row_key": None, "row_value": None}
+    seen = blocks.Sight.of(given["query"], given["key"], positions, None, None, True, 0, None, 0.0)
+    assert seen.start == start
+    assert_same(given, tolerance=1e-12 if dtype is torch.float64 else 0.03)
+    if rows > 1:
+        assert_same(given | {"positions": torch.stack([positions[0], positions[0].flip(0)])}, tolerance=0.03)
+
+
 def test_columns_after_all_rows_have_no_gradient():
     last = {"positions": torch.tensor([[1, 2]]), "columns": torch.tensor([[1, 9, 12]])}
     given = operands(1, 4, 2, 2, 13, causal=True, columns=last["columns"]) | last

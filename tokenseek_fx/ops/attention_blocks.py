@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,10 +67,12 @@ class Sight:
         return not (self.causal or self.window or self.key_segments is not None or _rows_differ(self.mask))
 
     @property
-    def of_all_tokens(self) -> bool:
-        """True where the rows are the keys and see those before them, nothing else asked."""
-        plain = self.causal and not self.window and self.mask is None and self.key_segments is None
-        return plain and torch.equal(self.rows, self.keys)
+    def start(self) -> int | None:
+        """The first position where rows are consecutive, the same in all instances, and see all before them; else None."""
+        if not self.causal or self.window or self.mask is not None or self.key_segments is not None:
+            return None
+        start, count = int(self.rows[0, 0]), self.rows.shape[1]
+        return start if torch.equal(self.rows, self.keys[:, start : start + count]) else None
 
     def seen(self, i: slice, r: slice) -> slice:
         """The keys that rows may see by their positions."""
@@ -202,10 +205,10 @@ def forward(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, sig
 def _forward_fused(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
     """By PyTorch's flash attention for CPU: it knows grouped heads, and its own memory is bounded."""
     flash = partial(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, scale=sight.scale)
+    start = sight.start
+    if start == 0 or (start and query.dtype == wide(query.dtype)):  # two parts are added without rounding them
+        return _forward_consecutive(query, key, value, start, flash)
     out, lse = rows_like(query, value.shape[-1]), lse_like(query)
-    if sight.of_all_tokens:
-        of_rows, lse_of_rows = flash(query, key, value, 0.0, True)
-        return out.copy_(of_rows), lse.copy_(lse_of_rows)
     batch, _, rows, _ = query.shape
     height = rows if sight.same_for_all_rows else min(rows, _ROWS)
     for i in _slices(batch, max(1, _SCORES // max(1, height * key.shape[2]))):
@@ -214,6 +217,17 @@ def _forward_fused(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> t
             bias = sight.bias(i, r, c, lse.dtype)
             out[i, :, r], lse[i, :, r] = flash(query[i, :, r], key[i, :, c], value[i, :, c], attn_mask=bias)
     return out, lse
+
+
+def _forward_consecutive(query: Tensor, key: Tensor, value: Tensor, start: int, flash: Any) -> tuple[Tensor, Tensor]:
+    """Rows from position ``start`` on: none of the keys before that is hidden, and among their own they see those before them."""
+    own = slice(start, start + query.shape[2])
+    out, lse = flash(query, key[:, :, own], value[:, :, own], 0.0, True)
+    if start:
+        earlier, earlier_lse = flash(query, key[:, :, :start], value[:, :, :start])
+        out.lerp_(earlier, (earlier_lse - lse).sigmoid_()[..., None])
+        lse = torch.logaddexp(lse, earlier_lse)
+    return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
 
 
 def _forward_blocks(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
