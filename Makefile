@@ -27,7 +27,7 @@ types: $(STAMP) $(LINK)
 
 # the site, in site/; a link that leads nowhere is an error
 docs: $(STAMP) $(LINK)
-	$(BIN)/mkdocs build --quiet
+	$(BIN)/zensical build --clean --strict
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/cpu.py $(ARGS)

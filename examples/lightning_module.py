@@ -1,8 +1,11 @@
 """Lightning: compile the model inside the module, in place: `python examples/lightning_module.py`."""
 
+import tempfile
+
 import lightning
 import small
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 import tokenseek_fx
@@ -23,18 +26,36 @@ class FineTuning(lightning.LightningModule):
         self.log_dict({"loss": loss.detach(), "kept": rec[0].indices.numel() / rec[0].scores.numel()})
         return loss
 
+    def validation_step(self, batch: dict, number: int) -> None:
+        """The loss of all tokens: in evaluation none is left out."""
+        self.log("held_out", self.model(**batch).loss)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over everything."""
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
 def main(steps: int = 6, **options: object) -> dict:
-    """Train and return the last logged figures."""
-    trainer = lightning.Trainer(
-        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False
-    )
-    trainer.fit(FineTuning(**options), DataLoader(small.encoded(), batch_size=4))
-    return {name: float(value) for name, value in trainer.logged_metrics.items()}
+    """Train with a held-out batch, keep the best checkpoint; the last logged figures, and the loss of that checkpoint's weights."""
+    texts = small.encoded()
+    train, held_out = DataLoader(texts[4:], batch_size=4), DataLoader(texts[:4], batch_size=4)
+    with tempfile.TemporaryDirectory() as folder:
+        best = ModelCheckpoint(folder, monitor="held_out")
+        trainer = lightning.Trainer(
+            max_steps=steps,
+            val_check_interval=2,
+            accelerator="cpu",
+            logger=False,
+            callbacks=[best],
+            enable_model_summary=False,
+        )
+        trainer.fit(FineTuning(**options), train, held_out)
+        weights = torch.load(best.best_model_path, weights_only=True)["state_dict"]
+    plain = small.llama().eval()  # the checkpoint knows of no compiler
+    plain.load_state_dict({name.removeprefix("model."): weight for name, weight in weights.items()})
+    with torch.no_grad():
+        loss = plain(**next(iter(held_out))).loss
+    return {name: float(value) for name, value in [*trainer.logged_metrics.items(), ("of_checkpoint", loss)]}
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,11 +22,22 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 from .context import ON_HOST
 from .errors import ConfigError
 from .program import Program, where
-from .rules.op import is_tensor
+from .rules.op import bytes_hint, is_tensor
 from .saving import Partition, partition_of, partitioning
 from .split import Segment, Segments
 from .tags import REMADE
 
+aten = torch.ops.aten
+#: Beside selected attention: what is kept of a segment rather than computed again.
+_KEPT = (
+    aten.linear.default,
+    aten.matmul.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.addmm.default,
+    aten.baddbmm.default,
+    aten.scaled_dot_product_attention.default,
+)
 #: Kinds of edges that hold all tokens on purpose.
 EXPLAINED = ("keys/values", "block inputs", "logits", "barrier", "scores", "rows", "select", "scoring")
 
@@ -72,14 +84,16 @@ class Audit:
 class AuditSaved:
     """Partition every segment of the rewritten graph and list what they save. Reads ``segments``; writes ``audit``."""
 
-    recompute: str | int = "none"
+    recompute: str | int | None = "none"
     kv: str = "keep"
+    room: int = 0
     name: str = "saved tensors"
 
     def run(self, program: Program) -> Program:
         segments = program.segments
         assert segments is not None
-        return replace(program, audit=saved_in(segments, computed_again(segments, self.recompute, self.kv), self.kv))
+        again = computed_again(segments, self.recompute, self.kv, self.room)
+        return replace(program, audit=saved_in(segments, again, self.kv))
 
     def check(self, program: Program) -> None:
         """Nothing is refused: a full-length activation is reported (``Audit.unexplained``), it is not wrong."""
@@ -106,14 +120,17 @@ def saved_in(segments: Segments, again: int, kv: str = "keep") -> Audit:
     return Audit(tuple(edge for edge in found.values() if edge is not None))
 
 
-def computed_again(segments: Segments, recompute: str | int, kv: str = "keep") -> int:
+def computed_again(segments: Segments, recompute: str | int | None, kv: str = "keep", room: int = 0) -> int:
     """Of how many segments, from the first, the forward is computed again in backward. "none", "rows": all; or bytes: as
-    many as it takes to save no more than that. The first are, since their values are held the longest.
+    many as it takes to save no more than that. ``None``: all but the last ones whose products take less than ``room`` bytes. The first
+    are, since their values are held the longest.
 
     Raises:
         ConfigError: more is saved even where every segment is computed again.
     """
     every = len(segments.parts)
+    if recompute is None:
+        return every - _fitting(segments.parts[1:], room)
     if isinstance(recompute, str):
         return every if recompute == "rows" else 0
     count = bisect_left(range(every + 1), -recompute, key=lambda count: -saved_in(segments, count, kv).bytes)
@@ -123,6 +140,16 @@ def computed_again(segments: Segments, recompute: str | int, kv: str = "keep") -
             "computed again. Allow so many, or keep fewer tokens."
         )
     return count
+
+
+def _fitting(parts: Sequence[Segment], room: int) -> int:
+    """The results of how many of the last parts' matrix products and attentions, which is what is kept of them, take less than that."""
+    sizes = [sum(bytes_hint(node) for node in part.run.graph.nodes if _is_kept(node)) for part in parts]
+    return sum(total < room for total in accumulate(reversed(sizes)))
+
+
+def _is_kept(node: fx.Node) -> bool:
+    return node.target in _KEPT or "selected_attention" in str(node.target)
 
 
 def saved_edges(module: fx.GraphModule, inputs: Sequence[Any]) -> Audit:

@@ -50,7 +50,7 @@ class Chunk:
         chunk_bytes = self.chunk_bytes or default_bytes(program.rewrite.inputs)
         number = Numbers(module.graph, program.rewrite.inputs)
         regions = _regions(program, chunk_bytes)
-        large = any(bytes_hint(node) > chunk_bytes for region in regions for node in region.nodes)
+        large = _are_large(regions, chunk_bytes)
         for region in regions:
             sizes = region.sizes(chunk_bytes)
             if (len(sizes) > 1 or (large and region.is_attention)) and number.knows(region.symbols):
@@ -63,6 +63,14 @@ class Chunk:
         """The graph is well-formed."""
         assert program.rewrite is not None
         program.rewrite.module.graph.lint()
+
+
+def held_at_once(program: Program, chunk_bytes: int | None = None) -> int:
+    """Bytes that the forward of all tokens holds for a moment beside keys and values, where it goes in chunks: two values inside of a
+    chunk, as gate and up are, and no less than a third of what comes into it and out of it. Else 0. Reads ``rewrite``, before ``Chunk``."""
+    assert program.rewrite is not None
+    chunk_bytes = chunk_bytes or default_bytes(program.rewrite.inputs)
+    return 3 * chunk_bytes if _are_large(_regions(program, chunk_bytes), chunk_bytes) else 0
 
 
 def default_bytes(inputs: Sequence[Any]) -> int:
@@ -175,6 +183,10 @@ def _regions(program: Program, chunk_bytes: int) -> list[_Region]:
         elif (level := max((level for level, _ in read), default=-1)) >= 0:
             levels[node] = level + 1
     return [_Region(program, axis, tuple(nodes)) for (_, axis, _), nodes in found.items()]
+
+
+def _are_large(regions: Sequence[_Region], chunk_bytes: int) -> bool:
+    return any(bytes_hint(node) > chunk_bytes for region in regions for node in region.nodes)
 
 
 class _Bodies:

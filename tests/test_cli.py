@@ -246,6 +246,22 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_losses(ran, work, monkeypatch
     assert losses[0] == losses[1]
 
 
+def test_a_second_signal_ends_a_run_at_once(work, monkeypatch):
+    forward = watch.Seen.forward
+
+    def stopped(self, *given):
+        if self.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        forward(self, *given)
+
+    out, before = work / "at-once", signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(watch.Seen, "forward", stopped)
+    result = finetune(work, out, "--json")
+    assert result.exit_code == 130 and signal.getsignal(signal.SIGINT) is before
+    assert json.loads(result.stdout)["error"] == "Interrupted before anything was saved."
+
+
 def test_bad_rows_end_a_run_before_anything_is_written(work):
     settings = [each for each in SETTINGS if each != "--skip-bad"]
     result = tokenseek("finetune", work / "model", work / "pairs.jsonl", *settings, "--out", work / "none", "--json")

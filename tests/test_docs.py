@@ -1,8 +1,8 @@
 """The documentation is true: its Python runs, its output blocks and graphs are what comes out, its links lead somewhere.
 
-- ```` ```python ````: executed, one namespace per file, in order. ```` ```py ```` is not, and ``NOT_RUN`` says why; other ```` ```sh ````
-  is not run.
+- ```` ```python ````: executed, one namespace per file, in order. ```` ```py ```` is not, and ``NOT_RUN`` says why.
 - ```` ```sh title="run" ````: executed, lines `python FILE ...` and `tokenseek ...`, in an empty directory.
+- other ```` ```sh ````: takes minutes, or installs; every command is there and knows the options that are given.
 - ```` ```text title="output" ````: what the block before it printed.
 - ```` ```text title="after NAME" ````: the golden graph after the pass NAME.
 
@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import contextlib
 import doctest
+import importlib.util
 import io
 import operator
 import re
 import shlex
 import subprocess
 import sys
+import tomllib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -28,6 +30,7 @@ from unittest import mock
 
 import pytest
 import torch
+import typer
 from golden_model import graphs
 from peft.tuners.lora import dora
 from typer.testing import CliRunner
@@ -94,6 +97,32 @@ def run_commands(block: Block) -> str:
     return printed
 
 
+def assert_can_be_given(program: str, *arguments: str) -> None:
+    """A command is there, and knows the options that it is given."""
+    options = {each for each in arguments if each.startswith("--")}
+    if program == "make":
+        planned = subprocess.run(
+            ["make", "--dry-run", *arguments], cwd=ROOT, check=True, capture_output=True, text=True
+        )
+        command = shlex.split(planned.stdout.splitlines()[-1])
+        program, *arguments = [word for word in command if not re.match(r"[A-Z_]+=", word)]
+        assert_can_be_given(Path(program).name, *arguments)
+    elif program == "tokenseek":
+        command = typer.main.get_command(app).commands[arguments[0]]
+        assert options <= {name for option in command.params for name in option.opts}
+    elif program == "pip":
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        asked = re.findall(r"\[([\w,]+)\]", " ".join(arguments))
+        assert {*",".join(asked).split(",")} <= {"", *project["optional-dependencies"]}
+    elif arguments[0] == "-m":
+        assert program == "python" and importlib.util.find_spec(arguments[1])
+    elif program == "python":
+        texts = [(ROOT / file).read_text() for file in (arguments[0], "benchmarks/suite.py")]
+        assert all(any(f'"{each}"' in text for text in texts) for each in options)
+    else:
+        assert program in (".", "pytest")
+
+
 @pytest.fixture(autouse=True)
 def _fresh():
     """Pages change settings of Dynamo and PEFT, which others must not see."""
@@ -117,6 +146,24 @@ def test_code_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):
                 printed = run_commands(block)
             elif block.title == "output":
                 assert_shows(block.text, printed)
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=name)
+def test_commands_that_are_not_run_are_there(page):
+    for block in blocks(page):
+        if block.info == "sh":
+            for line in block.text.replace("\\\n", " ").replace("&&", "\n").splitlines():
+                assert_can_be_given(*shlex.split(line, comments=True))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["make nothing", "make bench ARGS=--nothing", "tokenseek finetune --nothing", "pip install '.[nothing]'",
+     "python -m nothing", "python examples/demo.py --nothing", "nothing at all"],
+)  # fmt: skip
+def test_a_command_that_is_not_there_is_found(wrong):
+    with pytest.raises((AssertionError, subprocess.CalledProcessError)):
+        assert_can_be_given(*shlex.split(wrong))
 
 
 def test_python_that_is_not_run_is_run_elsewhere_on_its_page():

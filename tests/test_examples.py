@@ -54,7 +54,9 @@ def test_dpo():
 
 
 def test_lightning_module():
-    assert main("lightning_module")["kept"] == pytest.approx(0.2)
+    figures = main("lightning_module")
+    assert figures["kept"] == pytest.approx(0.2)
+    assert figures["of_checkpoint"] == pytest.approx(figures["held_out"], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["accelerate_loop", "loop"])

@@ -153,6 +153,23 @@ def test_what_is_saved_is_near_the_floor(name, recompute):
         assert report.floor == report.rewritten.by_kind()["keys/values"] + (3 + 1) * B * report.kept * WIDTH * 4
 
 
+@pytest.mark.parametrize("blocks", [0, 1, 2, 3])
+def test_by_default_the_last_blocks_are_kept_that_fit_into_what_the_forward_of_all_tokens_holds(blocks):
+    none, rows = (explained(llama(2), recompute=way) for way in ("none", "rows"))
+    # of a row: query, attention and its log-sum-exps, three projections of the width, gate and up; key and value
+    products = B * none.kept * (5 * WIDTH + 4 + 2 * INNER + 2 * 64) * 4
+    chunk_bytes = int((blocks + 0.5) * products / 3)
+    assert chunk_bytes < B * LENGTH * INNER * 4, "there are chunks"
+    report = explained(llama(2), chunk_bytes=chunk_bytes)
+    saved = [each.rewritten.by_kind()["rows"] for each in (rows, report, none)]
+    assert saved[0] + blocks * (saved[2] - saved[0]) / 3 == pytest.approx(saved[1], rel=0.02)
+    assert none.forwards <= report.forwards <= rows.forwards and report.rewritten.bytes <= 1.15 * report.floor
+
+
+def test_without_chunks_every_block_is_computed_again_by_default():
+    assert explained(llama(2)).rewritten == explained(llama(2), recompute="rows").rewritten
+
+
 # -- keys and values kept otherwise -----------------------------------------------------------------------------------------
 
 aten = torch.ops.aten

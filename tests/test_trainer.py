@@ -18,6 +18,7 @@ import zoo
 from accelerate.utils import DynamoBackend
 from compare import by_reference, error
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import tokenseek_fx
@@ -120,6 +121,18 @@ def test_logs_have_the_keys_of_the_trainer_and_our_figures(runs):
     assert all(0 < log["tokenseek_kept_labelled"] < 1 and log["tokenseek_recompiles"] == 0 for log in trained)
     assert all(0 < log["tokenseek_scoring_share"] < 0.5 and log["tokenseek_activations_mib"] > 0 for log in trained)
     assert [{**log, "step": None} for log in tracker.seen] == [{**log, "step": None} for log in ours.state.log_history]
+
+
+def test_a_tracker_of_report_to_gets_our_figures(tmp_path):
+    with mock.patch.dict("os.environ", TENSORBOARD_LOGGING_DIR=str(tmp_path / "board")):
+        run = trainer(tmp_path, TokenSeekCallback(**KEEP), report_to=["tensorboard"])
+        run.train()
+    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    for name in FIGURES:
+        expected = [log[f"tokenseek_{name}"] for log in run.state.log_history if "loss" in log]
+        told = board.Scalars(f"train/tokenseek_{name}")
+        assert [event.step for event in told] == [1, 2, 3, 4]
+        assert [event.value for event in told] == pytest.approx(expected)
 
 
 @pytest.mark.skipif(not forget_peak(torch.device("cpu")), reason="this system can't reset the peak of a process")

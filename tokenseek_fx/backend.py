@@ -20,7 +20,7 @@ from .passes.attend import FindAttending
 from .passes.audit import computed_again
 from .passes.blocks import FindBlocks
 from .passes.canonicalize import Canonicalize
-from .passes.chunks import Chunk
+from .passes.chunks import Chunk, held_at_once
 from .passes.ditch import Ditch
 from .passes.errors import GraphNotSupported, NoAttention, NothingToSelect, TokenSeekError
 from .passes.factors import same_size
@@ -179,9 +179,11 @@ def _compile_own(
 
 def compile_rewritten(program: Program, config: Config) -> Compiled:
     """The rewritten graph of a program, in chunks and segments."""
-    segments = Pipeline((Chunk(bytes_in(config.chunk_bytes)), Split())).run(program).segments
+    chunk_bytes = bytes_in(config.chunk_bytes)
+    room = held_at_once(program, chunk_bytes)
+    segments = Pipeline((Chunk(chunk_bytes), Split())).run(program).segments
     assert segments is not None
-    again = computed_again(segments, config.saving, config.kv)
+    again = computed_again(segments, config.saving, config.kv, room)
     return segments.compiled(lambda number, part, taken: _compiled_part(part, taken, config, number < again))
 
 

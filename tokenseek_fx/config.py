@@ -38,7 +38,8 @@ class Config:
             gives one for every token axis, first that of the loss (of an encoder-decoder: decoder, encoder).
         keep_tokens: the number k itself, instead of ``keep_ratio`` (all tokens where a sequence is shorter).
         scorer: a scorer's name (default chosen by the study in docs/quality.md), or a function ``ScoreInputs -> scores [B, T]``.
-        alpha, beta: factors of TokenSeek's score ``alpha log(attention received) + beta minmax(gradient)``.
+        alpha: factor in TokenSeek's score ``alpha log(attention received) + beta minmax(gradient)``.
+        beta: factor of the gradient in it.
         attention_layers: the attentions that count: "last", "first", "all", or a list of numbers (negative: from the end).
         gradient_of: where the gradient is taken: "last_block" (its input) or "head" (the input of the head; cheaper).
         select: "topk" keeps the highest scores; "sample" draws with probability by score and weights the loss by inverse
@@ -54,7 +55,9 @@ class Config:
             input of every block).
         recompute: what of the kept rows is computed again in backward: "none"; "rows", everything but the rows that enter each
             block and the head (costs one more forward of the kept rows); or bytes to save at most, a number or "64MiB":
-            as many blocks are computed again as that takes. ``None``: "rows", or what ``memory_budget`` asks for.
+            as many blocks are computed again as that takes. ``None``: what ``memory_budget`` asks for, else "rows" for all blocks
+            but the last ones that fit into ``3 * chunk_bytes``, where the forward of all tokens goes in chunks and so holds as
+            much for a moment.
         kv: keys and values of all tokens until the backward: "keep"; "recompute", they are made again, in the forward of the kept
             rows and in their backward, from what takes fewer bytes, where there is that (the input of a block, for as many key
             heads as query heads); "offload", in pinned host memory (on a GPU); "fp8", in 8 bits (the loss is exact, the gradient
@@ -173,9 +176,9 @@ class Config:
         return scorer_named(self.scorer, {"alpha": self.alpha, "beta": self.beta})
 
     @property
-    def saving(self) -> str | int:
+    def saving(self) -> str | int | None:
         """``recompute``, an amount of memory in bytes."""
-        return bytes_in(self.recompute) or (self.recompute if isinstance(self.recompute, str) else "rows")
+        return bytes_in(self.recompute) or self.recompute
 
     def ratio_of(self, axis: int) -> float | None:
         """The share that is kept of the tokens of an axis; the last one given also for those that none is given for."""

@@ -15,8 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import compat
 from .backend import ditch, refuse_part, refuse_split, trains
-from .config import Config
+from .config import Config, bytes_in
 from .passes.audit import Audit, AuditSaved, computed_again, saved_edges
+from .passes.chunks import held_at_once
 from .passes.errors import ConfigError, TokenSeekError
 from .passes.fake import fake_mode_of
 from .passes.floor import floor
@@ -168,16 +169,18 @@ def explain_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> 
         refuse_split(gm)
         plain = analysis().run(Program(gm, tuple(inputs)))
         refuse_part(plain, inputs)
-        rewritten = Pipeline((ditch(config, plain), Split(), AuditSaved(config.saving, config.kv))).run(plain)
+        rewritten = Pipeline((ditch(config, plain),)).run(plain)
+        room = held_at_once(rewritten, bytes_in(config.chunk_bytes))
+        rewritten = Pipeline((Split(), AuditSaved(config.saving, config.kv, room))).run(rewritten)
     except ConfigError:
         raise
     except TokenSeekError as error:
         return Explanation(str(error))
-    return _described(plain, rewritten, config)
+    return _described(plain, rewritten, config, room)
 
 
-def _described(plain: Program, rewritten: Program, config: Config) -> Explanation:
-    assert plain.axes and plain.activity and rewritten.rewrite and rewritten.audit
+def _described(plain: Program, rewritten: Program, config: Config, room: int) -> Explanation:
+    assert plain.axes and plain.activity and rewritten.rewrite and rewritten.segments and rewritten.audit
     sizes = [example_sizes(plain, axis) for axis in plain.axes.tokens]
     kept = [int(kept_tokens(t, config.ratio_of(i), config.keep_tokens)) for i, (_, t) in enumerate(sizes)]
     lengths = [int(tokens) for _, tokens in sizes]
@@ -186,6 +189,7 @@ def _described(plain: Program, rewritten: Program, config: Config) -> Explanatio
     for node in plain.graph.nodes:
         node.meta["custom"] = {**node.meta.get("custom", {}), "tokenseek": kind_of(plain, node, classes)}
     barriers, everything = rewritten.rewrite.barriers, saved_edges(plain.module, plain.inputs)
+    again = computed_again(rewritten.segments, config.saving, config.kv, room) / len(rewritten.segments.parts)
     shares = {axis: k / t for axis, k, t in zip(plain.axes.tokens, kept, lengths, strict=True)}
     return Explanation(
         batch=int(sizes[0][0]),
@@ -199,9 +203,11 @@ def _described(plain: Program, rewritten: Program, config: Config) -> Explanatio
         barriers=barriers,
         plain=everything,
         rewritten=rewritten.audit,
-        floor=floor(plain, shares, config.kv, everything if config.saving == "none" else None),
+        floor=round(
+            again * floor(plain, shares, config.kv) + (1 - again) * floor(plain, shares, config.kv, everything)
+        ),
         remade=len(find_remade(plain).attentions) if config.kv == "recompute" else None,
-        forwards=_forwards(plain, rewritten, config),
+        forwards=_forwards(plain, rewritten, again),
         graphs=tuple(show_blocks(rewritten)),
     )
 
@@ -214,11 +220,10 @@ def _counted(lines: Sequence[str]) -> list[str]:
     return [f"{n} x {line}" if n > 1 else line for line, n in Counter(lines).items()]
 
 
-def _forwards(plain: Program, rewritten: Program, config: Config) -> float:
+def _forwards(plain: Program, rewritten: Program, again: float) -> float:
     """(seek + 3 x ditch + what is computed again) / forward, in floating-point operations of matrix products."""
-    assert rewritten.rewrite and rewritten.segments
+    assert rewritten.rewrite
     forward = _flops(plain.module, plain.inputs).total()
-    again = computed_again(rewritten.segments, config.saving, config.kv) / len(rewritten.segments.parts)
     step = flops_of_step(rewritten.rewrite.module, rewritten.rewrite.inputs, again)
     return step.total() / forward if forward else 3.0
 

@@ -61,6 +61,7 @@ def _candidates(config: Config, small: int) -> Iterator[Config]:
     """Exact ways to train, each slower than the one before. What was chosen by hand stays."""
     if config.recompute is None:
         yield replace(config, recompute="none")
+        config = replace(config, recompute="rows")
     yield config
     if config.chunk_bytes is None:
         config = replace(config, chunk_bytes=small)

@@ -52,7 +52,7 @@ class Watched:
         if self.saved is None:
             self.saved = saved_bytes(outputs, args)
         if compiled not in self.shares:
-            self.shares[compiled] = scoring_share(compiled, args, again=self.config.saving == "rows")
+            self.shares[compiled] = scoring_share(compiled, args, again=self.config.saving in (None, "rows"))
         self.share = self.shares[compiled]
         return outputs
 
