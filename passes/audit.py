@@ -22,22 +22,13 @@ from torch._guards import TracingContext, detect_fake_mode, tracing
 from .context import ON_HOST
 from .errors import ConfigError
 from .program import Program, where
+from .remake import PRODUCTS
 from .rules.op import bytes_hint, is_tensor
 from .saving import Partition, partition_of, partitioning
 from .split import Segment, Segments
 from .tags import REMADE
+from .token_axes import SDPA
 
-aten = torch.ops.aten
-#: Beside selected attention: what is kept of a segment rather than computed again.
-_KEPT = (
-    aten.linear.default,
-    aten.matmul.default,
-    aten.mm.default,
-    aten.bmm.default,
-    aten.addmm.default,
-    aten.baddbmm.default,
-    aten.scaled_dot_product_attention.default,
-)
 #: Kinds of edges that hold all tokens on purpose.
 EXPLAINED = ("keys/values", "block inputs", "logits", "barrier", "scores", "rows", "select", "scoring")
 
@@ -149,7 +140,7 @@ def _fitting(parts: Sequence[Segment], room: int) -> int:
 
 
 def _is_kept(node: fx.Node) -> bool:
-    return node.target in _KEPT or "selected_attention" in str(node.target)
+    return node.target in (*PRODUCTS, SDPA) or "selected_attention" in str(node.target)
 
 
 def saved_edges(module: fx.GraphModule, inputs: Sequence[Any]) -> Audit:

@@ -23,8 +23,8 @@ from .token_axes import SDPA
 
 aten = torch.ops.aten
 _GIVEN, _WANTED = "given", "wanted"
-#: What autocast gives its operands in the dtype of the result.
-_PRODUCTS = (
+#: Matrix products: what autocast gives its operands in the dtype of the result.
+PRODUCTS = (
     aten.linear.default,
     aten.matmul.default,
     aten.mm.default,
@@ -65,7 +65,7 @@ def find_remade(program: Program) -> Remade:
 
 def cast_by(reader: fx.Node, node: fx.Node) -> torch.dtype | None:
     """The dtype that autocast gives ``node`` for a product that reads it; ``None``: its own."""
-    if reader.target not in _PRODUCTS or not is_tensor(node) or not node.meta["val"].is_floating_point():
+    if reader.target not in PRODUCTS or not is_tensor(node) or not node.meta["val"].is_floating_point():
         return None
     dtype = reader.meta["val"].dtype
     return None if dtype == node.meta["val"].dtype else dtype
