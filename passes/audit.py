@@ -50,9 +50,10 @@ class Edge:
 
 @dataclass(frozen=True)
 class Audit:
-    """The saved edges of a partitioned forward graph."""
+    """The saved edges of a partitioned forward graph; ``again``: the share of its segments that backward computes again."""
 
     edges: tuple[Edge, ...]
+    again: float = 0.0
 
     @property
     def bytes(self) -> int:
@@ -108,7 +109,7 @@ def saved_in(segments: Segments, again: int, kv: str = "keep") -> Audit:
             found.setdefault(key, _edge(takes.get(base, node)))
 
     segments.on_examples(look)
-    return Audit(tuple(edge for edge in found.values() if edge is not None))
+    return Audit(tuple(edge for edge in found.values() if edge is not None), again / len(segments.parts))
 
 
 def computed_again(segments: Segments, recompute: str | int | None, kv: str = "keep", room: int = 0) -> int:

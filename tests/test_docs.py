@@ -102,9 +102,9 @@ def assert_can_be_given(program: str, *arguments: str) -> None:
     """A command is there, and knows the options that it is given."""
     options = {each for each in arguments if each.startswith("--")}
     if program == "make":
-        own = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-        dry = ["make", "--dry-run", *arguments]  # without what the `make test` around it hands on
-        planned = subprocess.run(dry, cwd=ROOT, check=True, capture_output=True, text=True, env=own)
+        alone = {"PATH": os.environ["PATH"]}  # without the options that a `make test` around it hands on
+        dry = ["make", "--dry-run", *arguments]
+        planned = subprocess.run(dry, cwd=ROOT, check=True, capture_output=True, text=True, env=alone)
         command = shlex.split(planned.stdout.splitlines()[-1])
         program, *arguments = [word for word in command if not re.match(r"[A-Z_]+=", word)]
         assert_can_be_given(Path(program).name, *arguments)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import compat
 from .backend import ditch, refuse_part, refuse_split, trains
 from .config import Config, bytes_in
-from .passes.audit import Audit, AuditSaved, computed_again, saved_edges
+from .passes.audit import Audit, AuditSaved, saved_edges
 from .passes.chunks import held_at_once
 from .passes.errors import ConfigError, TokenSeekError
 from .passes.fake import fake_mode_of
@@ -176,11 +176,11 @@ def explain_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> 
         raise
     except TokenSeekError as error:
         return Explanation(str(error))
-    return _described(plain, rewritten, config, room)
+    return _described(plain, rewritten, config)
 
 
-def _described(plain: Program, rewritten: Program, config: Config, room: int) -> Explanation:
-    assert plain.axes and plain.activity and rewritten.rewrite and rewritten.segments and rewritten.audit
+def _described(plain: Program, rewritten: Program, config: Config) -> Explanation:
+    assert plain.axes and plain.activity and rewritten.rewrite and rewritten.audit
     sizes = [example_sizes(plain, axis) for axis in plain.axes.tokens]
     kept = [int(kept_tokens(t, config.ratio_of(i), config.keep_tokens)) for i, (_, t) in enumerate(sizes)]
     lengths = [int(tokens) for _, tokens in sizes]
@@ -189,7 +189,7 @@ def _described(plain: Program, rewritten: Program, config: Config, room: int) ->
     for node in plain.graph.nodes:
         node.meta["custom"] = {**node.meta.get("custom", {}), "tokenseek": kind_of(plain, node, classes)}
     barriers, everything = rewritten.rewrite.barriers, saved_edges(plain.module, plain.inputs)
-    again = computed_again(rewritten.segments, config.saving, config.kv, room) / len(rewritten.segments.parts)
+    again = rewritten.audit.again
     shares = {axis: k / t for axis, k, t in zip(plain.axes.tokens, kept, lengths, strict=True)}
     return Explanation(
         batch=int(sizes[0][0]),
