@@ -46,6 +46,7 @@ class Segments:
     """A graph in parts. Called with its inputs (``inputs`` are examples of them) it gives its ``outputs``.
 
     ``sizes``: where the symbols that parts take are found, the number of an input and its dim (``None``: it is a number).
+    ``again``: the share of the parts, from the first, that the backward computes again.
     """
 
     inputs: tuple[Any, ...]
@@ -53,6 +54,7 @@ class Segments:
     sizes: dict[sympy.Symbol, tuple[int, int | None]]
     parts: tuple[Segment, ...]
     outputs: tuple[Any, ...]
+    again: float = 0.0
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         return self._each(lambda part, taken: part.run(*taken), args)

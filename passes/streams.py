@@ -154,7 +154,19 @@ class Streams:
         if node in self._again and dim == self.axes.row_dim(node):
             self._operation(node)
             return self._rows[node]
-        return self.take(self.full(node), self.axes.of(node), dim)
+        labels, axis = self.axes.of(node), self.axes.axis_at(self.axes.of(node)[dim])
+        if node in self.live and node in self._rows and axis is not None and labels[dim] == axis.token:
+            return self._rows_across(node, labels, dim)
+        return self.take(self.full(node), labels, dim)
+
+    def _rows_across(self, node: fx.Node, labels: Axes, dim: int) -> torch.Tensor:
+        """Rows along ``dim`` of a value that is live in rows along another dim (what keys alone give to scores). They are taken of both
+        streams before these are put together, so that no block holds the value for all tokens of both dims."""
+        with in_block(0):
+            value = self.take(self.seek[node], labels, dim)
+        return self.geometry_of(node).put(
+            value, self.take(self._rows[node], labels, dim), labels, self.axes.row_dim(node)
+        )
 
     def take(self, value: torch.Tensor, labels: Axes, dim: int) -> torch.Tensor:
         """The selected rows of a value with axes ``labels`` along ``dim``."""

@@ -221,6 +221,18 @@ def _(**options):
     torch.compile(Model(), backend="tokenseek", mode="max-autotune", options={"keep_ratio": 0.1})
 
 
+class Open(Model):
+    """As many models do, it takes whatever it is given."""
+
+    def forward(self, ids: Tensor, labels: Tensor, **ignored: Any) -> Any:
+        return super().forward(ids, labels)
+
+
+@misuse("Options", "an option among the inputs that `explain` gives the model", "`options={...}`")
+def _(**options):
+    tokenseek_fx.explain(Open(), ids(), ids(), keep_ratio=0.5, options=options)
+
+
 @misuse("Options", "a backend that doesn't exist", '`backend="tokenseek"`')
 def _(**options):
     torch.compile(Model(), backend="tokenseeker")(ids(), ids())

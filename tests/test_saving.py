@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 
+import architectures
 import peft
 import pytest
 import torch
@@ -151,6 +152,16 @@ def test_what_is_saved_is_near_the_floor(name, recompute):
     assert not report.rewritten.unexplained
     if recompute == "rows":
         assert report.floor == report.rewritten.by_kind()["keys/values"] + (3 + 1) * B * report.kept * WIDTH * 4
+
+
+def test_no_block_holds_what_keys_alone_give_to_the_scores_of_all_tokens():
+    """DeBERTa's position-to-content scores: live in the rows of keys, read in those of queries."""
+    model, batch = architectures.build("deberta_v2 tag", "eager", LENGTH, torch.float32)
+    report = tokenseek_fx.explain(model, **batch, options={"recompute": "rows"})
+    square = [
+        [edge for edge in audit.edges if edge.shape.count(LENGTH) > 1] for audit in (report.plain, report.rewritten)
+    ]
+    assert square[0] and not square[1]
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 2, 3])

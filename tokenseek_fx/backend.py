@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -34,7 +35,7 @@ from .passes.saving import partition_of, partitioning
 from .passes.seek import Signals
 from .passes.select import Scorer, Select, kept_tokens, method_of, needs_of
 from .passes.shift import UnshiftLabels
-from .passes.split import Split
+from .passes.split import Segments, Split
 from .passes.streams import weighted_losses
 from .passes.tail import has_token_loss
 from .passes.token_axes import FindTokenAxes, Place, TokenAxis
@@ -177,13 +178,14 @@ def _compile_own(
     return Rewritten(compile_rewritten(program, config), program, config.seed)
 
 
-def compile_rewritten(program: Program, config: Config) -> Compiled:
+def compile_rewritten(program: Program, config: Config) -> Segments:
     """The rewritten graph of a program, in chunks and segments."""
     chunk_bytes = bytes_in(config.chunk_bytes)
     room = held_at_once(program, chunk_bytes)
     segments = Pipeline((Chunk(chunk_bytes), Split())).run(program).segments
     assert segments is not None
     again = computed_again(segments, config.saving, config.kv, room)
+    segments = replace(segments, again=again / len(segments.parts))
     return segments.compiled(lambda number, part, taken: _compiled_part(part, taken, config, number < again))
 
 

@@ -16,6 +16,7 @@ from .passes.geometry import device_of, runtime_sizes
 from .passes.parallel import parallel_dims
 from .passes.program import Program
 from .passes.rules.op import is_tensor
+from .passes.split import Segments
 from .passes.streams import weighted_losses
 from .passes.token_axes import place_in
 
@@ -25,7 +26,7 @@ Compiled = Callable[..., Any]
 class Rewritten:
     """The compiled rewritten graph, called with the inputs of Dynamo's graph."""
 
-    def __init__(self, compiled: Compiled, program: Program, seed: int | None) -> None:
+    def __init__(self, compiled: Segments, program: Program, seed: int | None) -> None:
         self.compiled, self.noise, self.program = compiled, noise_for(program, seed), program
         self.instances, self.marked = fingerprints(program), without_gradient(program)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -122,14 +123,27 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
 
     ``options``: those of the backend (``Config``). Returns the ``Explanation`` that is printed.
 
+    Raises:
+        ConfigError: a bad option, or one that is given as an input of the model.
+
     >>> explain(model, **batch, options={"keep_ratio": 0.1})  # doctest: +SKIP
     """
     config = Config.from_options(options)
+    _refuse_options(model, inputs)
     found: list[Explanation] = []
     first_graph(model, args, inputs, lambda gm, values: found.append(explain_graph(gm, values, config)))
     explanation = found[0] if found else Explanation("Dynamo found no graph to compile in the model.")
     print(explanation)
     return explanation
+
+
+def _refuse_options(model: torch.nn.Module, inputs: Mapping[str, Any]) -> None:
+    """A forward that takes any keyword would ignore an option among its inputs, and the default be explained."""
+    taken = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
+    for name in {f.name for f in fields(Config)} & {*inputs} - {*taken}:
+        raise ConfigError(
+            f"{name}={inputs[name]!r} is an option, no input of the model: give it in options={{{name!r}: ...}}."
+        )
 
 
 def first_graph(

@@ -52,7 +52,7 @@ class Watched:
         if self.saved is None:
             self.saved = saved_bytes(outputs, args)
         if compiled not in self.shares:
-            self.shares[compiled] = scoring_share(compiled, args, again=self.config.saving in (None, "rows"))
+            self.shares[compiled] = scoring_share(compiled, args)
         self.share = self.shares[compiled]
         return outputs
 
@@ -100,9 +100,8 @@ class _Counts:
         return shares
 
 
-def scoring_share(trained: Trained, args: Sequence[Any], again: bool) -> float | None:
-    """Share of a step's matrix products that choosing the tokens takes, by a count on fake tensors; ``again``: the kept rows are
-    computed again in backward. ``None``: nothing was chosen."""
+def scoring_share(trained: Trained, args: Sequence[Any]) -> float | None:
+    """Share of a step's matrix products that choosing the tokens takes, by a count on fake tensors. ``None``: nothing was chosen."""
     own = trained.own
     chosen = [compiled for _, compiled in own.known] if isinstance(own, Variants) else [own]
     rewritten = next((compiled for compiled in reversed(chosen) if isinstance(compiled, Rewritten)), None)
@@ -112,7 +111,7 @@ def scoring_share(trained: Trained, args: Sequence[Any], again: bool) -> float |
     fakes = [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in args]
     with mode:  # real noise would move the state of the generator
         fakes += rewritten.noise(fakes)
-    flops = flops_of_step(rewritten.program.rewrite.module, fakes, again)
+    flops = flops_of_step(rewritten.program.rewrite.module, fakes, rewritten.compiled.again)
     return sum(flops[kind] for kind in _CHOOSING) / (flops.total() or 1)
 
 
