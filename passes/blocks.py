@@ -9,13 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import networkx as nx
+import torch
 from torch import fx
 
 from .program import Program
 from .rules.op import is_tensor
 from .token_axes import Attention, TokenAxes, TokenAxis
 
+aten = torch.ops.aten
 _ROOT, _SINK = "root", "sink"
+_REPEATS = (aten.expand.default, aten.expand_as.default, aten.broadcast_to.default, aten.repeat.default)
 
 
 @dataclass(frozen=True)
@@ -79,19 +82,32 @@ def _has_rows_of(program: Program, node: fx.Node, axis: TokenAxis) -> bool:
 
 
 def _flow_graph(program: Program, axis: TokenAxis) -> nx.DiGraph:
-    """The live values with rows of a token axis and what they flow into, between a root and a sink."""
-    live = program.activity.live
+    """The live values with rows of a token axis and what they flow into, between a root and a sink. What scores of an attention are
+    given beside its tokens (a bias of each pair of positions, sinks) is no token."""
+    live, alike = program.activity.live, _alike_for_all_tokens(program, axis)
     flow = nx.DiGraph()
     flow.add_nodes_from([_ROOT, _SINK])
     for node in program.graph.nodes:
         if node not in live:
             continue
         sources = [arg for arg in node.all_input_nodes if arg in flow]
-        if sources or _has_rows_of(program, node, axis):
+        of_tokens = _has_rows_of(program, node, axis) and node not in alike and len(program.axes.token_dims(node)) == 1
+        if sources or of_tokens:
             flow.add_edges_from((source, node) for source in sources or [_ROOT])
     ends = program.activity.losses or [out for out in program.outputs if out in flow]
     flow.add_edges_from((end, _SINK) for end in ends if end in flow)
     return flow
+
+
+def _alike_for_all_tokens(program: Program, axis: TokenAxis) -> set[fx.Node]:
+    """Values whose rows are one row, repeated."""
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op == "call_function" and _has_rows_of(program, node, axis):
+            rows = [arg for arg in node.all_input_nodes if _has_rows_of(program, arg, axis)]
+            if found.issuperset(rows) if rows else node.target in _REPEATS:
+                found.add(node)
+    return found
 
 
 def _path(above: dict, node: object) -> list[fx.Node]:

@@ -113,7 +113,7 @@ class Streams:
             kind = kind_of(self.program, node, classes)
             with tagged("rows" if kind in ("activations", "keys/values") else kind, node), located(node):
                 self._compute(node)
-                if node in self._in_context:
+                if node in self._in_context and self.axes.has_rows(node):
                     self._context[node] = self._for_all_tokens(node)
 
     def _reenter_autocast(self, block: int) -> None:
@@ -155,6 +155,8 @@ class Streams:
             self._operation(node)
             return self._rows[node]
         labels, axis = self.axes.of(node), self.axes.axis_at(self.axes.of(node)[dim])
+        if self.keeps_live(node):
+            return self.take(self.context(node), labels, dim)
         if node in self.live and node in self._rows and axis is not None and labels[dim] == axis.token:
             return self._rows_across(node, labels, dim)
         return self.take(self.full(node), labels, dim)
@@ -301,7 +303,7 @@ class Streams:
             self._refuse_partial_loss(node)
         if self._meets_rows(node):
             self._report(node)
-        return _applied(node, *call.in_full)
+        return _applied(node, *(call.in_context if node in self._in_context else call.in_full))
 
     def _refuse_partial_loss(self, node: fx.Node) -> None:
         """A loss per instance, or over what a decoder makes of the tokens (an image), is an ordinary loss; one over some part of
@@ -393,14 +395,33 @@ def first_alike(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
 
 
 def keys_and_values(program: Program) -> frozenset[fx.Node]:
-    """Keys and values, and what computes them from the input of their block."""
+    """Keys and values, what else queries look at, and what computes them from the input of their block."""
     live, axes, stream = program.activity.live, program.axes, program.blocks.stream
     found: set[fx.Node] = set()
     for node in reversed(program.graph.nodes):
-        wanted = feeds_attention(node) or any(user in found for user in node.users)
-        if wanted and node.op == "call_function" and node in live and node not in stream and axes.has_rows(node):
+        is_read = feeds_attention(node) or _is_read_across(program, node)
+        wanted = is_read or any(user in found for user in node.users)
+        if wanted and node.op == "call_function" and node in live and node not in stream:
             found.add(node)
+    for attention in axes.attentions:
+        if attention.node in found:
+            raise GraphNotSupported(
+                "The keys of an attention are made of another attention in its block, so that kv_grad='all' is not defined.",
+                "Choose kv_grad='selected', or add what the first attention gives to the residual stream.",
+                attention.node,
+            )
     return frozenset(found)
+
+
+def _is_read_across(program: Program, node: fx.Node) -> bool:
+    """True where its rows are of keys, and what reads it has the rows of queries (a part of scores that keys alone give)."""
+    axes = program.axes
+    for user in node.users:
+        if user in program.activity.live and is_tensor(user) and axes.has_rows(user):
+            dims = (axes.carried(user, i, axes.row_dim(user)) for i, arg in enumerate(operands_of(user)) if arg is node)
+            if any(dim in axes.token_dims(node) and dim != axes.row_dim(node) for dim in dims):
+                return True
+    return False
 
 
 def class_factors(program: Program) -> set[int]:

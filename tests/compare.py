@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -58,12 +59,13 @@ def by_reference(
     indices: torch.Tensor,
     length: int | None = None,
     weights: torch.Tensor | None = None,
-    open_blocks: str | None = None,
+    open_blocks: str | Callable[[nn.Module], Iterable[nn.Module]] | None = None,
     others: tuple[tokenseek_fx.Selection, ...] = (),
 ) -> Run:
-    """The same step by the eager definition; ``open_blocks`` is the path of the blocks for ``kv_grad="all"``."""
+    """The same step by the eager definition; ``open_blocks`` is the path of the blocks for ``kv_grad="all"``, or finds them."""
     model = copy.deepcopy(model)
-    blocks = () if open_blocks is None else model.get_submodule(open_blocks)
+    found = model.get_submodule(open_blocks) if isinstance(open_blocks, str) else open_blocks and open_blocks(model)
+    blocks = cast(Iterable[nn.Module], found or ())
     further = {selection.scores.shape[1]: selection.indices for selection in others}
     with reference.ditching(model, indices, length, weights, blocks, further):
         output = model(**batch)

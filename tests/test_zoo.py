@@ -13,6 +13,7 @@ import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +55,50 @@ def test_what_the_page_says_of_an_architecture(name, attn):
     if os.environ.get("EXPECTTEST_ACCEPT"):
         write(name, attn, row)
     assert row == row_of(name, attn)
+
+
+class Half(nn.Module):
+    """The attention of a layer of SegFormer: its MLP mixes tokens as well."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.norm, self.attention = layer.layernorm_before, layer.attention
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        return x + self.attention(self.norm(x), height, width)[0]
+
+
+def halved(layer: Any) -> Half:
+    """The first half of a layer, which then runs it."""
+    half = Half(layer)
+
+    def run(x: Tensor, height: int, width: int, **asked: Any) -> Tensor:
+        x = half(x, height, width)
+        return x + layer.mlp(layer.layernorm_after(x), height, width)
+
+    layer.forward = run
+    return half
+
+
+def attending(model: nn.Module) -> list[nn.Module]:
+    """The innermost entries of a model's lists of layers that have an attention."""
+    layers = [layer for each in model.modules() if isinstance(each, nn.ModuleList) for layer in each]
+    kinds = ("attention", "handwritten")
+    found = [x for x in layers if any(kind in type(part).__name__.lower() for part in x.modules() for kind in kinds)]
+    inner = [x for x in found if not any(other is not x and other in {*x.modules()} for other in found)]
+    return [
+        halved(x) if isinstance(x, transformers.models.segformer.modeling_segformer.SegformerLayer) else x
+        for x in inner
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "attn"), CASES)
+def test_keys_and_values_of_all_tokens_are_live_as_defined(name, attn):
+    """``kv_grad="all"``. In DPT the input of a layer is no value of the residual stream: the neck reads the layers before it too."""
+    refused = name == "dpt" or verdict(row_of(name, attn)) == "refused"
+    with pytest.raises(GraphNotSupported) if refused else contextlib.nullcontext():
+        check_exact(name, attn, kv_grad="all")
 
 
 class Recurrence(nn.Module):
@@ -123,13 +168,14 @@ def result(name: str, attn: str) -> tuple[str, ...]:
     return ("exact", *sizes(name, attn))
 
 
-def check_exact(name: str, attn: str, inner: str = "eager") -> None:
+def check_exact(name: str, attn: str, inner: str = "eager", kv_grad: str = "selected") -> None:
     """Loss and every gradient equal the reference for the kept rows of every token axis."""
     single = name in SINGLE
     model, batch = build(name, attn, SHORT, torch.float32 if single else torch.float64)
-    run = graph_refusal(lambda: compiled(model, batch, report_loss="kept", inner=inner))
+    run = graph_refusal(lambda: compiled(model, batch, report_loss="kept", inner=inner, kv_grad=kv_grad))
     chosen = run.selection
-    expected = by_reference(model, batch, run.indices, chosen.scores.shape[1], others=chosen.others)
+    blocks = attending if kv_grad == "all" else None
+    expected = by_reference(model, batch, run.indices, chosen.scores.shape[1], None, blocks, chosen.others)
     tolerance = 1e-5 if single else 1e-6  # transformers computes losses and norms in float32
     torch.testing.assert_close(run.loss.detach(), expected.loss.detach(), rtol=tolerance, atol=1e-9)
     assert error(run.grads, expected.grads) <= tolerance
