@@ -65,12 +65,24 @@ class Chunk:
         program.rewrite.module.graph.lint()
 
 
-def held_at_once(program: Program, chunk_bytes: int | None = None) -> int:
-    """Bytes that the forward of all tokens holds for a moment beside keys and values, where it goes in chunks: two values inside of a
-    chunk, as gate and up are, and no less than a third of what comes into it and out of it. Else 0. Reads ``rewrite``, before ``Chunk``."""
+def room_for_rows(program: Program, chunk_bytes: int | None = None) -> int:
+    """Bytes that values of the kept rows may take and leave the peak about where it is. Where the forward of all tokens goes in chunks (else
+    0), it holds three for a moment, beside keys and values: two inside of a chunk, as gate and up are, and what comes into it and out of
+    it. The backward begins with the gradient of the head's weight; what that takes beyond one chunk is no room. Reads ``rewrite``, before
+    ``Chunk``."""
     assert program.rewrite is not None
     chunk_bytes = chunk_bytes or default_bytes(program.rewrite.inputs)
-    return 3 * chunk_bytes if _are_large(_regions(program, chunk_bytes), chunk_bytes) else 0
+    if not _are_large(_regions(program, chunk_bytes), chunk_bytes):
+        return 0
+    return min(3 * chunk_bytes, max(0, 4 * chunk_bytes - _gradient_of_head(program)))
+
+
+def _gradient_of_head(program: Program) -> int:
+    """Bytes of the largest trained parameter that is read behind the last attention."""
+    assert program.axes is not None and program.activity is not None
+    nodes = [*program.graph.nodes]
+    behind = {*nodes[max(nodes.index(a.node) for a in program.axes.attentions) :]}
+    return max((bytes_hint(p) for p in program.activity.trainable if not behind.isdisjoint(p.users)), default=0)
 
 
 def default_bytes(inputs: Sequence[Any]) -> int:

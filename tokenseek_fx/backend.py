@@ -21,7 +21,7 @@ from .passes.attend import FindAttending
 from .passes.audit import computed_again
 from .passes.blocks import FindBlocks
 from .passes.canonicalize import Canonicalize
-from .passes.chunks import Chunk, held_at_once
+from .passes.chunks import Chunk, room_for_rows
 from .passes.ditch import Ditch
 from .passes.errors import GraphNotSupported, NoAttention, NothingToSelect, TokenSeekError
 from .passes.factors import same_size
@@ -181,7 +181,7 @@ def _compile_own(
 def compile_rewritten(program: Program, config: Config) -> Segments:
     """The rewritten graph of a program, in chunks and segments."""
     chunk_bytes = bytes_in(config.chunk_bytes)
-    room = held_at_once(program, chunk_bytes)
+    room = room_for_rows(program, chunk_bytes)
     segments = Pipeline((Chunk(chunk_bytes), Split())).run(program).segments
     assert segments is not None
     again = computed_again(segments, config.saving, config.kv, room)

@@ -57,7 +57,7 @@ class Config:
             block and the head (costs one more forward of the kept rows); or bytes to save at most, a number or "64MiB":
             as many blocks are computed again as that takes. ``None``: what ``memory_budget`` asks for, else "rows" for all blocks
             but the last ones that fit into ``3 * chunk_bytes``, where the forward of all tokens goes in chunks and so holds as
-            much for a moment.
+            much for a moment (less where the gradient of the head's weight takes more than a chunk).
         kv: keys and values of all tokens until the backward: "keep"; "recompute", they are made again, in the forward of the kept
             rows and in their backward, from what takes fewer bytes, where there is that (the input of a block, for as many key
             heads as query heads); "offload", in pinned host memory (on a GPU); "fp8", in 8 bits (the loss is exact, the gradient

@@ -18,7 +18,7 @@ from . import compat
 from .backend import ditch, refuse_part, refuse_split, trains
 from .config import Config, bytes_in
 from .passes.audit import Audit, AuditSaved, saved_edges
-from .passes.chunks import held_at_once
+from .passes.chunks import room_for_rows
 from .passes.errors import ConfigError, TokenSeekError
 from .passes.fake import fake_mode_of
 from .passes.floor import floor
@@ -184,7 +184,7 @@ def explain_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> 
         plain = analysis().run(Program(gm, tuple(inputs)))
         refuse_part(plain, inputs)
         rewritten = Pipeline((ditch(config, plain),)).run(plain)
-        room = held_at_once(rewritten, bytes_in(config.chunk_bytes))
+        room = room_for_rows(rewritten, bytes_in(config.chunk_bytes))
         rewritten = Pipeline((Split(), AuditSaved(config.saving, config.kv, room))).run(rewritten)
     except ConfigError:
         raise
