@@ -81,7 +81,7 @@ def _gradient_of_head(program: Program) -> int:
     """Bytes of the largest trained parameter that is read behind the last attention."""
     assert program.axes is not None and program.activity is not None
     nodes = [*program.graph.nodes]
-    behind = {*nodes[max(nodes.index(a.node) for a in program.axes.attentions) :]}
+    behind = {*nodes[max((nodes.index(a.node) for a in program.axes.attentions), default=0) :]}
     return max((bytes_hint(p) for p in program.activity.trainable if not behind.isdisjoint(p.users)), default=0)
 
 
