@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -80,8 +81,8 @@ def room_for_rows(program: Program, chunk_bytes: int | None = None) -> int:
 def _gradient_of_head(program: Program) -> int:
     """Bytes of the largest trained parameter that is read behind the last attention."""
     assert program.axes is not None and program.activity is not None
-    nodes = [*program.graph.nodes]
-    behind = {*nodes[max((nodes.index(a.node) for a in program.axes.attentions), default=0) :]}
+    attentions = {a.node for a in program.axes.attentions}
+    behind = {*takewhile(lambda node: node not in attentions, reversed(program.graph.nodes))}
     return max((bytes_hint(p) for p in program.activity.trainable if not behind.isdisjoint(p.users)), default=0)
 
 
