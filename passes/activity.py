@@ -1,7 +1,8 @@
-"""Activity: which values carry gradient."""
+"""Activity: which values carry gradient, and which belong to what these drew."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,12 +11,11 @@ from torch.utils import _pytree as pytree
 
 from .errors import GraphNotSupported
 from .program import Program, attribute
-from .rules.op import tensors_in
+from .rules.op import is_random, tensors_in
 
 aten = torch.ops.aten
-#: Operations whose result carries no gradient: new values take the dtype and device of their operand alone.
-_CUT = (
-    aten.detach.default,
+#: New values, which take the dtype and device of their operand alone.
+_NEW = (
     aten.new_empty.default,
     aten.new_zeros.default,
     aten.new_ones.default,
@@ -27,15 +27,20 @@ _CUT = (
     aten.rand_like.default,
     aten.randn_like.default,
 )
+#: Operations whose result carries no gradient.
+_CUT = (aten.detach.default, *_NEW)
 
 
 @dataclass(frozen=True)
 class Activity:
-    """``live``: the nodes whose value carries gradient. ``losses``: live 0-dim outputs. ``trainable``: live inputs."""
+    """``live``: the nodes whose value carries gradient. ``losses``: live 0-dim outputs. ``trainable``: live inputs. ``drawn``: values
+    without gradient that are made of what a live operation drew and that live ones read (the mask ``x > 0`` behind dropout, the
+    experts chosen there): with another draw of their own the two would not fit together."""
 
     live: frozenset[fx.Node]
     losses: tuple[fx.Node, ...]
     trainable: tuple[fx.Node, ...]
+    drawn: frozenset[fx.Node] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,8 @@ class FindActivity:
             if _is_live(program.module, node, live):
                 live[node] = None
         losses = [out for out in program.outputs if out in live and out.meta["val"].ndim == 0]
-        return replace(program, activity=Activity(frozenset(live), tuple(losses), trainable))
+        drawn = _drawn(program.graph, live)
+        return replace(program, activity=Activity(frozenset(live), tuple(losses), trainable, drawn))
 
     def check(self, program: Program) -> None:
         """A written input carries no gradient: its update is taken from the full forward."""
@@ -70,6 +76,20 @@ class FindActivity:
                     "Write to a buffer, or after the forward.",
                     update,
                 )
+
+
+def _drawn(graph: fx.Graph, live: Collection[fx.Node]) -> frozenset[fx.Node]:
+    """What live random operations lead to without gradient, where it leads to a live value again."""
+    reached: dict[fx.Node, None] = {}
+    for node in graph.nodes:
+        reads = any(arg in reached for arg in node.all_input_nodes) and node.target not in _NEW
+        if (node in live and is_random(node)) or (reads and tensors_in(node.meta.get("val"))):
+            reached[node] = None
+    found: set[fx.Node] = set()
+    for node in reversed([node for node in reached if node not in live]):
+        if any(user in live or user in found for user in node.users):
+            found.add(node)
+    return frozenset(found)
 
 
 def _is_trained(value: object) -> bool:

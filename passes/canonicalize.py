@@ -1,20 +1,22 @@
 """Canonicalize: Dynamo's graph -> a functional pre-dispatch ATen graph that has lost nothing.
 
 There ``linear``, ``scaled_dot_product_attention``, norms and losses are single operations and autograd has not happened
-yet. Five ways in which a naive retrace is silently wrong are closed here:
+yet. Six ways in which a naive retrace is silently wrong are closed here:
 
 - custom autograd functions and other higher-order operators stay one opaque node (inlined, they would lose their backward);
-- writes through views become functional values; writes to inputs become extra outputs;
+- writes through views become functional values; writes to inputs become extra outputs (inputs that share memory: refused);
+- a write that autograd does not see (under ``no_grad``, through ``detach``) leaves the gradient of what was there: refused, see ``writes``;
 - a tensor constant that is not a small literal means that the trace lost an edge: refused;
 - autocast regions are entered for real, so that dtypes are right, and kept as nodes;
 - activation checkpointing is inlined: values and gradients are the same.
 
-``torch.no_grad`` regions become explicit ``detach`` nodes.
+``torch.no_grad`` and ``torch.inference_mode`` regions become explicit ``detach`` nodes.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,12 +34,14 @@ from .errors import GraphNotSupported, InvariantBroken
 from .factors import same_size
 from .fake import fake_inputs, fake_mode_of
 from .program import Program, attribute
+from .writes import INLINED, refuse_aliases, refuse_hidden_writes, written_by
 
 aten = torch.ops.aten
 _SET_GRAD = torch._C._set_grad_enabled
+_ENTER_INFERENCE = torch.autograd.grad_mode._enter_inference_mode
+_EXIT_INFERENCE = torch.autograd.grad_mode._exit_inference_mode
 ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 CUSTOM_FUNCTION = torch.ops.higher_order.autograd_function_apply
-_INLINED = {"tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint"}
 _LARGEST_LITERAL = 64
 _ASSERTS = {
     "_assert_tensor_metadata",
@@ -57,11 +61,13 @@ class Canonicalize:
     def run(self, program: Program) -> Program:
         _refuse_function_transforms(program.module)
         _refuse_wrapped_tensors(program)
+        refuse_hidden_writes(program.module)
         fakes = fake_inputs(program.module, program.inputs)
         writes: list[int] = []
         with warnings.catch_warnings(), fx_traceback.preserve_node_meta(), fake_mode_of(fakes):
             warnings.filterwarnings("ignore", message=".*pre-dispatch.*")
             module = _traced(_functional(program.module, writes), fakes)
+        refuse_aliases(program, writes)
         _tidy(module)
         return replace(program, module=module, inputs=fakes, mutated=tuple(writes))
 
@@ -89,8 +95,21 @@ class Retrace(fx.Interpreter):
                 return self._after(self._higher_order(n, args, kwargs))
         return self._after(super().run_node(n)) if n.op.startswith("call") else super().run_node(n)
 
+    def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
+        """What is written inside ``no_grad`` takes no gradient from what it is made of."""
+        target = None if self.grad_enabled else written_by(n)
+        if target is None:
+            return super().map_nodes_to_values(args, n)
+        return fx.map_arg(args, lambda arg: self.env[arg] if arg is target else _detached(self.env[arg]))
+
     def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
         if target is _SET_GRAD:
+            self.grad_enabled = args[0]
+            return None
+        if target is _ENTER_INFERENCE:
+            before, self.grad_enabled = self.grad_enabled, self.grad_enabled and not args[0]
+            return before
+        if target is _EXIT_INFERENCE:
             self.grad_enabled = args[0]
             return None
         if target in (ENTER_AUTOCAST, EXIT_AUTOCAST):
@@ -102,20 +121,41 @@ class Retrace(fx.Interpreter):
         return Retrace(module).run(*args) if isinstance(module, fx.GraphModule) else module(*args, **kwargs)
 
     def _after(self, value: Any) -> Any:
-        """Inside ``no_grad`` a float result carries no gradient."""
-        if self.grad_enabled:
-            return value
-        return pytree.tree_map_only(torch.Tensor, lambda x: x.detach() if x.is_floating_point() else x, value)
+        """Inside ``no_grad`` a result carries no gradient."""
+        return value if self.grad_enabled else pytree.tree_map(_detached, value)
 
     def _higher_order(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-        if node.target.name() in _INLINED:
+        if node.target.name() in INLINED:
             body, *operands = args
             return Retrace(body).run(*operands)
+        if any(map(_launches_triton, (node, *_nodes_in(args)))):
+            raise GraphNotSupported(
+                "The model launches a Triton kernel of its own, and what it reads and writes can't be told.",
+                "Make it an operation: torch.library.triton_op, or custom_op with a fake and a gradient.",
+                node,
+            )
         example = node.meta.get("example_value", node.meta.get("val"))
         if node.target is CUSTOM_FUNCTION:
             forward, backward, count = without_idle_results(node, *args[:2])
             args, example = (forward, backward, *args[2:]), example[:count]
         return record_opaque(node.target, args, kwargs, example)
+
+
+def _nodes_in(bodies: Iterable[Any]) -> Iterator[fx.Node]:
+    """Of the graphs among some arguments, and of what these call."""
+    modules = (module for body in bodies if isinstance(body, torch.nn.Module) for module in body.modules())
+    return (node for module in modules if isinstance(module, fx.GraphModule) for node in module.graph.nodes)
+
+
+def _launches_triton(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.HigherOrderOperator) and target.name().startswith("triton_kernel_wrapper")
+
+
+def _detached(value: Any) -> Any:
+    """A value that may carry gradient, without it."""
+    can = isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+    return value.detach() if can else value
 
 
 def record_autocast(target: Any, args: tuple, kwargs: dict) -> Any:
@@ -209,6 +249,8 @@ def _refuse_wrapped_tensors(program: Program) -> None:
 def _traced(function: Any, inputs: tuple) -> fx.GraphModule:
     try:
         return make_fx(function, pre_dispatch=True, tracing_mode="real")(*inputs)
+    except GraphNotSupported:
+        raise
     except Exception as error:
         first_line = str(error).strip().split("\n")[0]
         raise GraphNotSupported(f"The graph can't be traced to ATen ({type(error).__name__}: {first_line}).") from error

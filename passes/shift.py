@@ -45,7 +45,7 @@ class UnshiftLabels:
 def _unshift(loss: fx.Node) -> bool:
     arguments = bind(loss)
     logits, target = arguments["self"], arguments["target"]
-    chain, cut = _chain_to_slice(logits)
+    chain, cut = _chain_to_slice(logits) if logits.meta["val"].ndim == 2 else ([], None)
     if cut is None or arguments["reduction"] == 0 or target.meta["val"].is_floating_point():
         return False
     whole, (start, missing) = cut.args[0], _range(cut)
@@ -54,7 +54,8 @@ def _unshift(loss: fx.Node) -> bool:
         padded = emit(loss, aten.constant_pad_nd.default, rows, [start, missing], arguments["ignore_index"])
         labels = emit(loss, aten.reshape.default, padded, [-1])
         for step in reversed(chain):
-            whole = emit(step, step.target, whole, *step.args[1:], **step.kwargs)
+            how = (-1, *step.args[2:]) if step.target is aten.slice.Tensor else step.args[1:]
+            whole = emit(step, step.target, whole, *how, **step.kwargs)
         whole = emit(loss, aten.reshape.default, whole, [-1, logits.meta["val"].shape[-1]])
         loss.replace_input_with(logits, whole)
         loss.replace_input_with(target, labels)
@@ -62,12 +63,15 @@ def _unshift(loss: fx.Node) -> bool:
 
 
 def _chain_to_slice(node: Any) -> tuple[list[fx.Node], fx.Node | None]:
-    """Copies and casts between the logits ``[B * T', C]`` of a loss and a slice ``x[:, a:b]``; the slice, or None."""
+    """Copies, casts and slices of the classes between the logits ``[B * T', C]`` of a loss and a slice ``x[:, a:b]``; that, or None."""
     chain: list[fx.Node] = []
     classes = node.meta["val"].shape[-1]
     while isinstance(node, fx.Node) and node.op == "call_function":
         if node.target in _SAME_SHAPE:
             chain.append(node)
+        elif _is_class_slice(node):
+            chain.append(node)
+            classes = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
         elif node.target is aten.slice.Tensor and not same_size(_rows(node), _rows(node.args[0])):
             return chain, node if _is_token_slice(node) else None
         elif node.target is not aten.slice.Tensor and not (
@@ -76,6 +80,11 @@ def _chain_to_slice(node: Any) -> tuple[list[fx.Node], fx.Node | None]:
             break
         node = node.args[0]
     return chain, None
+
+
+def _is_class_slice(node: fx.Node) -> bool:
+    """Of the last dim."""
+    return node.target is aten.slice.Tensor and bind(node)["dim"] in (-1, node.meta["val"].ndim - 1)
 
 
 def _rows(node: fx.Node) -> Any:

@@ -71,7 +71,9 @@ class Streams:
         cast: Mapping[tuple[fx.Node, torch.dtype | None], torch.Tensor] | None = None,
         again: Collection[fx.Node] = (),
     ) -> None:
-        self.program, self.axes, self.live = program, program.axes, program.activity.live
+        self.program, self.axes = program, program.axes
+        #: What is executed on the rows.
+        self.live = program.activity.live | program.activity.drawn
         self.seek, self.barriers = seek, barriers
         self._geometries = {geometry.axis: geometry for geometry in geometries}
         self._inputs = dict(zip(program.placeholders, inputs, strict=True))

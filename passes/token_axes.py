@@ -65,7 +65,7 @@ class TokenAxis:
 class TokenAxes:
     """Axes of every value, and which of them are token axes: ``tokens``, first the one that the loss runs over.
 
-    ``pooling``: the scores of a single query (attention pooling): their tokens are keys, so they have no rows. ``routes``:
+    ``pooling``: the scores of a single query over tokens (attention pooling): these are keys, so they have no rows. ``routes``:
     regions that sort rows and bring them back.
     """
 
@@ -179,9 +179,11 @@ def inferred(program: Program) -> TokenAxes:
         axes[node], flows[node] = flow.outputs, flow
     found = TokenAxes(space, axes, flows, ())
     every = tuple(_attentions(program.graph, found))
-    pooling = [a for a in every if not space.resolve(a.query) and space.resolve(a.key)]
-    scores = (node for a in pooling if a.node.target is not SDPA for node in _scores(a, found))
-    between_tokens = tuple(a for a in every if a not in pooling)
+    single = [a for a in every if not space.resolve(a.query) and space.resolve(a.key)]
+    queries = {space.resolve(a.query) for a in every}
+    pooling = [a for a in single if space.resolve(a.key) in queries and a.node.target is not SDPA]
+    scores = (node for a in pooling for node in _scores(a, found))
+    between_tokens = tuple(a for a in every if a not in single)
     return replace(found, attentions=between_tokens or every, pooling=frozenset(scores))
 
 

@@ -426,6 +426,32 @@ def _(**options):
     train(Writing(), **options)
 
 
+@misuse("Models", "a write under `no_grad`, or through `detach()` or `.data`, to a value with gradient", "an expression")
+def _(**options):
+    class Hidden(Model):
+        def hidden(self, x):
+            with torch.no_grad():
+                x.clamp_(-1, 1)
+            return super().hidden(x)
+
+    train(Hidden(), **options)
+
+
+@misuse("Models", "a forward that writes to one of two buffers that share memory", "one buffer")
+def _(**options):
+    class Sharing(Model):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("sums", torch.zeros(2, WIDTH))
+            self.register_buffer("last", self.sums[1])
+
+        def hidden(self, x):
+            self.last.copy_(x.detach()[0, 0])
+            return super().hidden(x + self.sums[1])
+
+    train(Sharing(), **options)
+
+
 @misuse("Models", "parts of a model compiled one by one", "compile the model")
 def _(**options):
     model = Model()

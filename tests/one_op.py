@@ -33,7 +33,8 @@ class Case:
     """An operation, its operands in named axes, and the axes along which its rows stay apart (``rows``).
 
     ``args(n, *operands)``: its arguments; ``n.t`` is the size of axis t (p: a pair) and ``n.dim`` a dim (1 unless drawn). A term that
-    starts with ``bool``, ``complex``, ``const`` (without gradient) or ``<v`` (integers below the size of v) is of that kind.
+    starts with ``bool``, ``complex``, ``unit`` (from 0 to 1), ``const`` (without gradient) or ``<v`` (integers below the size of v) is of
+    that kind.
     ``shares``: as the batch, these axes may be absent from an operand that has the tokens: it is broadcast.
     """
 
@@ -50,7 +51,7 @@ class Case:
 
     @property
     def letters(self) -> list[str]:
-        text = re.sub("bool|complex|const", "", self.operands)
+        text = re.sub("bool|complex|unit|const", "", self.operands)
         return list(dict.fromkeys(re.findall("[A-Za-z]", text)))
 
     def sizes(self, sizes: Sequence[int] = SIZES, dim: int = 1) -> SimpleNamespace:
@@ -63,7 +64,7 @@ class Case:
 def _kind(term: str) -> tuple[str, str]:
     """``"<v b t"`` -> (``"<v"``, ``"b t"``)."""
     head, _, rest = term.partition(" ")
-    return (head, rest) if head in ("bool", "complex", "const") or head.startswith("<") else ("", term)
+    return (head, rest) if head in ("bool", "complex", "unit", "const") or head.startswith("<") else ("", term)
 
 
 def _dims(axes: str) -> list[str]:
@@ -82,6 +83,8 @@ def _random(kind: str, axes: str, n: SimpleNamespace, dtype: torch.dtype) -> Ten
         return torch.randint(getattr(n, kind[1:]), shape)
     if kind == "bool":
         return torch.rand(shape) < 0.7
+    if kind == "unit":
+        return torch.rand(shape, dtype=dtype)
     return torch.randn(shape, dtype=dtype.to_complex() if kind == "complex" else dtype)
 
 

@@ -253,9 +253,11 @@ LOSSES = [
     *each("cross_entropy_loss.default nll_loss_nd.default", "t v, <v t", "t", _unreduced),
     *each("cross_entropy_loss.default", "(b t) v, <v (b t), const v", "b t", _unreduced),
     *each("cross_entropy_loss.default nll_loss_nd.default", "b v t, <v b t", "b t", _unreduced),
-    *each("cross_entropy_loss.default", "b v, b v", "", _unreduced),
+    *each("cross_entropy_loss.default", "b v, b v", "b", _unreduced),
+    *each("cross_entropy_loss.default", "b v t, b v t", "b t", _unreduced),
     *each("mse_loss.default l1_loss.default smooth_l1_loss.default", "b t d, b t d", "b t d", reduction=0),
     *each("huber_loss.default binary_cross_entropy_with_logits.default", "b t d, b t d", "b t d", reduction=0),
+    *each("binary_cross_entropy.default", "unit b t d, unit b t d", "b t d", reduction=0),
 ]
 
 #: Draws of their own: the rows of a draw are a draw of the rows, but not the same numbers.

@@ -312,8 +312,16 @@ def shifted_contiguous(self, x, labels):
     return F.cross_entropy(logits.view(-1, V), labels[..., 1:].contiguous().view(-1)).double()
 
 
+def over_own_values(self, x, labels):
+    """Every token attends to some values of its own."""
+    values = torch.stack([x, 2 * x, x.tanh()], 2)
+    shares = (x.unsqueeze(2) @ values.transpose(-1, -2)).softmax(-1)
+    return self.loss((shares @ values).squeeze(2), labels)
+
+
 HEADS = {
     "mean": None,
+    "attention over own values": over_own_values,
     "shifted": shifted,
     "shifted, contiguous": shifted_contiguous,
     "sum": lambda self, x, y: F.cross_entropy(self.lm_head(x).flatten(0, 1), y.flatten(), reduction="sum") / 100,
@@ -324,6 +332,19 @@ HEADS = {
     ),
     "nll": lambda self, x, y: F.nll_loss(F.log_softmax(self.lm_head(x).flatten(0, 1), -1), y.flatten()),
     "per token": lambda self, x, y: F.cross_entropy(self.lm_head(x).transpose(1, 2), y, reduction="none").mean(),
+    "padded vocabulary, shifted": lambda self, x, y: F.cross_entropy(
+        self.lm_head(x)[:, :-1, : V - 2].flatten(0, 1), y[:, 1:].flatten().clamp(max=V - 3)
+    ),
+    "shifted, padded vocabulary": lambda self, x, y: F.cross_entropy(
+        self.lm_head(x)[:, :-1].reshape(-1, V)[:, : V - 2], y[:, 1:].flatten().clamp(max=V - 3)
+    ),
+    "padded vocabulary, classes second": lambda self, x, y: F.cross_entropy(
+        self.lm_head(x).transpose(1, 2)[:, : V - 2], y.clamp(max=V - 3)
+    ),
+    "binary cross entropy": lambda self, x, y: F.binary_cross_entropy(x.sigmoid(), torch.full_like(x, 0.3)),
+    "binary cross entropy, sum": lambda self, x, y: F.binary_cross_entropy(
+        x.sigmoid(), torch.full_like(x, 0.3), reduction="sum"
+    ),
     "mse": lambda self, x, y: F.mse_loss(x, torch.zeros_like(x)),
     "l1 sum": lambda self, x, y: F.l1_loss(x, torch.ones_like(x), reduction="sum"),
     "mean pool": lambda self, x, y: F.cross_entropy(self.lm_head(x.mean(1)), y[:, 0].clamp(0)),
@@ -337,6 +358,43 @@ def test_losses(head):
     tol = 1e-6 if "contiguous" in head else 1e-9  # that one casts its logits to float32
     scorer = "first" if head == "first token" else "random"
     assert_matches(Model(HEADS[head]), data(), tol, length=T, inner="eager", scorer=scorer)
+
+
+class Soft(Model):
+    def forward(self, ids, shares):
+        x = self.embed(ids) + self.position
+        for block in self.blocks:
+            x = block(x)
+        return F.cross_entropy(self.lm_head(x).flatten(0, 1), shares.flatten(0, 1))
+
+
+def test_class_probabilities_that_are_given():
+    shares = torch.rand(B, T, V, dtype=torch.float64).softmax(-1)
+    assert_matches(Soft(), {"ids": data()["ids"], "shares": shares}, 1e-9, length=T, inner="eager")
+
+
+@pytest.mark.parametrize(("weight", "bias"), [(False, True), (True, False)])
+def test_a_part_of_the_head_is_trained(weight, bias):
+    """Biases alone (BitFit, PEFT's ``bias="all"``), or all but them."""
+    model = Model()
+    model.lm_head = nn.Linear(D, V).double()
+    model.lm_head.weight.requires_grad_(weight)
+    model.lm_head.bias.requires_grad_(bias)
+    assert_matches(model, data(), 1e-9, length=T)
+
+
+@pytest.mark.parametrize("select", ["topk", "sample"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_mean_of_half_logits_is_made_in_float32(dtype, select):
+    """The sum over tokens would overflow in float16, and be rounded in bfloat16."""
+    model = Model(lambda self, x, y: F.cross_entropy((self.lm_head(x) * 8000).flatten(0, 1), y.flatten())).float()
+    for report in ("kept", "full"):
+        with torch.autocast("cpu", dtype):
+            run = compiled(model, data(), report_loss=report, select=select, scorer="loss", keep_ratio=0.9)
+            weights = run.selection.weights
+            expected = by_reference(model, data(), run.indices, T, weights).loss if report == "kept" else model(**data())
+        assert run.loss.dtype is expected.dtype
+        torch.testing.assert_close(run.loss.detach(), expected.detach(), rtol=4 * torch.finfo(dtype).eps, atol=0)
 
 
 def test_batch_of_one():

@@ -382,19 +382,19 @@ def one_hot(op: Op) -> Flow:
 
 @axes_rule(aten.cross_entropy_loss.default, aten.nll_loss_nd.default)
 def cross_entropy(op: Op) -> Flow:
-    """Logits [N..., C] or [N, C, ...] and targets [N, ...]: the positions are one axis, classes are contracted."""
+    """Logits [N..., C] or [N, C, ...] and targets [N, ...], or probabilities like the logits: the positions are one axis, classes are
+    contracted."""
     logits, target = op.axes(op["self"]), op.axes(op["target"])
-    if len(logits) == len(target):
-        return op.unknown()
     class_dim = 0 if len(logits) == 1 else 1
     positions = [dim for dim in range(len(logits)) if dim != class_dim]
-    for dim, label in zip(positions, target, strict=True):
+    soft = len(logits) == len(target)
+    for dim, label in zip(range(len(logits)) if soft else positions, target, strict=True):
         op.space.equate(logits[dim], label)
     if op["reduction"] != 0:
         return Flow(((),), tuple({} for _ in op.operands))
     out = tuple(logits[dim] for dim in positions)
     carry = dict(enumerate(positions))
-    return Flow((out,), (carry, {i: i for i in range(len(out))}, *({} for _ in op.operands[2:])))
+    return Flow((out,), (carry, carry if soft else {i: i for i in range(len(out))}, *({} for _ in op.operands[2:])))
 
 
 @axes_rule(
@@ -402,6 +402,7 @@ def cross_entropy(op: Op) -> Flow:
     aten.l1_loss.default,
     aten.smooth_l1_loss.default,
     aten.huber_loss.default,
+    aten.binary_cross_entropy.default,
     aten.binary_cross_entropy_with_logits.default,
 )
 def elementwise_loss(op: Op) -> Flow:

@@ -71,9 +71,11 @@ def bind(node: fx.Node) -> dict[str, Any]:
 
 
 def is_random(node: fx.Node) -> bool:
-    """True for an operation that draws (an attention without dropout does not)."""
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags and bind(node).get("dropout_p") != 0
+    """True for an operation that draws (an attention without dropout does not, nor does dropout of nothing)."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    given = bind(node)
+    return given.get("dropout_p", given.get("p")) != 0 and given.get("train") is not False
 
 
 def bind_values(node: fx.Node, values: Mapping[fx.Node, Any]) -> dict[str, Any]:

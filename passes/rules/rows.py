@@ -44,6 +44,7 @@ ELEMENTWISE_LOSSES = (
     aten.l1_loss.default,
     aten.smooth_l1_loss.default,
     aten.huber_loss.default,
+    aten.binary_cross_entropy.default,
     aten.binary_cross_entropy_with_logits.default,
 )
 LOSSES = (*LABEL_LOSSES, *ELEMENTWISE_LOSSES)
@@ -103,6 +104,12 @@ def regroup(call: Call) -> Any:
     return call.rows(0).reshape(call.shape) if call.carries_rows else NotImplemented
 
 
+@rows_rule(aten.embedding.default)
+def embedding(call: Call) -> Any:
+    """A gradient by how often an id is there needs all ids."""
+    return NotImplemented if call["scale_grad_by_freq"] else rerun(call)
+
+
 @rows_rule(aten.expand.default)
 def expand(call: Call) -> Any:
     return call.rows(0).expand(call.shape) if call.carries_rows else NotImplemented
@@ -140,12 +147,11 @@ def label_loss(call: Call) -> Any:
         return elementwise_loss(call)
     if call.geometry.weights is not None:
         return _weighted_label_loss(call)
-    target = call.own_rows(1)
-    total = _total_loss(call).to(call.operands[0].meta["val"].dtype)
+    target, total, dtype = call.own_rows(1), _total_loss(call), call.node.meta["val"].dtype
     if call["reduction"] == MEAN:
-        return total / divisor(target, call["ignore_index"], call["weight"])
+        return (total / divisor(target, call["ignore_index"], call["weight"])).to(dtype)
     kept, labelled = (_labelled(t, call["ignore_index"], None) for t in (target, call.full(1)))
-    return total * (labelled / torch.where(kept > 0, kept, 1)).to(total.dtype)
+    return (total * (labelled / torch.where(kept > 0, kept, 1)).to(total.dtype)).to(dtype)
 
 
 def _total_loss(call: Call) -> Any:
@@ -163,10 +169,10 @@ def _weighted_label_loss(call: Call) -> Any:
     if call.streams.axes.row_dim(call.operands[1]) is None:
         return NotImplemented
     losses = token_losses(call)
-    total = (losses * _weights(call, 1)).sum().to(call.node.meta["val"].dtype)
+    total, dtype = (losses * _weights(call, 1)).sum(), call.node.meta["val"].dtype
     if call["reduction"] == SUM:
-        return total
-    return total / divisor(call["target"], call["ignore_index"], call["weight"])
+        return total.to(dtype)
+    return (total / divisor(call["target"], call["ignore_index"], call["weight"])).to(dtype)
 
 
 def token_losses(call: Call) -> Any:
@@ -195,7 +201,7 @@ def _weights(call: Call, operand: int) -> torch.Tensor:
 
 
 def _no_narrower_than_float(x: torch.Tensor) -> torch.Tensor:
-    """A sum over many positions overflows in half precision; its mean would not."""
+    """A sum over many positions overflows in half precision; its mean, made of it before it is rounded, does not."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -230,8 +236,9 @@ def _weighted_elementwise_loss(call: Call) -> Any:
     """Sum of w_i l_i over the kept rows; a mean divides it by the number of all elements."""
     options = call.arguments_but("self", "target", "reduction")
     losses = call.target(self=call.own_rows(0), target=call.own_rows(1), reduction=NONE, **options)
-    total = (losses * _weights(call, 0)).sum().to(losses.dtype)
-    return total / call.streams.seek[call.operands[0]].numel() if call["reduction"] == MEAN else total
+    total = (losses * _weights(call, 0)).sum()
+    total = total / call.streams.seek[call.operands[0]].numel() if call["reduction"] == MEAN else total
+    return total.to(losses.dtype)
 
 
 def _refuse_weights(call: Call) -> None:

@@ -204,17 +204,18 @@ def head_loss_backward(
     softcap: float,
     scale: float,
     dtype: torch.dtype,
-    trained: bool,
+    weight_trained: bool,
+    bias_trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of ``head_loss`` at ``hidden``, ``weight`` and ``bias`` (empty [0] unless ``trained``, or without a bias) for
-    that of its losses, ``back`` [N]. The logits are computed again; ``total`` [N] is the log-sum-exp that it gave."""
+    """The gradients of ``head_loss`` at ``hidden``, ``weight`` and ``bias`` (empty [0] where these are not trained) for that of its losses,
+    ``back`` [N]. The logits are computed again; ``total`` [N] is the log-sum-exp that it gave."""
     head, labelled = _Head(weight, bias, softcap, scale, dtype), target != ignore_index
     grad, by = torch.zeros_like(hidden), (back * scale).where(labelled, 0).to(dtype)[:, None]
     parts = list(_parts(labelled, _side(hidden.device, dtype)))
     of_weight, of_bias = (
         # one part writes every entry once: nothing is added up that a narrow sum would round
-        torch.zeros_like(x, dtype=_wide(x) if len(parts) > 1 else x.dtype) if trained and x is not None else None
-        for x in (weight, bias)
+        torch.zeros_like(x, dtype=_wide(x) if len(parts) > 1 else x.dtype) if x is not None and trained else None
+        for x, trained in ((weight, weight_trained), (bias, bias_trained))
     )
     for part in parts:
         rows, labels = hidden[part], target[part].where(labelled[part], 0)[:, None]
@@ -225,13 +226,8 @@ def head_loss_backward(
 
 @head_loss_backward.register_fake
 def _(back: Tensor, hidden: Tensor, weight: Tensor, bias: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    trained = rest[-1]
-    none = weight.new_empty(0)
-    return (
-        torch.empty_like(hidden),
-        torch.empty_like(weight) if trained else none,
-        torch.empty_like(bias) if trained and bias is not None else weight.new_empty(0),
-    )
+    trained = ((weight, rest[-2]), (bias, rest[-1]))
+    return torch.empty_like(hidden), *(torch.empty_like(x) if wanted else weight.new_empty(0) for x, wanted in trained)
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -241,9 +237,9 @@ def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, back: Tensor, *others: Any) -> tuple:
-    trained = ctx.needs_input_grad[1]
-    grad, weight, bias = head_loss_backward(back, *ctx.saved_tensors, *ctx.how, trained)
-    return grad, weight if trained else None, bias if ctx.needs_input_grad[2] else None, *[None] * 6
+    trained = ctx.needs_input_grad[1:3]
+    grad, *others = head_loss_backward(back, *ctx.saved_tensors, *ctx.how, *trained)
+    return grad, *(x if wanted else None for x, wanted in zip(others, trained, strict=True)), *[None] * 6
 
 
 head_loss.register_autograd(_backward, setup_context=_keep)
@@ -274,4 +270,4 @@ def flops_of_head(hidden: Any, weight: Any, *rest: Any, out_shape: Any = None, *
 @register_flop_formula(torch.ops.tokenseek_fx.head_loss_backward)
 def _flops_of_backward(back: Any, hidden: Any, weight: Any, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """The logits again, one product with the weight, and where it is trained one for its gradient."""
-    return (3 if rest[-1] else 2) * 2 * hidden[0] * hidden[1] * weight[0]
+    return (3 if rest[-2] else 2) * 2 * hidden[0] * hidden[1] * weight[0]

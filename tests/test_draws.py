@@ -1,0 +1,80 @@
+"""What a random operation drew is one draw, also in values without gradient that are made of it.
+
+Every loss is identically 0 for any draw, of all tokens and of the kept ones.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from architectures import build
+from compare import compiled, loss_of
+from test_backend import Model, compile_eager, data
+from torch import Tensor
+
+
+def by_mask(model: Model, x: Tensor, labels: Tensor) -> Tensor:
+    x = F.dropout(x, 0.5)
+    return (torch.where(x > 0, x, 0.0) - F.relu(x)).square().sum() + (x * (x != 0) - x).square().sum()
+
+
+def by_experts(model: Model, x: Tensor, labels: Tensor) -> Tensor:
+    """A mixture of experts takes shares by the numbers of the largest."""
+    shares = model.lm_head(F.dropout(x, 0.5)).softmax(-1)
+    largest, numbers = shares.topk(2)
+    return (shares.gather(-1, numbers) - largest).square().sum()
+
+
+def straight_through(model: Model, x: Tensor, labels: Tensor) -> Tensor:
+    """Rounded forward, not backward: whole numbers."""
+    x = F.dropout(x * 5, 0.5)
+    whole = x + (x.round() - x).detach()
+    return (torch.cos(2 * torch.pi * whole) - 1).square().sum()
+
+
+def under_no_grad(model: Model, x: Tensor, labels: Tensor) -> Tensor:
+    x = F.dropout(x, 0.5)
+    with torch.no_grad():
+        largest = x.abs().amax(-1, keepdim=True)
+    return F.relu(x.abs() - largest).square().sum()
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("loss", [by_mask, by_experts, straight_through, under_no_grad])
+def test_values_without_gradient_belong_to_the_draw_of_their_stream(loss, inner):
+    for recompute in ("none", "rows") if inner != "eager" else (None,):
+        options = {} if recompute is None else {"recompute": recompute}
+        run = compiled(Model(loss, dropout=0.3), data(), inner=inner, report_loss="kept", **options)
+        assert abs(run.loss.item()) < 1e-20
+
+
+def test_the_gradient_is_that_of_plain_training_in_expectation():
+    """x (x != 0) is x: without the mask of the same draw half of it would be lost."""
+
+    def linear(model: Model, x: Tensor, labels: Tensor) -> Tensor:
+        x = F.dropout(x, 0.5)
+        return (x * (x != 0) * model.lm_head.weight[0]).sum()
+
+    model = Model(linear, layers=1)
+    step = compile_eager(model, scorer="strided", strict=True)
+    for _ in range(200):
+        step(**data()).backward()
+    found = model.lm_head.weight.grad[0] / 200
+    plain = Model(lambda model, x, labels: (x * model.lm_head.weight[0]).sum(), layers=1)
+    compile_eager(plain, scorer="strided", strict=True)(**data()).backward()
+    expected = plain.lm_head.weight.grad[0]
+    share = (found @ expected / (expected @ expected)).item()
+    assert share == pytest.approx(1, abs=0.1)  # of 200 draws of 120 entries the mean is off by 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
+def test_a_mixture_of_experts_behind_dropout_trains(name):
+    """Experts are chosen by the draw that their tokens are of."""
+    model, batch = build(name, "sdpa", 24, torch.float32)
+    model.config.attention_dropout = 0.3
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    run = compiled(model, batch, inner="aot_eager")
+    assert loss_of(run.output).isfinite() and all(grad.isfinite().all() for grad in run.grads.values())
