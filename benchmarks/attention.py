@@ -1,7 +1,8 @@
 """Selected attention beside PyTorch's flash attention, in useful floating-point operations a second.
 
     python benchmarks/attention.py --out out/bench/attention            # on a CUDA device
-    python benchmarks/attention.py --device cpu --quick                 # does it run
+    python benchmarks/attention.py --flex                               # and the forward by FlexAttention
+    python benchmarks/attention.py --device cpu --flex                  # the CPU's own cases; --quick: does it run
 
 Useful operations: 4 E for every query and key that it sees forward (scores, values), 10 E backward (scores again, dP, dQ, dK, dV).
 Selected attention has rows x all keys for the first three, rows x rows for dK and dV; what its kernels compute twice is not counted.
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.profiler import ProfilerActivity, profile
 
 from tokenseek_fx.ops.attention import selected_attention
@@ -60,6 +62,7 @@ CASES = [
     Case(1, 32, 8, 32768, 128),
     Case(8, 32, 8, 4096, 64, keep_ratio=0.5),
 ]
+ON_CPU = [Case(4, 8, 2, 1024, 64), Case(1, 8, 2, 8192, 64)]  # of the settings of cpu.py
 QUICK = [Case(2, 4, 2, 128, 32)]
 
 
@@ -108,6 +111,19 @@ def selected(operands: Operands) -> tuple[Callable[[], Tensor], list[Tensor]]:
         return selected_attention(*inputs, operands.key, operands.value, operands.positions, causal=True)
 
     return forward, inputs
+
+
+def flex(operands: Operands) -> tuple[Callable[[], Any], Callable[[], Tensor]]:
+    """The rows alone by FlexAttention, without gradient (it has none on a CPU): what makes its block mask, and the attention."""
+    query, positions = operands.rows(operands.query).detach(), operands.positions
+    make, attend = torch.compile(create_block_mask), torch.compile(flex_attention)
+
+    def mask() -> Any:
+        sizes = (len(positions), None, query.shape[2], operands.key.shape[2])
+        return make(lambda b, h, q, kv: positions[b, q] >= kv, *sizes, device=query.device.type)
+
+    known = mask()
+    return mask, lambda: attend(query, operands.key, operands.value, block_mask=known, enable_gqa=True)
 
 
 def useful(operands: Operands | None, case: Case) -> dict[str, float]:
@@ -161,6 +177,13 @@ def measure(name: str, case: Case, device: str, count: int) -> Result:
     return {"seconds": seconds, "speed": speed, "peak": peak}
 
 
+def measure_flex(case: Case, device: str, count: int) -> Result:
+    """Seconds of its block mask and of the forward, and operations a second of that."""
+    operands = Operands.of(case, device)
+    seconds = {name: timed(call, device, count) for name, call in zip(("mask", "forward"), flex(operands), strict=True)}
+    return {"seconds": seconds, "speed": {"forward": useful(operands, case)["forward"] / seconds["forward"]}}
+
+
 def line(case: Case, both: dict[str, Result]) -> list[str]:
     """Speeds in TFLOP/s, selected / flash, and what is met."""
     cells = []
@@ -169,7 +192,16 @@ def line(case: Case, both: dict[str, Result]) -> list[str]:
         cells.append(f"{mine / 1e12:.3g} / {theirs / 1e12:.3g} ({mine / theirs:.2f}x)")
     ratio = both["selected"]["speed"]["both"] / both["flash"]["speed"]["both"]
     times = [f"{1e3 * sum(both[name]['seconds'].values()):.3g}" for name in ("selected", "flash")]
-    return [str(case), *cells, " / ".join(times), "met" if ratio >= CLAIM else "NOT MET"]
+    return [str(case), *cells, " / ".join(times), "met" if ratio >= CLAIM else "NOT MET", by_flex(both)]
+
+
+def by_flex(both: dict[str, Result]) -> str:
+    """Its forward beside that of selected attention, and what its block mask takes; nothing where it was not asked for."""
+    if "flex" not in both:
+        return ""
+    speed, seconds = both["flex"]["speed"]["forward"], both["flex"]["seconds"]
+    share = speed / both["selected"]["speed"]["forward"]
+    return f"{speed / 1e12:.3g} ({share:.2f}x), mask {1e3 * seconds['mask']:.3g} ms, forward {1e3 * seconds['forward']:.3g} ms"
 
 
 def main(words: list[str]) -> int:
@@ -177,6 +209,7 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="does it run: one small case")
+    parser.add_argument("--flex", action="store_true", help="the forward by FlexAttention as well")
     parser.add_argument("--count", type=int, default=20, help="timed calls, default 20")
     parser.add_argument("--out", type=Path, default=Path("out/bench/attention"))
     options = parser.parse_args(words)
@@ -185,10 +218,11 @@ def main(words: list[str]) -> int:
         return 1
     options.out.mkdir(parents=True, exist_ok=True)
     found: list[tuple[Case, dict[str, Result]]] = []
-    for case in QUICK if options.quick else CASES:
-        found.append(
-            (case, {name: measure(name, case, options.device, options.count) for name in ("flash", "selected")})
-        )
+    for case in QUICK if options.quick else CASES if options.device == "cuda" else ON_CPU:
+        both = {name: measure(name, case, options.device, options.count) for name in ("flash", "selected")}
+        if options.flex:
+            both["flex"] = measure_flex(case, options.device, options.count)
+        found.append((case, both))
         write(found, options.out)
     return 0
 
@@ -200,6 +234,7 @@ def write(found: list[tuple[Case, dict[str, Result]]], out: Path) -> None:
         *(f"{key} TFLOP/s, selected / flash" for key in ("forward", "backward", "both")),
         "ms",
         f">= {CLAIM}",
+        "FlexAttention's forward TFLOP/s (/ selected)",
     ]
     table = report.table(head, [line(*one) for one in found])
     print(table.splitlines()[-1])

@@ -62,9 +62,9 @@ def lengths(sweep: dict[int, Rows], rows: list[str]) -> Any:
         axes.set(xscale="log", yscale="log", xlabel="T", ylabel=label)
         axes.set_xticks(list(sweep), [str(T) for T in sweep])
         axes.minorticks_off()
-    forward = {T: found[FORWARD]["step"] for T, found in sweep.items() if "step" in found.get(FORWARD, {})}
-    model = [1.3 * seconds for seconds in forward.values()]
-    grid[0][0].plot(list(forward), model, linestyle="--", color="tab:red", label="F + 3rF, r = 0.1")
+    forwards = {T: found[FORWARD] for T, found in sweep.items() if "step" in found.get(FORWARD, {})}
+    model = [(1 + 3 * one["setting"]["keep_ratio"]) * one["step"] for one in forwards.values()]
+    grid[0][0].plot(list(forwards), model, linestyle="--", color="tab:red", label="F + 3rF")
     grid[0][0].legend(fontsize=8)
     return figure
 

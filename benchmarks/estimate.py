@@ -122,6 +122,16 @@ def mha() -> nn.Module:
     return llama(kv_heads=8)
 
 
+def half() -> nn.Module:
+    return llama(layers=3).bfloat16()
+
+
+def neox() -> nn.Module:
+    sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 3, "num_attention_heads": 6}
+    config = transformers.GPTNeoXConfig(vocab_size=VOCAB, **sizes, max_position_embeddings=1024, use_cache=False)
+    return transformers.GPTNeoXForCausalLM(config)
+
+
 SETTINGS = [
     Setting("Llama, 2 key/value heads", llama, 4, 1024, kept(0.1)),
     Setting("Llama, 2 key/value heads", llama, 4, 1024, None),
@@ -130,6 +140,10 @@ SETTINGS = [
     Setting("Llama, 2 key/value heads", llama, 1, 2048, kept(0.05, scorer="attention"), "adamw"),
     Setting("Llama, LoRA", lora, 1, 2048, kept(0.1)),
     Setting("Llama, LoRA", lora, 2, 512, None, "adamw"),
+    Setting("Llama, 2 key/value heads", llama, 1, 8192, kept(0.1)),
+    Setting("Llama, 8 key/value heads", mha, 2, 1024, kept(0.1, kv="recompute", recompute="rows")),
+    Setting("Llama, bfloat16", half, 4, 512, kept(0.2)),
+    Setting("GPT-NeoX", neox, 4, 512, kept(0.1, chunk_bytes=2**20), "adamw"),
     Setting("GPT-2, dropout", gpt2, 4, 512, kept(0.1, scorer="attention")),
     Setting("GPT-2, dropout", gpt2, 8, 256, None),
     Setting("BERT, masked words", bert, 4, 512, kept(0.5, "keep")),

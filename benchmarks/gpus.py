@@ -1,10 +1,11 @@
-"""Estimates, not measurements: the longest sequence that fits into GPUs of 24, 48, 80 and 141 GB.
+"""Estimates, not measurements: what the GPU suite asks, of GPUs that are not at hand.
 
     python benchmarks/gpus.py --out benchmarks/results/gpus.json
 
-Shapes of Llama 3 in bfloat16, one sequence, full training and LoRA with AdamW (its states in bfloat16, updated one parameter at
-a time or fused), plain ``torch.compile`` beside tokenseek. No GPU and no weights are needed: `tokenseek_fx.estimate` sees models
-on the meta device. So that it takes minutes, models of `DEPTHS` layers are estimated at `LENGTHS` tokens. What is held in each
+The peak of a step of the suite's first setting, and the longest sequence that fits into 24, 48, 80 and 141 GB: shapes of Llama 3 in
+bfloat16, one sequence, full training and LoRA with AdamW (its states in bfloat16, updated one parameter at a time or fused), plain
+``torch.compile`` beside tokenseek. No GPU and no weights are needed: `tokenseek_fx.estimate` sees models on the meta device, and
+takes the chunks and kernels of a GPU. So that it takes minutes, models of `DEPTHS` layers are estimated at `LENGTHS` tokens. What is held in each
 phase grows by the same bytes with every layer alike: the line through the two depths is taken at the true depth. Between two
 lengths a line is taken as well, so lengths are rounded down to whole thousands; beyond the longest it is said so.
 """
@@ -12,7 +13,7 @@ lengths a line is taken as well, so lengths are rounded down to whole thousands;
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import tokenseek_fx
 from tokenseek_fx.estimate import GPUS
 
 Phases = dict[str, float]
+Ways = dict[str, Phases]
 SHAPES: dict[str, dict[str, Any]] = {
     "Llama-3.2-1B": {
         "hidden_size": 2048,
@@ -48,10 +50,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 SHARED = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072, "use_cache": False}
 TIED = {"Llama-3.2-1B": True, "Llama-3.2-3B": True, "Llama-3.1-8B": False}
-METHODS, DEPTHS, LENGTHS = ("full", "LoRA"), (2, 3), (2048, 8192, 32768)
-OPTIONS = {"keep_ratio": 0.1, "logits": "drop"}
+METHODS, DEPTHS, LENGTHS = ("full", "LoRA"), (2, 3), (2048, 8192, 32768, 131072)
+STEP, BATCH, LENGTH = "Llama-3.2-1B", 8, 4096  # the first setting of gpu.py
+OPTIONS = {"keep_ratio": 0.1, "logits": "drop", "recompute": "rows"}  # the default keeps what fits, whatever the depth
 SETTINGS = (
-    'bfloat16, B = 1, AdamW; tokenseek: keep_ratio 0.1, logits "drop", the default scorer; LoRA of rank 16 on q, k, v and o; '
+    'bfloat16, B = 1, AdamW; tokenseek: keep_ratio 0.1, logits "drop", recompute "rows", the default scorer; LoRA of rank 16 on q, k, v and o; '
     "GB: 10^9 bytes"
 )
 
@@ -65,20 +68,41 @@ def model(shape: str, method: str, layers: int) -> nn.Module:
         return get_peft_model(plain, lora) if method == "LoRA" else plain
 
 
-def phases(shape: str, method: str, length: int) -> dict[str, Phases]:
-    """Bytes of a phase at the true depth, from two smaller ones, for both ways to train."""
-    found = [_phases(model(shape, method, layers), length) for layers in DEPTHS]
+def at_depth(shape: str, of_layers: Callable[[int], Ways]) -> Ways:
+    """Bytes of every phase at the true depth, from two smaller ones."""
     (near, far), depth = DEPTHS, SHAPES[shape]["num_hidden_layers"]
-    share = (depth - near) / (far - near)
+    found, share = [of_layers(layers) for layers in DEPTHS], (depth - near) / (far - near)
     return {
         way: {phase: size + share * (found[1][way][phase] - size) for phase, size in sizes.items()}
         for way, sizes in found[0].items()
     }
 
 
-def _phases(model: nn.Module, length: int) -> dict[str, Phases]:
-    found = tokenseek_fx.estimate(model, 1, length, options=OPTIONS, dtype=torch.bfloat16)
-    return {"tokenseek": found.phases(), "torch.compile": found.phases(found.plain)}
+def phases(shape: str, method: str, length: int) -> Ways:
+    """All that a training step of one sequence holds."""
+
+    def of_layers(layers: int) -> Ways:
+        found = estimated(model(shape, method, layers), 1, length)
+        return {"tokenseek": found.phases(), "torch.compile": found.phases(found.plain)}
+
+    return at_depth(shape, of_layers)
+
+
+def step() -> Ways:
+    """What forward and backward hold above weights and gradients, in the first setting of the GPU suite."""
+
+    def of_layers(layers: int) -> Ways:
+        found = estimated(model(STEP, "full", layers), BATCH, LENGTH, set_to_none=False)
+        steps = {"tokenseek": found.step, "torch.compile": found.plain}
+        return {way: {"forward": each.forward, "backward": each.backward} for way, each in steps.items()}
+
+    return at_depth(STEP, of_layers)
+
+
+def estimated(made: nn.Module, batch: int, length: int, **how: Any) -> tokenseek_fx.Estimate:
+    return tokenseek_fx.estimate(
+        made, batch, length, options=OPTIONS, dtype=torch.bfloat16, device="cuda", optimizer="adamw", **how
+    )
 
 
 def longest(peaks: dict[int, float], size: float) -> str:
@@ -104,9 +128,17 @@ def rows(results: list[dict[str, Any]]) -> Iterator[list[str]]:
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
+    """The longest sequences."""
     lengths = sorted({r["length"] for r in results})
     head = ["estimate", *(f"GB at T = {length}" for length in lengths), *(f"longest in {gpu} GB" for gpu in GPUS)]
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows(results)])
+
+
+def markdown_of_step(found: Ways) -> str:
+    """Of the first setting."""
+    head = [f"estimate, {STEP}, {BATCH} x {LENGTH} tokens", "GB in forward", "GB in backward"]
+    lines = [[way, *(f"{sizes[phase] / 1e9:.2f}" for phase in ("forward", "backward"))] for way, sizes in found.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
 
 
 def main() -> int:
@@ -117,16 +149,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("out/bench/gpus.json"))
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    results = []
+    figures = {"machine": machine(), "settings": SETTINGS, "step": step(), "results": []}
     for shape in options.shapes:
         for method in options.methods:
             for length in options.lengths:
                 found = {"shape": shape, "method": method, "length": length, "phases": phases(shape, method, length)}
-                results.append(found)
+                figures["results"].append(found)
                 console.print(found, highlight=False)
-                figures = {"machine": machine(), "settings": SETTINGS, "results": results}
                 options.out.write_text(json.dumps(figures, indent=1) + "\n")
-                options.out.with_suffix(".md").write_text(f"{SETTINGS}\n\n{markdown(results)}\n")
+                tables = (SETTINGS, markdown_of_step(figures["step"]), markdown(figures["results"]))
+                options.out.with_suffix(".md").write_text("\n\n".join(tables) + "\n")
     return 0
 
 

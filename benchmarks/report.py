@@ -189,6 +189,15 @@ def model_table(sweep: dict[float, Rows], row: str, base: Rows) -> str:
     return table(["r", *heads], lines)
 
 
+def slope(sweep: dict[float, Rows], row: str, base: Rows) -> str:
+    """The line through the measured step times by keep_ratio r, in forwards F."""
+    points = {r: found[row]["step"] / base[FORWARD]["step"] for r, found in sweep.items() if "step" in found.get(row, {})}
+    if len(points) < 2:
+        return ""
+    line = statistics.linear_regression(list(points), list(points.values()))
+    return f"The line through the measured steps is {line.intercept:.2f} F + {line.slope:.2f} rF."
+
+
 @dataclass(frozen=True)
 class Shown:
     """Which settings a report has: tables of their own, and two sweeps."""
@@ -214,6 +223,7 @@ def cpu(records: list[Result], shown: Shown, out: Path) -> str:
         parts += drawn("length", out, charts.lengths(lengths, shown.length_rows))
     if len(ratios) > 1 and all("step" in base.get(row, {}) for row in (FORWARD, COMPILE)):
         parts += ["### By keep_ratio", f"{DEFAULT}, {shown.settings['1']}.", model_table(ratios, DEFAULT, base)]
+        parts.append(slope(ratios, DEFAULT, base))
         parts += drawn("ratio", out, charts.ratios(ratios, DEFAULT, base))
     return text(parts, [claim.verdict(found) for claim in cpu_claims(shown.settings)], records)
 

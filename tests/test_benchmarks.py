@@ -226,6 +226,11 @@ def test_a_report_has_every_setting_sweep_and_failure(tmp_path):
     assert pictures == {path.name: path.read_bytes() for path in tmp_path.glob("*.svg")}
 
 
+def test_the_slope_is_that_of_the_line_through_the_points():
+    sweep = {r: {peers.DEFAULT: {"step": 2 * (0.9 + 2.5 * r)}} for r in (0.1, 0.4, 1.0)}
+    assert "0.90 F + 2.50 rF" in report.slope(sweep, peers.DEFAULT, {peers.FORWARD: {"step": 2.0}})
+
+
 def test_the_page_gets_the_report_between_its_markers(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- cpu: written by benchmarks/cpu.py --report -->\nold\n<!-- cpu: end -->\nafter\n")
@@ -264,6 +269,12 @@ def test_selected_and_flash_attention_have_the_same_rows():
     operands = attention.Operands.of(case, "cpu")
     every, rows = attention.flash(operands)[0](), attention.selected(operands)[0]()
     torch.testing.assert_close(rows, operands.rows(every.detach()).detach())
+
+
+@pytest.mark.slow
+def test_flex_attention_has_them_as_well():
+    operands = attention.Operands.of(attention.QUICK[0], "cpu")
+    torch.testing.assert_close(attention.flex(operands)[1](), attention.selected(operands)[0]().detach())
 
 
 def test_shapes_are_as_large_as_they_are_called():

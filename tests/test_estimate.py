@@ -17,13 +17,14 @@ from tokenseek_fx import ConfigError, GraphNotSupported, StepMemory, compat, est
 from tokenseek_fx.estimate import Estimate, bytes_of
 from tokenseek_fx.memory import Live, step_memory
 from tokenseek_fx.ops.head import head_loss
+from tokenseek_fx.passes.chunks import CHUNK_BYTES
 
 MIB = 2**20
 DROP = {"logits": "drop"}
 
 
-def llama(device: str = "cpu", layers: int = 1) -> nn.Module:
-    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers}
+def llama(device: str = "cpu", layers: int = 1, inner: int = 48) -> nn.Module:
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": inner, "num_hidden_layers": layers}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     with torch.device(device):
         return LlamaForCausalLM(LlamaConfig(**sizes, **heads, use_cache=False)).train()
@@ -133,6 +134,24 @@ def test_all_tokens_are_trained_as_by_plain_compile():
     assert whole.step == whole.plain
 
 
+def test_on_a_gpu_the_head_of_all_tokens_holds_no_logits():
+    """In half precision, where a kernel does it."""
+    sizes = {"batch": 2, "seq": 64, "options": DROP, "plain": False, "dtype": torch.bfloat16}
+    cpu, gpu = (estimate(llama("meta"), **sizes, device=device).step for device in ("cpu", "cuda"))
+    assert gpu.saved == cpu.saved and gpu.forward < cpu.forward
+
+
+def test_on_a_gpu_chunks_are_those_of_a_gpu(monkeypatch):
+    options = {**DROP, "scorer": "random", "recompute": "rows"}
+
+    def step() -> StepMemory:
+        return estimate(llama("meta", inner=512), 2, 256, options=options, plain=False, device="cuda").step
+
+    whole = step()
+    monkeypatch.setitem(CHUNK_BYTES, "cuda", 64 * 1024)
+    assert step().saved == whole.saved and step().forward < whole.forward
+
+
 def test_what_is_trained_is_counted():
     model = llama("meta")
     parameters = sum(p.numel() * 4 for p in model.parameters())
@@ -190,6 +209,7 @@ def test_what_is_no_size_is_refused(text):
         ({"batch": {}, "seq": 8}, "seq=8: the length is that of the example inputs"),
         ({"batch": 1, "seq": 8, "optimizer": "lion"}, "optimizer='lion': expected 'adamw', 'adam', 'sgd'"),
         ({"batch": 1, "seq": 8, "optimizer": -1}, "optimizer=-1: expected a name, bytes per parameter"),
+        ({"batch": 1, "seq": 8, "device": "tpu"}, "device='tpu': expected 'cpu' or 'cuda'"),
         ({"batch": 1, "seq": 8, "options": {"inner": "eager"}}, "read off Inductor's plan"),
         ({"batch": 1, "seq": 8, "options": {"keep": 1}}, "Unknown option 'keep'"),
     ],

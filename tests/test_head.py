@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from compare import compiled
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from largest import Largest
 from marks import needs_triton
 from scores import Watch
 from test_random import V
@@ -74,12 +75,13 @@ def test_losses_and_gradients_are_those_of_cross_entropy(n, d, v, bias, ignored,
 @settings(max_examples=40, deadline=None)
 @given(
     SIZES, SIZES, st.integers(2, 40), st.booleans(), st.sampled_from([0.0, 0.4, 1.0]), st.sampled_from([0.0, 3.0]),
-    st.sampled_from([1.0, -2.0]), st.sampled_from([torch.float64, torch.bfloat16]), st.integers(1, 9), st.booleans(),
+    st.sampled_from([1.0, -2.0]), st.sampled_from([torch.float64, torch.bfloat16]), st.integers(1, 9),
+    st.sampled_from([(True, True), (True, False), (False, True), (False, False)]),
 )  # fmt: skip
 def test_its_backward_is_that_of_cross_entropy(n, d, v, bias, ignored, softcap, scale, kind, side, trained):
     dtype = torch.promote_types(kind, torch.float32)
     *parts, target = example(n, d, v, bias, ignored, kind)
-    leaves = [x.requires_grad_(i == 0 or trained) for i, x in enumerate(parts) if x is not None]
+    leaves = [x.requires_grad_(on) for x, on in zip(parts, (True, *trained), strict=True) if x is not None]
     back = torch.linspace(-1, 2, n, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(head.TILE_BYTES, "cpu", side**2 * dtype.itemsize)
@@ -120,6 +122,16 @@ def test_without_the_gradient_none_is_computed():
     expected = by_autograd(*example(5, 4, 7, True, 0.4, torch.float64), 0.0, 1.0, torch.float64)
     torch.testing.assert_close(losses, expected[0])
     assert grad.shape == (0,)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_logits_of_all_rows_and_classes_are_never_there(gradient):
+    hidden, weight, _, target = example(8192, 4, 3000, False, 0.0, torch.float32)
+    how = (IGNORED, 0.0, 1.0, torch.float32)
+    with Largest() as largest:
+        losses, _, total = head_loss._init_fn(hidden, weight, None, target, *how, gradient)
+        head.head_loss_backward._init_fn(losses, hidden, weight, None, target, total, *how, True, False)
+    assert largest.bytes <= head.TILE_BYTES["cpu"] < 8192 * 3000 * 4 / 40
 
 
 def test_a_label_that_is_no_class_is_an_error():

@@ -85,6 +85,25 @@ def test_rows_that_are_computed_again_equal_the_reference(configuration, batch, 
     assert_matches(Transformer(configuration), batch, 1e-9, keep_ratio=ratio, recompute="rows")
 
 
+def halfway(model: nn.Module, batch: dict[str, Tensor], **options) -> int:
+    """Bytes between what is saved where no block and where every block is computed again."""
+    saved = []
+    for recompute in ("none", "rows"):
+        torch._dynamo.reset()
+        report = tokenseek_fx.explain(model, **batch, options={**options, "recompute": recompute})
+        saved.append(report.rewritten.bytes)
+    assert saved[0] > saved[1] + 2
+    return sum(saved) // 2
+
+
+@pytest.mark.parametrize("scorer", ["random", "tokenseek"])
+def test_some_blocks_computed_again_equal_the_reference(scorer):
+    options = {"keep_ratio": 0.4, "scorer": scorer, "select": "topk", "logits": "drop"}
+    model, ids = llama(2).double(), torch.randint(WORDS, (B, 40))
+    batch = {"input_ids": ids, "labels": ids}
+    assert_matches(model, batch, 1e-9, **options, recompute=halfway(model, batch, **options))
+
+
 @needs_float64_attention
 @pytest.mark.slow
 @settings(max_examples=4, **RELAXED)
@@ -94,12 +113,13 @@ def test_inductor_computes_rows_again_that_equal_the_reference(configuration, ba
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("recompute", ["none", "rows"])
+@pytest.mark.parametrize("recompute", ["none", "rows", "halfway"])
 def test_backward_sees_what_the_forward_drew(inner, recompute):
     """The slope of the loss by the last block's layers, for which keys and values are given, at one seed."""
-    torch._dynamo.reset()
     model, batch = Drawing(), tokens()
-    options = {"inner": inner, "keep_ratio": 0.4, "scorer": "first", "report_loss": "kept", "recompute": recompute}
+    options = {"inner": inner, "keep_ratio": 0.4, "scorer": "first", "report_loss": "kept"}
+    options["recompute"] = halfway(model, batch, **options) if recompute == "halfway" else recompute
+    torch._dynamo.reset()
     step = torch.compile(model, backend="tokenseek", options={**options, "strict": True})
 
     def loss() -> Tensor:
@@ -177,6 +197,14 @@ def test_by_default_the_last_blocks_are_kept_that_fit_into_what_the_forward_of_a
     saved = [each.rewritten.by_kind()["rows"] for each in (rows, report, none)]
     assert saved[0] + blocks * (saved[2] - saved[0]) / 3 == pytest.approx(saved[1], rel=0.02)
     assert none.forwards <= report.forwards <= rows.forwards and report.rewritten.bytes <= 1.15 * report.floor
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2, 3])
+def test_of_a_number_of_bytes_as_few_blocks_are_computed_again_as_it_takes(blocks):
+    none, rows = (explained(llama(2), recompute=way).rewritten.bytes for way in ("none", "rows"))
+    budget = int(none - (blocks - 0.5) * (none - rows) / 3) if blocks else none
+    saved = explained(llama(2), recompute=budget).rewritten.bytes
+    assert saved <= budget and saved == pytest.approx(none - blocks * (none - rows) / 3, rel=0.02)
 
 
 def test_without_chunks_every_block_is_computed_again_by_default():

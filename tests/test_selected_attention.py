@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from largest import Largest
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from tokenseek_fx.ops import attention_blocks as blocks
 from tokenseek_fx.ops.attention import definition, selected_attention
@@ -268,18 +267,6 @@ def test_saves_its_operands_once_and_nothing_of_rows_by_keys():
     assert saved_bytes(out) == floor
 
 
-class Largest(TorchDispatchMode):
-    """The largest storage that any operation made or read, in bytes."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        made = (t.untyped_storage().nbytes() for t in tree_leaves(out) if torch.is_tensor(t))
-        self.bytes = max(self.bytes, *made, 0)
-        return out
-
-
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_no_tensor_of_rows_by_keys_exists(softcap):
     given = operands(1, 4, 2, 256, 8192, 8, dtype=torch.float32, causal=True, softcap=softcap)
@@ -291,6 +278,26 @@ def test_no_tensor_of_rows_by_keys_exists(softcap):
         blocks.grad_query(out, delta, lse, query, key, value, sight)
         blocks.grad_keys(out, delta, lse, query, key[:, :, :256], value[:, :, :256], sight.at(columns))
     assert 0 < largest.bytes <= 4 * blocks._SCORES < 256 * 8192 * 4
+
+
+def test_keys_behind_the_last_row_of_a_block_are_not_read():
+    """They may be anything."""
+    given = operands(1, 4, 2, 40, 200, causal=True)
+    given["positions"] = torch.arange(0, 80, 2)[None]
+    for name in ("key", "value"):
+        given[f"row_{name}"] = given[name][:, :, :80:2].clone()
+        given[name][:, :, 80:] = torch.nan
+    found = grads(selected_attention, given, torch.ones(1, 4, 40, 8).double())
+    assert all(x.isfinite().all() for x in found.values())
+    given["positions"] = given["positions"] + 2  # the last row sees the first of them
+    assert grads(selected_attention, given, torch.ones(1, 4, 40, 8).double())["out"].isnan().any()
+
+
+def test_results_repeat():
+    given = operands(2, 8, 2, 300, 900, 16, dtype=torch.float32, causal=True, window=400)
+    direction = torch.randn(2, 8, 300, 8)
+    first, second = (grads(selected_attention, given, direction) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize(
@@ -342,6 +349,29 @@ def test_kernels_go_through_all_blocks_of_rows_and_keys(triton_attention):
     made += [operands(1, 2, 2, 40, 130, **(base | {"causal": False})), operands(1, 2, 1, 60, 60, **base)]
     for case in made:
         assert_same(case, triton_attention, 1e-5)
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+@pytest.mark.parametrize(
+    ("width", "dtype"),
+    [(n, torch.float16) for n in (32, 64, 96, 128, 256)] + [(n, torch.float32) for n in (32, 64, 96, 128)],
+)
+def test_kernels_take_heads_of_every_width(triton_attention, width, dtype, by_row):
+    """With the blocks that each has, more keys than one of them, and a mask by row or none."""
+    mask = torch.rand(1, 1, 20, 150) < 0.8 if by_row else None
+    given = operands(1, 2, 1, 20, 150, width, width, dtype, causal=True, mask=mask)
+    assert_same(given, triton_attention, 1e-5 if dtype is torch.float32 else 4e-3)
+
+
+def test_kernels_do_not_read_blocks_of_keys_behind_their_last_row(triton_attention):
+    """They may be anything; a block has at most 128 keys."""
+    given = operands(1, 2, 1, 20, 400, 16, 16, torch.float32, causal=True)
+    given["positions"] = torch.arange(20)[None]
+    for name in ("key", "value"):
+        given[f"row_{name}"] = given[name][:, :, :20].clone()
+        given[name][:, :, 128:] = torch.nan
+    found = grads(triton_attention, given, torch.ones(1, 2, 20, 16))
+    assert all(x.isfinite().all() for x in found.values())
 
 
 @pytest.mark.parametrize("width", [20, 72])

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 import transformers
+from largest import Largest
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.utils import run_and_get_code
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tokenseek_fx.backend  # noqa: F401 (the module, not the function of the same name)
 from tokenseek_fx.ops.received import attention_received
@@ -54,9 +54,10 @@ def train(layers: int = LAYERS, mask: Tensor | None = None, tokens: int = TOKENS
 
 
 def shapes(graphs: list[fx.GraphModule]) -> Iterator[torch.Size]:
-    """Of every tensor in the graphs."""
-    for graph in graphs:
-        for node in graph.graph.nodes:
+    """Of every tensor in the graphs and in what they call."""
+    modules = [module for graph in graphs for module in graph.modules() if isinstance(module, fx.GraphModule)]
+    for module in modules:
+        for node in module.graph.nodes:
             value = node.meta.get("val")
             for x in value if isinstance(value, (tuple, list)) else [value]:
                 if isinstance(x, torch.Tensor):
@@ -116,30 +117,24 @@ def test_no_value_has_both_queries_and_keys(graphs, scorer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("padded", [False, True])
-def test_nothing_of_a_long_sequence_is_wider_than_the_model(graphs, padded):
-    """No mask, no scores and no logits of 8192 tokens: neither [k, T], nor [T, T], nor [T, V]."""
+@pytest.mark.parametrize(
+    ("scorer", "padded", "chunk_bytes"),
+    [("tokenseek", False, None), ("tokenseek", True, None), ("loss", False, 2**20), ("attention", False, None)],
+)
+def test_nothing_of_a_long_sequence_is_wider_than_the_model(graphs, scorer, padded, chunk_bytes):
+    """No mask, no scores and no logits of 8192 tokens: neither [k, T], nor [T, T], nor [T, V], in whatever shape; inside of chunks
+    nothing of all tokens."""
     tokens, kept = 8192, 820
     mask = (torch.arange(tokens) < torch.tensor([[tokens], [5000]])).long() if padded else None
-    train(tokens=tokens, mask=mask, scorer="tokenseek")
-    widest = max((shape.numel() for shape in shapes(graphs) if tokens in shape), default=0)
-    assert BATCH * tokens * 32 <= widest <= BATCH * tokens * INNER < BATCH * tokens * kept
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest result."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor):
-            self.elements = max(self.elements, out.numel())
-        return out
+    train(tokens=tokens, mask=mask, scorer=scorer, chunk_bytes=chunk_bytes)
+    widest = max(shape.numel() for shape in shapes(graphs))
+    assert widest <= BATCH * tokens * INNER < min(BATCH * tokens * kept, tokens * VOCAB)
+    if chunk_bytes:
+        assert widest == BATCH * tokens * 32
 
 
 def test_attention_received_works_in_blocks_of_queries():
     query, key = torch.randn(1, 8, 3000, 4), torch.randn(1, 2, 3000, 4)
     with Largest() as largest:
         attention_received._init_fn(query, key, None, True, None)
-    assert largest.elements * 4 <= 4.2 * 2**20 < 8 * 3000 * 3000 * 4 / 50
+    assert largest.bytes <= 4.2 * 2**20 < 8 * 3000 * 3000 * 4 / 50

@@ -1,4 +1,4 @@
-"""The table of saved bytes in docs/memory.md is that of the committed run, and nothing in it is far above the floor."""
+"""Tables of the pages are those of the committed runs, and what they claim holds in them."""
 
 from __future__ import annotations
 
@@ -6,26 +6,58 @@ import json
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import estimate  # noqa: E402
 import floor  # noqa: E402
+import gpus  # noqa: E402
 
-RUN = json.loads((ROOT / "benchmarks/results/floor.json").read_text())
+FLOOR, ESTIMATE, GPUS = (
+    json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in ("floor", "estimate", "gpus")
+)
 
 
-def test_the_page_shows_the_committed_run():
-    page = (ROOT / "docs/memory.md").read_text()
-    assert floor.markdown(RUN["results"]) in page
-    assert " ".join(RUN["settings"].split()) in " ".join(page.split())
+@pytest.mark.parametrize(
+    ("page", "table"),
+    [
+        ("memory", floor.markdown(FLOOR["results"])),
+        ("estimate", estimate.markdown(ESTIMATE["results"])),
+        ("estimate", gpus.markdown(GPUS["results"])),
+        ("estimate", gpus.markdown_of_step(GPUS["step"])),
+    ],
+    ids=["floor", "estimate", "gpus", "step"],
+)
+def test_the_page_shows_the_committed_run(page, table):
+    assert table in (ROOT / f"docs/{page}.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("page", "settings"), [("memory", FLOOR["settings"]), ("estimate", GPUS["settings"])], ids=["floor", "gpus"]
+)
+def test_the_page_says_what_was_set(page, settings):
+    assert " ".join(settings.split()) in " ".join((ROOT / f"docs/{page}.md").read_text().split())
 
 
 def test_no_more_than_15_percent_above_the_floor_is_saved():
-    assert len(RUN["results"]) == len(floor.ARCHITECTURES) * len(floor.WAYS)
-    assert not floor.above(RUN["results"])
+    assert len(FLOOR["results"]) == len(floor.ARCHITECTURES) * len(floor.WAYS)
+    assert not floor.above(FLOOR["results"])
 
 
 def test_what_is_above_is_seen():
-    assert len(floor.above([{**result, "saved": 2 * result["floor"]} for result in RUN["results"]])) == len(
-        RUN["results"]
-    )
+    more = [{**result, "saved": 2 * result["floor"]} for result in FLOOR["results"]]
+    assert len(floor.above(more)) == len(more)
+
+
+def test_estimates_are_within_10_percent_of_what_was_measured():
+    found = {result["setting"]: result for result in ESTIMATE["results"]}
+    assert list(found) == [str(setting) for setting in estimate.SETTINGS]
+    for name, result in found.items():
+        assert abs(result["estimated"] / result["measured"] - 1) <= estimate.ALLOWED, name
+
+
+def test_gpus_are_estimated_in_every_shape_way_and_length():
+    found = {(r["shape"], r["method"], r["length"]) for r in GPUS["results"]}
+    assert found == {(s, m, n) for s in gpus.SHAPES for m in gpus.METHODS for n in gpus.LENGTHS}

@@ -19,7 +19,8 @@ from .backend import compile_rewritten, ditch, inner_compiler, keeps_all, refuse
 from .compiled import Rewritten
 from .config import Config
 from .explain import first_graph
-from .memory import StepMemory, step_memory
+from .memory import StepMemory, planned_for, step_memory
+from .passes.chunks import CHUNK_BYTES
 from .passes.errors import ConfigError, GraphNotSupported, TokenSeekError
 from .passes.pipeline import analysis
 from .passes.program import Program
@@ -114,13 +115,14 @@ def estimate(
     options: Mapping[str, Any] | None = None,
     optimizer: str | float | None = "adamw",
     dtype: torch.dtype | None = None,
+    device: str = "cpu",
     plain: bool = True,
     set_to_none: bool = True,
 ) -> Estimate:
     """Estimate the memory of a training step of ``model``. Nothing is computed, and nothing as large as an activation is made.
 
-    ``model``: real, on the meta device (``with torch.device("meta")``), or made under a ``FakeTensorMode``; its memory is that of
-    its device, a meta or fake model's is that of the CPU. ``batch``: example inputs by name, or the number of sequences, each of
+    ``model``: real, on the meta device (``with torch.device("meta")``), or made under a ``FakeTensorMode``. ``device``: what a model that
+    is not on a GPU is estimated for, "cpu" or "cuda". ``batch``: example inputs by name, or the number of sequences, each of
     ``seq`` tokens, of a model that takes ``input_ids`` and ``labels``. ``options``: those of the backend. ``optimizer``: "adamw",
     "adam", "sgd", bytes of state for each trainable parameter, or ``None`` for a step without update. ``dtype``: of all floating
     parameters, where they should be converted first. ``plain``: estimate ``torch.compile`` on all tokens as well.
@@ -130,10 +132,12 @@ def estimate(
         ConfigError: a bad argument or option.
         GraphNotSupported: the model can't be rewritten, or it is not one graph.
 
-    >>> estimate(model, batch=8, seq=4096, options={"keep_ratio": 0.1}).fits("24GiB")  # doctest: +SKIP
+    >>> estimate(model, batch=8, seq=4096, device="cuda").fits("24GiB")  # doctest: +SKIP
     """
     config = _checked(Config.from_options(options))
     states, temporaries = _optimizer(optimizer)
+    if device not in CHUNK_BYTES:
+        raise ConfigError(f"device={device!r}: expected {' or '.join(map(repr, CHUNK_BYTES))}.")
     model, mode = traceable(getattr(model, "_orig_mod", model), dtype)
     inputs = on_device(_inputs(model, batch, seq), mode)
     found: list[tuple[StepMemory, StepMemory | None] | TokenSeekError] = []
@@ -149,7 +153,8 @@ def estimate(
         except TokenSeekError as error:
             found.append(error)
 
-    first_graph(model, (), inputs, look)
+    with planned_for(device):
+        first_graph(model, (), inputs, look)
     if not found:
         raise GraphNotSupported("Dynamo found no graph to compile in the model.")
     if isinstance(found[0], TokenSeekError):

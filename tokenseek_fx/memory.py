@@ -27,9 +27,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import compat
 from .ops.attention_blocks import Sight
+from .ops.device import HALF
+from .ops.head import TILE_BYTES
 from .passes.audit import kind_of
+from .passes.chunks import CHUNK_BYTES
 
 _DEVICES = ("cpu", "cuda", "xpu", "mtia")
+#: Operations that Triton kernels do on a GPU, and in which dtypes: what is held there is what they give.
+_KERNELS = {
+    **dict.fromkeys(
+        ("selected_attention", "selected_attention_grad_query", "selected_attention_grad_keys", "attention_received"),
+        (*HALF, torch.float32),
+    ),
+    "head_loss": HALF,
+}
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,16 @@ def step_memory(
     return StepMemory(saved, forward, live.peak)
 
 
+@contextmanager
+def planned_for(device: str) -> Iterator[None]:
+    """Of what is on the CPU, chunks and tiles are as large as on ``device``, and done by its kernels."""
+    with ExitStack() as stack:
+        for sizes in (CHUNK_BYTES, TILE_BYTES):
+            stack.enter_context(patch.dict(sizes, cpu=sizes[device]))
+        stack.enter_context(patch.object(Live, "kernels", _KERNELS if device == "cuda" else {}))
+        yield
+
+
 def _mode_of(inputs: Sequence[Any]) -> FakeTensorMode:
     return next(x.fake_mode for x in inputs if isinstance(x, Tensor))  # type: ignore[attr-defined]
 
@@ -86,7 +107,10 @@ def _losses(outputs: Sequence[Any]) -> list[Tensor]:
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the storages made under this mode that are still alive; ``peak``: the most there were at a time."""
+    """Bytes of the storages made under this mode that are still alive; ``peak``: the most there were at a time. ``kernels``: operations, by
+    name, that hold nothing but their results where their first input is of one of these dtypes."""
+
+    kernels: Mapping[str, tuple[torch.dtype, ...]] = {}
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,7 +154,7 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         body = compat.body_of_custom_op(func)
-        if body is None:
+        if body is None or args[0].dtype in self.kernels.get(func._opname, ()):
             result = func(*args, **(kwargs or {}))
         else:  # written in PyTorch operations: what it needs for itself counts
             with _largest_blocks(), _LargestResults(), self:

@@ -75,7 +75,7 @@ def estimate(
     optimizer: str,
     options: dict[str, Any],
 ) -> Answer:
-    """The peak of a step for every length and ratio, plain ``torch.compile`` beside them, and what fits where."""
+    """The peak of a step on a GPU for every length and ratio, plain ``torch.compile`` beside them, and what fits where."""
     sizes = {gpu: bytes_of(gpu) for gpu in gpus}
     made = without_weights(model, adapter)
     rows = list(_estimates(made, batch, lengths, ratios, DTYPES[dtype], optimizer, options))
@@ -102,7 +102,7 @@ def _estimates(
                 progress.update(task, description=f"{length} tokens, {ratio:.0%} kept")
                 chosen = {**options, "keep_ratio": ratio}
                 found = estimate_model(
-                    model, batch, length, options=chosen, optimizer=optimizer, dtype=dtype, plain=i == 0
+                    model, batch, length, options=chosen, optimizer=optimizer, dtype=dtype, device="cuda", plain=i == 0
                 )
                 if found.plain:
                     yield _row(length, None, found.phases(found.plain))
