@@ -426,7 +426,9 @@ def _(**options):
     train(Writing(), **options)
 
 
-@misuse("Models", "a write under `no_grad`, or through `detach()` or `.data`, to a value with gradient", "an expression")
+@misuse(
+    "Models", "a write under `no_grad`, or through `detach()` or `.data`, to a value with gradient", "an expression"
+)
 def _(**options):
     class Hidden(Model):
         def hidden(self, x):

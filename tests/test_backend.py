@@ -392,7 +392,9 @@ def test_the_mean_of_half_logits_is_made_in_float32(dtype, select):
         with torch.autocast("cpu", dtype):
             run = compiled(model, data(), report_loss=report, select=select, scorer="loss", keep_ratio=0.9)
             weights = run.selection.weights
-            expected = by_reference(model, data(), run.indices, T, weights).loss if report == "kept" else model(**data())
+            expected = (
+                by_reference(model, data(), run.indices, T, weights).loss if report == "kept" else model(**data())
+            )
         assert run.loss.dtype is expected.dtype
         torch.testing.assert_close(run.loss.detach(), expected.detach(), rtol=4 * torch.finfo(dtype).eps, atol=0)
 

@@ -227,7 +227,8 @@ def head_loss_backward(
 @head_loss_backward.register_fake
 def _(back: Tensor, hidden: Tensor, weight: Tensor, bias: Any, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     trained = ((weight, rest[-2]), (bias, rest[-1]))
-    return torch.empty_like(hidden), *(torch.empty_like(x) if wanted else weight.new_empty(0) for x, wanted in trained)
+    of_weight, of_bias = (torch.empty_like(x) if wanted else weight.new_empty(0) for x, wanted in trained)
+    return torch.empty_like(hidden), of_weight, of_bias
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -238,8 +239,8 @@ def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, back: Tensor, *others: Any) -> tuple:
     trained = ctx.needs_input_grad[1:3]
-    grad, *others = head_loss_backward(back, *ctx.saved_tensors, *ctx.how, *trained)
-    return grad, *(x if wanted else None for x, wanted in zip(others, trained, strict=True)), *[None] * 6
+    grad, of_weight, of_bias = head_loss_backward(back, *ctx.saved_tensors, *ctx.how, *trained)
+    return grad, of_weight if trained[0] else None, of_bias if trained[1] else None, *[None] * 6
 
 
 head_loss.register_autograd(_backward, setup_context=_keep)
