@@ -191,7 +191,9 @@ def model_table(sweep: dict[float, Rows], row: str, base: Rows) -> str:
 
 def slope(sweep: dict[float, Rows], row: str, base: Rows) -> str:
     """The line through the measured step times by keep_ratio r, in forwards F."""
-    points = {r: found[row]["step"] / base[FORWARD]["step"] for r, found in sweep.items() if "step" in found.get(row, {})}
+    points = {
+        r: found[row]["step"] / base[FORWARD]["step"] for r, found in sweep.items() if "step" in found.get(row, {})
+    }
     if len(points) < 2:
         return ""
     line = statistics.linear_regression(list(points), list(points.values()))
