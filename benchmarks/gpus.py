@@ -7,13 +7,14 @@ bfloat16, one sequence, full training and LoRA with AdamW (its states in bfloat1
 ``torch.compile`` beside tokenseek. No GPU and no weights are needed: `tokenseek_fx.estimate` sees models on the meta device, and
 takes the chunks and kernels of a GPU. So that it takes minutes, models of `DEPTHS` layers are estimated at `LENGTHS` tokens. What is held in each
 phase grows by the same bytes with every layer alike: the line through the two depths is taken at the true depth. Between two
-lengths a line is taken as well, so lengths are rounded down to whole thousands; beyond the longest it is said so.
+lengths a line is taken as well, so lengths are rounded down to whole thousands; beyond the longest it is said so. What is in the file is not estimated again.
 """
 
 import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -149,16 +150,16 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("out/bench/gpus.json"))
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    figures = {"machine": machine(), "settings": SETTINGS, "step": step(), "results": []}
-    for shape in options.shapes:
-        for method in options.methods:
-            for length in options.lengths:
-                found = {"shape": shape, "method": method, "length": length, "phases": phases(shape, method, length)}
-                figures["results"].append(found)
-                console.print(found, highlight=False)
-                options.out.write_text(json.dumps(figures, indent=1) + "\n")
-                tables = (SETTINGS, markdown_of_step(figures["step"]), markdown(figures["results"]))
-                options.out.with_suffix(".md").write_text("\n\n".join(tables) + "\n")
+    known = json.loads(options.out.read_text()) if options.out.exists() else {"step": step(), "results": []}
+    figures = {"machine": machine(), "settings": SETTINGS, **known}
+    there = {(r["shape"], r["method"], r["length"]) for r in figures["results"]}
+    for point in (p for p in product(options.shapes, options.methods, options.lengths) if p not in there):
+        found = {**dict(zip(("shape", "method", "length"), point, strict=True)), "phases": phases(*point)}
+        figures["results"].append(found)
+        console.print(found, highlight=False)
+        options.out.write_text(json.dumps(figures, indent=1) + "\n")
+        tables = (SETTINGS, markdown_of_step(figures["step"]), markdown(figures["results"]))
+        options.out.with_suffix(".md").write_text("\n\n".join(tables) + "\n")
     return 0
 
 

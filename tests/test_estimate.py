@@ -23,11 +23,11 @@ MIB = 2**20
 DROP = {"logits": "drop"}
 
 
-def llama(device: str = "cpu", layers: int = 1, inner: int = 48) -> nn.Module:
+def llama(device: str = "cpu", layers: int = 1, inner: int = 48, heads: int = 4) -> nn.Module:
     sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": inner, "num_hidden_layers": layers}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    heads_of = {"num_attention_heads": heads, "num_key_value_heads": 2}
     with torch.device(device):
-        return LlamaForCausalLM(LlamaConfig(**sizes, **heads, use_cache=False)).train()
+        return LlamaForCausalLM(LlamaConfig(**sizes, **heads_of, use_cache=False)).train()
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,16 @@ def test_no_kernel_is_compiled_and_no_cache_is_filled(monkeypatch):
     assert known == PyCodeCache.modules
 
 
+def test_one_model_after_another_of_its_class_with_other_numbers():
+    """Dynamo holds what was different, here the scale of the scores, for dynamic."""
+    torch._dynamo.reset()
+    for heads in (4, 2, 8):
+        found = estimate(llama("meta", heads=heads), 2, 64, options={**DROP, "memory_budget": "1GiB"}, plain=False)
+        torch._dynamo.reset()
+        assert found == estimate(llama("meta", heads=heads), 2, 64, options={**DROP, "recompute": "none"}, plain=False)
+        estimate(llama("meta", heads=16), 2, 64, options=DROP, plain=False)
+
+
 def test_memory_grows_with_the_length_and_with_the_share_of_tokens(small):
     longer = estimate(llama("meta"), 2, 128, options=DROP)
     more = estimate(llama("meta"), 2, 64, options={**DROP, "keep_ratio": 0.5}, plain=False)
@@ -145,7 +155,7 @@ def test_on_a_gpu_chunks_are_those_of_a_gpu(monkeypatch):
     options = {**DROP, "scorer": "random", "recompute": "rows"}
 
     def step() -> StepMemory:
-        return estimate(llama("meta", inner=512), 2, 256, options=options, plain=False, device="cuda").step
+        return estimate(llama("meta", layers=2, inner=512), 2, 256, options=options, plain=False, device="cuda").step
 
     whole = step()
     monkeypatch.setitem(CHUNK_BYTES, "cuda", 64 * 1024)

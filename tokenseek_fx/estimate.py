@@ -272,6 +272,8 @@ def _example(x: Any, mode: FakeTensorMode) -> Any:
         return x
     with mode:
         fake = torch.empty_strided(*_hints(x.shape, x.stride()), dtype=x.dtype, device=x.device)
+    if type(x) is Tensor and not x.ndim and x.dtype is torch.float64:
+        fake.constant = x  # a number that Dynamo holds for dynamic (another model of this class had another)
     return (
         torch.nn.Parameter(fake, x.requires_grad)
         if isinstance(x, torch.nn.Parameter)
