@@ -51,7 +51,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 SHARED = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072, "use_cache": False}
 TIED = {"Llama-3.2-1B": True, "Llama-3.2-3B": True, "Llama-3.1-8B": False}
-METHODS, DEPTHS, LENGTHS = ("full", "LoRA"), (2, 3), (2048, 8192, 32768, 131072)
+METHODS, DEPTHS, LENGTHS = ("full", "LoRA"), (3, 4), (2048, 8192, 32768, 131072)
 STEP, BATCH, LENGTH = "Llama-3.2-1B", 8, 4096  # the first setting of gpu.py
 OPTIONS = {"keep_ratio": 0.1, "logits": "drop", "recompute": "rows"}  # the default keeps what fits, whatever the depth
 SETTINGS = (
