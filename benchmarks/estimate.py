@@ -25,6 +25,7 @@ import measure
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from report import table
 from suite import console, machine
 from torch import nn
 from worker import EXACT_MEMORY
@@ -211,8 +212,7 @@ def result(index: int) -> Result:
 
 def markdown(results: list[Result]) -> str:
     head = ["setting", "estimated MB", "measured MB", "error", "the most is held in"]
-    lines = [head, ["---"] * len(head), *(_cells(found) for found in results)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table(head, [_cells(found) for found in results])
 
 
 def _cells(found: Result) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from report import table
 
 import tokenseek_fx
 
@@ -76,8 +77,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
     for result in results:
         rows[result["model"]].append(f"{result['saved'] / 1e6:.2f} / {result['floor'] / 1e6:.2f}")
     head = ["", "plain graph", *(f"`{way}`" for way in WAYS)]
-    lines = [head, ["---"] * len(head), *([name, *cells] for name, cells in rows.items())]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table(head, [[name, *cells] for name, cells in rows.items()])
 
 
 def above(results: list[dict[str, Any]]) -> list[str]:

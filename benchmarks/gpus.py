@@ -7,7 +7,8 @@ bfloat16, one sequence, full training and LoRA with AdamW (its states in bfloat1
 ``torch.compile`` beside tokenseek. No GPU and no weights are needed: `tokenseek_fx.estimate` sees models on the meta device, and
 takes the chunks and kernels of a GPU. So that it takes minutes, models of `DEPTHS` layers are estimated at `LENGTHS` tokens. What is held in each
 phase grows by the same bytes with every layer alike: the line through the two depths is taken at the true depth. Between two
-lengths a line is taken as well, so lengths are rounded down to whole thousands; beyond the longest it is said so. What is in the file is not estimated again.
+lengths a line is taken as well, so lengths are rounded down to whole thousands; beyond the longest it is said so. What is in the file
+is not estimated again.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from report import table
 from suite import console, machine
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -132,14 +134,14 @@ def markdown(results: list[dict[str, Any]]) -> str:
     """The longest sequences."""
     lengths = sorted({r["length"] for r in results})
     head = ["estimate", *(f"GB at T = {length}" for length in lengths), *(f"longest in {gpu} GB" for gpu in GPUS)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows(results)])
+    return table(head, list(rows(results)))
 
 
 def markdown_of_step(found: Ways) -> str:
     """Of the first setting."""
     head = [f"estimate, {STEP}, {BATCH} x {LENGTH} tokens", "GB in forward", "GB in backward"]
     lines = [[way, *(f"{sizes[phase] / 1e9:.2f}" for phase in ("forward", "backward"))] for way, sizes in found.items()]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
+    return table(head, lines)
 
 
 def main() -> int:

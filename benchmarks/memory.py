@@ -27,6 +27,7 @@ import torch
 import transformers
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from peft.tuners.lycoris_utils import LycorisLayer
+from report import table
 from suite import console, machine
 from torch import nn
 from worker import EXACT_MEMORY
@@ -125,8 +126,7 @@ def markdown(results: list[Result], key: str, style: str = ".1f", unit: float = 
         name = result["method"] + (" + tokenseek" if result["backend"] == "tokenseek" else "")
         rows.setdefault(name, []).append(format(result[key] / unit, style))
     head = ["", *(f"T = {length}" for length in lengths)]
-    lines = [head, ["---"] * len(head), *([name, *cells] for name, cells in rows.items())]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return table(head, [[name, *cells] for name, cells in rows.items()])
 
 
 def tables(results: list[Result]) -> list[str]:

@@ -34,7 +34,7 @@ from .errors import GraphNotSupported, InvariantBroken
 from .factors import same_size
 from .fake import fake_inputs, fake_mode_of
 from .program import Program, attribute
-from .writes import INLINED, refuse_aliases, refuse_hidden_writes, written_by
+from .writes import refuse_aliases, refuse_hidden_write, written_by
 
 aten = torch.ops.aten
 _SET_GRAD = torch._C._set_grad_enabled
@@ -42,6 +42,7 @@ _ENTER_INFERENCE = torch.autograd.grad_mode._enter_inference_mode
 _EXIT_INFERENCE = torch.autograd.grad_mode._exit_inference_mode
 ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 CUSTOM_FUNCTION = torch.ops.higher_order.autograd_function_apply
+_INLINED = {"tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint"}
 _LARGEST_LITERAL = 64
 _ASSERTS = {
     "_assert_tensor_metadata",
@@ -61,7 +62,6 @@ class Canonicalize:
     def run(self, program: Program) -> Program:
         _refuse_function_transforms(program.module)
         _refuse_wrapped_tensors(program)
-        refuse_hidden_writes(program.module)
         fakes = fake_inputs(program.module, program.inputs)
         writes: list[int] = []
         with warnings.catch_warnings(), fx_traceback.preserve_node_meta(), fake_mode_of(fakes):
@@ -86,9 +86,11 @@ class Retrace(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.grad_enabled = torch.is_grad_enabled()
+        self._live = set[int]()
         self.extra_traceback = False
 
     def run_node(self, n: fx.Node) -> Any:
+        refuse_hidden_write(n, self.grad_enabled, self._live)
         if n.op == "call_function" and isinstance(n.target, torch._ops.HigherOrderOperator):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             with fx_traceback.set_current_meta(n):
@@ -125,7 +127,7 @@ class Retrace(fx.Interpreter):
         return value if self.grad_enabled else pytree.tree_map(_detached, value)
 
     def _higher_order(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-        if node.target.name() in INLINED:
+        if node.target.name() in _INLINED:
             body, *operands = args
             return Retrace(body).run(*operands)
         if any(map(_launches_triton, (node, *_nodes_in(args)))):

@@ -7,18 +7,14 @@ that of what was there. Made functional, such a write would be differentiated, o
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from .errors import GraphNotSupported
-from .program import Program, attribute
+from .program import Program
 
-#: Higher-order operations whose body is a part of the forward like any other.
-INLINED = {"tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint"}
 _IN_PLACE = {
     operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
     operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul, operator.ilshift, operator.irshift,
@@ -41,28 +37,24 @@ def written_by(node: fx.Node) -> fx.Node | None:
     return target if isinstance(target, fx.Node) else None
 
 
-def refuse_hidden_writes(module: fx.GraphModule) -> None:
-    """Raise ``GraphNotSupported`` where something is written to a value that carries gradient, and autograd does not see it.
+def refuse_hidden_write(node: fx.Node, grad_enabled: bool, live: set[int]) -> None:
+    """Raise ``GraphNotSupported`` where a node writes to a value that carries gradient, and autograd does not see it. ``live``: the memory of
+    such values before the node; what it gives is added.
 
     Dynamo's examples tell what requires grad and what shares memory; a graph without them is taken to have no such write.
     """
-    for graph in _graphs(module):
-        grad_enabled, live = torch.is_grad_enabled(), set[int]()
-        for node in graph.nodes:
-            if node.target is torch._C._set_grad_enabled:
-                grad_enabled = node.args[0]
-            target = written_by(node)
-            value = None if target is None else target.meta.get("example_value")
-            if isinstance(value, Tensor) and not (grad_enabled and value.requires_grad) and _memory(value) in live:
-                raise GraphNotSupported(
-                    "The forward writes to a value that carries gradient where autograd does not see it (under no_grad, or "
-                    "through detach() or .data).",
-                    "Write the new value as an expression: torch.where, or x + (new - x).detach() for a gradient as before.",
-                    node,
-                )
-            if node.op != "placeholder":  # a parameter that is written to is refused by its update
-                values = pytree.tree_leaves(node.meta.get("example_value"))
-                live.update(_memory(x) for x in values if isinstance(x, Tensor) and x.requires_grad)
+    target = written_by(node)
+    value = None if target is None else target.meta.get("example_value")
+    if isinstance(value, Tensor) and not (grad_enabled and value.requires_grad) and _memory(value) in live:
+        raise GraphNotSupported(
+            "The forward writes to a value that carries gradient where autograd does not see it (under no_grad, or "
+            "through detach() or .data).",
+            "Write the new value as an expression: torch.where, or x + (new - x).detach() for a gradient as before.",
+            node,
+        )
+    if node.op != "placeholder":  # a parameter that is written to is refused by its update
+        values = pytree.tree_leaves(node.meta.get("example_value"))
+        live.update(_memory(x) for x in values if isinstance(x, Tensor) and x.requires_grad)
 
 
 def refuse_aliases(program: Program, writes: Sequence[int]) -> None:
@@ -75,14 +67,6 @@ def refuse_aliases(program: Program, writes: Sequence[int]) -> None:
                 "Keep one of them, and take the other from it in the forward.",
                 program.placeholders[i],
             )
-
-
-def _graphs(module: fx.GraphModule) -> Iterator[fx.Graph]:
-    yield module.graph
-    for node in module.graph.nodes:
-        if isinstance(node.target, torch._ops.HigherOrderOperator) and node.target.name() in INLINED:
-            body: Any = node.args[0]
-            yield from _graphs(attribute(module, str(body.target)))
 
 
 def _memory(x: Tensor) -> int:

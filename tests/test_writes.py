@@ -47,6 +47,11 @@ def under_no_grad(x: Tensor) -> None:
         x.mul_(3.0)
 
 
+def in_inference_mode(x: Tensor) -> None:
+    with torch.inference_mode():
+        x.mul_(3.0)
+
+
 def by_setitem(x: Tensor) -> None:
     with torch.no_grad():
         x[:, 0] = 1.0
@@ -64,7 +69,7 @@ def through_a_view(x: Tensor) -> None:
     x.detach()[:, 1:].zero_()
 
 
-@pytest.mark.parametrize("write", [under_no_grad, by_setitem, by_detach, by_data, through_a_view])
+@pytest.mark.parametrize("write", [under_no_grad, in_inference_mode, by_setitem, by_detach, by_data, through_a_view])
 def test_writes_that_autograd_does_not_see_are_refused(write):
     def head(model: Model, x: Tensor, labels: Tensor) -> Tensor:
         x = x * 1.0
