@@ -9,12 +9,13 @@ small is not cut: it is faster with all queries at once.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import takewhile
 from typing import Any
 
+import networkx as nx
 import torch
 from torch import Tensor, fx
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
@@ -47,14 +48,16 @@ class Chunk:
 
     def run(self, program: Program) -> Program:
         assert program.rewrite is not None
-        module, bodies = program.rewrite.module, _Bodies(program.rewrite.module)
+        module = program.rewrite.module
         chunk_bytes = self.chunk_bytes or default_bytes(program.rewrite.inputs)
         number = Numbers(module.graph, program.rewrite.inputs)
         regions = _regions(program, chunk_bytes)
         large = _are_large(regions, chunk_bytes)
-        for region in regions:
-            sizes = region.sizes(chunk_bytes)
-            if (len(sizes) > 1 or (large and region.is_attention)) and number.knows(region.symbols):
+        cut = _cut_alike(regions, chunk_bytes)
+        bodies = _Bodies(module, {node for region, sizes in cut if len(sizes) > 1 for node in region.inside})
+        for region, sizes in cut:
+            wanted = len(sizes) > 1 or (large and region.is_attention)
+            if wanted and region.can_stand and number.knows(region.symbols):
                 _call_in_chunks(region, sizes, bodies, number)
         module.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or is_autocast(node))
         module.recompile()
@@ -149,11 +152,10 @@ class _Region:
         )
 
     def sizes(self, chunk_bytes: int) -> list[Any]:
-        """The chunks of tokens: one where there is nothing to cut."""
+        """The chunks of tokens in which no value inside takes more than ``chunk_bytes``."""
         inner = [bytes_hint(node) for node in self.nodes if node not in self.outputs]
         _, tokens = example_sizes(self.program, self.axis)
-        sizes = cut_to(tokens, max([1, *inner]), chunk_bytes)
-        return sizes if len(sizes) > 1 and self._can_stand else [tokens]
+        return cut_to(tokens, max([1, *inner]), chunk_bytes)
 
     def geometry(self, size: int, positions: Any = None) -> Geometry:
         """That of ``size`` tokens."""
@@ -169,9 +171,9 @@ class _Region:
         at = [kind for kind, _ in pieces].index("token")
         return [size for _, size in pieces], at, len(pieces) > len(shape)
 
-    @cached_property
-    def _can_stand(self) -> bool:
-        """True where all that it reads comes before all that reads it."""
+    @property
+    def can_stand(self) -> bool:
+        """Whether all that it reads comes before all that reads it."""
         place = {node: i for i, node in enumerate(self.program.rewrite.module.graph.nodes)}
         last = max((place[self.seek[node]] for node in (*self.rows, *self.whole)), default=-1)
         users = {user for node in self.outputs for user in self.seek[node].users} - self.inside
@@ -179,7 +181,8 @@ class _Region:
 
 
 def _regions(program: Program, chunk_bytes: int) -> list[_Region]:
-    """All regions, by the number of mixing operations before them; an attention that gives no more than ``chunk_bytes`` is one."""
+    """All regions: what is connected of what has as many mixing operations before it. An attention that gives no more than ``chunk_bytes``
+    is one."""
     there, seek = {*program.rewrite.module.graph.nodes}, program.rewrite.seek
     small = {node for node in program.attending if bytes_hint(node) <= chunk_bytes}
     levels: dict[fx.Node, int] = {}
@@ -195,20 +198,47 @@ def _regions(program: Program, chunk_bytes: int) -> list[_Region]:
             found.setdefault((levels[node], program.axes.axis_of(node), alone), []).append(node)
         elif (level := max((level for level, _ in read), default=-1)) >= 0:
             levels[node] = level + 1
-    return [_Region(program, axis, tuple(nodes)) for (_, axis, _), nodes in found.items()]
+    return [_Region(program, key[1], part) for key, nodes in found.items() for part in _connected(program, nodes)]
+
+
+def _connected(program: Program, nodes: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, ...]]:
+    """The parts of ``nodes`` between which nothing goes, each in order."""
+    inside = {*nodes}
+    graph: nx.Graph[fx.Node] = nx.Graph((x, node) for node in nodes for x, _ in reads(program, node) if x in inside)
+    graph.add_nodes_from(nodes)
+    for part in nx.connected_components(graph):
+        yield tuple(node for node in nodes if node in part)
 
 
 def _are_large(regions: Sequence[_Region], chunk_bytes: int) -> bool:
     return any(bytes_hint(node) > chunk_bytes for region in regions for node in region.nodes)
 
 
+def _cut_alike(regions: Sequence[_Region], chunk_bytes: int) -> list[tuple[_Region, list[Any]]]:
+    """Regions with their chunks of tokens: those of an axis that are cut are cut into as many as the one that needs most, so that chunks go
+    from one to the next as they are."""
+    cut = [(region, region.sizes(chunk_bytes)) for region in regions]
+    most = {region.axis: sizes for region, sizes in sorted(cut, key=lambda pair: len(pair[1]))}
+    return [(region, most[region.axis] if len(sizes) > 1 else sizes) for region, sizes in cut]
+
+
 class _Bodies:
-    """The subgraphs of a module: traced ones that are alike are one."""
+    """The subgraphs of a module: traced ones that are alike are one. ``inside``: the operations of regions that are cut. ``chunks``: of
+    values that nothing but those reads, by value and sizes; what others read is joined anyway, and held once where it is cut again."""
 
-    def __init__(self, module: fx.GraphModule) -> None:
-        self.module, self._known = module, dict[Any, str]()
+    def __init__(self, module: fx.GraphModule, inside: Set[fx.Node]) -> None:
+        self.module, self.inside, self._known = module, inside, dict[Any, str]()
+        self.chunks = dict[tuple[fx.Node, str], list[fx.Node]]()
 
-    def named(self, body: fx.GraphModule, inputs: Sequence[Any]) -> str:
+    def call(self, body: fx.GraphModule, examples: Sequence[Any], operands: Sequence[Any], like: fx.Node) -> fx.Node:
+        """A call of ``body``, which was traced with ``examples``, where the graph inserts."""
+        name, graph = self._named(body, examples), self.module.graph
+        call = graph.call_function(invoke_subgraph, (graph.get_attr(name), name, *operands))
+        results: Any = body.graph.output_node().args[0]
+        call.meta = {**like.meta, "val": tuple(node.meta["val"] for node in results)}
+        return call
+
+    def _named(self, body: fx.GraphModule, inputs: Sequence[Any]) -> str:
         key = (body.code, *(f"{x.shape} {x.stride()} {x.dtype}" for x in inputs if isinstance(x, Tensor)))
         if [*body.named_buffers()]:  # it holds constants
             key = id(body)
@@ -227,38 +257,36 @@ def _call_in_chunks(region: _Region, sizes: Sequence[Any], bodies: _Bodies, numb
         traced = {str(size): _trace(region, size) for size in (sizes[0], sizes[-1])}
     except TokenSeekError:
         return
-    like, start, calls = seek[region.nodes[-1]], 0, list[fx.Node]()
+    like, calls = seek[region.nodes[-1]], list[fx.Node]()
+    whole = [*(seek[node] for node in region.whole), *map(number, region.symbols)]
     with graph.inserting_before(_after(last)):
-        for size in sizes:
-            body, examples = traced[str(size)]
-            name = bodies.named(body, examples)
-            calls.append(_call(region, like, name, body, start, size, number))
-            start = start + size
+        for i, size in enumerate(sizes):
+            rows = [_chunk(region, node, sizes, i, bodies, number) for node in region.rows]
+            positions = _positions(region, like, sum(sizes[:i]), size, number)
+            calls.append(bodies.call(*traced[str(size)], [positions, *rows, *whole], like))
         for i, node in enumerate(region.outputs):
             parts = [emit(seek[node], operator.getitem, call, i) for call in calls]
-            whole = _joined(region, node, parts, partial(number.emit, seek[node]))
-            seek[node].replace_all_uses_with(whole, lambda user: user not in region.inside)
-            seek[node] = whole
+            joined = _joined(region, node, parts, partial(number.emit, seek[node]))
+            if bodies.inside.issuperset(seek[node].users):
+                bodies.chunks[joined, str(sizes)] = parts
+            seek[node].replace_all_uses_with(joined, lambda user: user not in region.inside)
+            seek[node] = joined
 
 
-def _call(
-    region: _Region, like: fx.Node, name: str, body: fx.GraphModule, start: Any, size: Any, number: Numbers
-) -> fx.Node:
-    """One call of a subgraph, for the tokens from ``start`` on."""
-    graph, (batch, _) = like.graph, example_sizes(region.program, region.axis)
-    device = like.meta["val"].device
-    positions = number.emit(like, aten.arange.start, start, start + size, device=device)
-    positions = number.emit(like, aten.expand.default, positions, [batch, size])
-    rows = []
-    for node in region.rows:
-        place = region.seek[node]
-        rows.append(_rows(region, node, place, start, size, partial(number.emit, place)))
-    subgraph = graph.get_attr(name)
-    operands = (positions, *rows, *(region.seek[node] for node in region.whole), *map(number, region.symbols))
-    call = graph.call_function(invoke_subgraph, (subgraph, name, *operands))
-    results: Any = body.graph.output_node().args[0]
-    call.meta = {**like.meta, "val": tuple(node.meta["val"] for node in results)}
-    return call
+def _chunk(region: _Region, node: fx.Node, sizes: Sequence[Any], i: int, bodies: _Bodies, number: Numbers) -> fx.Node:
+    """A chunk of what a region reads: as it was made, or cut from the whole."""
+    whole = region.seek[node]
+    apply = partial(number.emit, whole)
+    if parts := bodies.chunks.get((whole, str(sizes))):
+        return apply(aten.contiguous.default, parts[i])
+    return _rows(region, node, whole, sum(sizes[:i]), sizes[i], apply)
+
+
+def _positions(region: _Region, like: fx.Node, start: Any, size: Any, number: Numbers) -> fx.Node:
+    """Those of the tokens from ``start`` on, of every instance."""
+    batch, _ = example_sizes(region.program, region.axis)
+    positions = number.emit(like, aten.arange.start, start, start + size, device=like.meta["val"].device)
+    return number.emit(like, aten.expand.default, positions, [batch, size])
 
 
 def _rows(region: _Region, node: fx.Node, value: Any, start: Any, size: Any, apply: Callable[..., Any]) -> Any:

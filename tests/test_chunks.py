@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 from compare import assert_matches
@@ -81,6 +83,17 @@ def test_nothing_of_all_tokens_lies_between_attentions_but_what_comes_out(small)
     assert_matches(model.double(), batch_of(model, 3, 13, None), 1e-6, inner="eager", scorer="random", logits="drop")
     values = [node.meta["val"] for node in small[-1].graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
     assert not any({inner, 13} <= {*value.shape} for value in values)
+
+
+def test_chunks_go_from_region_to_region_as_they_are(small):
+    """Of what a block gives only keys and values, which every query sees, are put together."""
+    model = build("llama", "sdpa")
+    assert_matches(model.double(), batch_of(model, 3, 13, None), 1e-6, inner="eager", scorer="random", logits="drop")
+    made = [node for node in small[-1].graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    parts = {node for node in made if node.target is operator.getitem and "invoke_subgraph" in str(node.args[0].target)}
+    joined = [node.meta["val"] for node in made if parts & {*node.all_input_nodes} and "cat" in str(node.target)]
+    keys = (3, model.config.num_key_value_heads, 13, model.config.head_dim)
+    assert [x.shape for x in joined] == 2 * model.config.num_hidden_layers * [keys]
 
 
 @pytest.mark.parametrize(("less", "queries"), [(0, {13}), (1, {6, 7})])
