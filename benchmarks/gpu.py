@@ -60,7 +60,7 @@ def length() -> list[Pair]:
 
 def shapes() -> list[Pair]:
     """3B, and 8B with adapters on a bf16 and on a 4-bit base."""
-    return [(setting, row) for setting in LARGER for row in SHORT]
+    return [(setting, row) for setting in LARGER for row in (*SHORT, SEEK)]
 
 
 def others() -> list[Pair]:

@@ -253,17 +253,17 @@ def _call_in_chunks(region: _Region, sizes: Sequence[Any], bodies: _Bodies, numb
     graph, seek = bodies.module.graph, region.seek
     order = {node: i for i, node in enumerate(graph.nodes)}
     last = max((seek[node] for node in (*region.rows, *region.whole)), key=order.__getitem__)
-    try:
-        traced = {str(size): _trace(region, size) for size in (sizes[0], sizes[-1])}
-    except TokenSeekError:
-        return
     like, calls = seek[region.nodes[-1]], list[fx.Node]()
     whole = [*(seek[node] for node in region.whole), *map(number, region.symbols)]
     with graph.inserting_before(_after(last)):
+        rows = [[_chunk(region, node, sizes, i, bodies, number) for node in region.rows] for i in range(len(sizes))]
+        try:
+            traced = {str(sizes[i]): _trace(region, sizes[i], rows[i]) for i in (0, -1)}
+        except TokenSeekError:
+            return
         for i, size in enumerate(sizes):
-            rows = [_chunk(region, node, sizes, i, bodies, number) for node in region.rows]
             positions = _positions(region, like, sum(sizes[:i]), size, number)
-            calls.append(bodies.call(*traced[str(size)], [positions, *rows, *whole], like))
+            calls.append(bodies.call(*traced[str(size)], [positions, *rows[i], *whole], like))
         for i, node in enumerate(region.outputs):
             parts = [emit(seek[node], operator.getitem, call, i) for call in calls]
             joined = _joined(region, node, parts, partial(number.emit, seek[node]))
@@ -279,7 +279,7 @@ def _chunk(region: _Region, node: fx.Node, sizes: Sequence[Any], i: int, bodies:
     apply = partial(number.emit, whole)
     if parts := bodies.chunks.get((whole, str(sizes))):
         return apply(aten.contiguous.default, parts[i])
-    return _rows(region, node, whole, sum(sizes[:i]), sizes[i], apply)
+    return _rows(region, node, sum(sizes[:i]), sizes[i], apply)
 
 
 def _positions(region: _Region, like: fx.Node, start: Any, size: Any, number: Numbers) -> fx.Node:
@@ -289,19 +289,14 @@ def _positions(region: _Region, like: fx.Node, start: Any, size: Any, number: Nu
     return number.emit(like, aten.expand.default, positions, [batch, size])
 
 
-def _rows(region: _Region, node: fx.Node, value: Any, start: Any, size: Any, apply: Callable[..., Any]) -> Any:
-    """The rows of ``value`` from ``start`` on, contiguous whatever the layout of ``value`` is when it is computed; ``apply`` calls an
-    operation."""
-    sizes, at, is_cut = region.layout(node)
+def _rows(region: _Region, node: fx.Node, start: Any, size: Any, apply: Callable[..., fx.Node]) -> fx.Node:
+    """The rows of a value from ``start`` on, contiguous whatever its layout is when it is computed; ``apply`` calls an operation."""
+    (sizes, at, is_cut), whole = region.layout(node), region.seek[node]
     if not is_cut:
-        return apply(aten.contiguous.default, apply(aten.slice.Tensor, value, at, start, start + size))
-    pieces = apply(aten.slice.Tensor, apply(aten.reshape.default, value, sizes), at, start, start + size)
+        return apply(aten.contiguous.default, apply(aten.slice.Tensor, whole, at, start, start + size))
+    pieces = apply(aten.slice.Tensor, apply(aten.reshape.default, whole, sizes), at, start, start + size)
     shape = region.geometry(size).row_shape(node.meta["val"].shape, region.program.axes.row_dim(node))
     return apply(aten.contiguous.default, apply(aten.reshape.default, pieces, shape))
-
-
-def _apply(target: Any, *args: Any) -> Any:
-    return target(*args)
 
 
 def _joined(region: _Region, node: fx.Node, parts: list[fx.Node], apply: Callable[..., fx.Node]) -> fx.Node:
@@ -322,22 +317,22 @@ def _after(node: fx.Node) -> fx.Node:
     return node
 
 
-def _trace(region: _Region, size: Any) -> tuple[fx.GraphModule, list[Any]]:
+def _trace(region: _Region, size: Any, rows: Sequence[fx.Node]) -> tuple[fx.GraphModule, list[Any]]:
     """(positions, *rows, *whole, *symbols) -> outputs for ``size`` tokens, and examples of its inputs."""
     program, (batch, _) = region.program, example_sizes(region.program, region.axis)
 
     def body(positions: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        rows = dict(zip(region.rows, args, strict=False))
         known = dict(zip(region.whole, args[len(rows) :], strict=False))
-        part = Part(program, region.nodes, known, region.geometry(size, positions), rows)
+        own = dict(zip(region.rows, args, strict=False))
+        part = Part(program, region.nodes, known, region.geometry(size, positions), own)
         part.run()
         return tuple(part.rows_of(node) for node in region.outputs)
 
     with fake_mode_of(program.inputs):
         device = region.nodes[0].meta["val"].device
         positions = torch.arange(size, device=device).expand(batch, size)
-        rows = [_rows(region, node, region.seek[node].meta["val"], 0, size, _apply) for node in region.rows]
-    inputs = [positions, *rows, *(region.seek[node].meta["val"] for node in region.whole), *region.symbols]
+    read = (*rows, *(region.seek[node] for node in region.whole))
+    inputs = [positions, *(node.meta["val"] for node in read), *region.symbols]
     with torch.no_grad():
         module = trace_whole(body, inputs)
     return module, inputs

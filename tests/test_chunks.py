@@ -20,6 +20,7 @@ from tokenseek_fx.config import Config
 from tokenseek_fx.passes import chunks
 from tokenseek_fx.passes.chunks import Chunk
 
+SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 31}
 RELAXED = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 
 
@@ -64,10 +65,17 @@ def test_inductor_runs_chunks(small):
     assert calls(small[-1])
 
 
+def test_chunks_that_were_made_and_cut_have_layouts_of_their_own(small, monkeypatch):
+    """The first region is not cut: its block's chunks are slices of one sequence, with strides of the whole, the next one's are not."""
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=4, use_cache=False)).train()
+    monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 13 * model.config.hidden_size * 4)
+    assert_matches(model, batch_of(model, 1, 13, None), 1e-4, inner="inductor")
+    assert len(calls(small[-1])) > 4
+
+
 def test_layers_that_are_alike_share_a_subgraph(small):
     torch._dynamo.reset()
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 31}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=6, use_cache=False)).train()
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=6, use_cache=False)).train()
     ids = torch.randint(31, (1, 24))
     torch.compile(model, backend=backend(Config(inner="eager", scorer="random", logits="drop", strict=True)))(
         input_ids=ids, labels=ids
