@@ -326,7 +326,7 @@ def _trace(region: _Region, size: Any, rows: Sequence[fx.Node]) -> tuple[fx.Grap
         own = dict(zip(region.rows, args, strict=False))
         part = Part(program, region.nodes, known, region.geometry(size, positions), own)
         part.run()
-        return tuple(part.rows_of(node) for node in region.outputs)
+        return _apart([part.rows_of(node) for node in region.outputs], args)
 
     with fake_mode_of(program.inputs):
         device = region.nodes[0].meta["val"].device
@@ -336,3 +336,11 @@ def _trace(region: _Region, size: Any, rows: Sequence[fx.Node]) -> tuple[fx.Grap
     with torch.no_grad():
         module = trace_whole(body, inputs)
     return module, inputs
+
+
+def _apart(values: Sequence[Tensor], inputs: Sequence[Any]) -> tuple[Tensor, ...]:
+    """``values``, copied where they are views of one another or of ``inputs`` (queries, keys and values of one product): a compiler that
+    sees nothing but a call would use the memory of one again while another is still read."""
+    storages = [x.untyped_storage()._cdata for x in (*values, *inputs) if isinstance(x, Tensor)]
+    alone = [storages.count(x.untyped_storage()._cdata) == 1 for x in values]
+    return tuple(x if own else x.clone() for x, own in zip(values, alone, strict=True))
