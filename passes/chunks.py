@@ -340,7 +340,14 @@ def _trace(region: _Region, size: Any, rows: Sequence[fx.Node]) -> tuple[fx.Grap
 
 def _apart(values: Sequence[Tensor], inputs: Sequence[Any]) -> tuple[Tensor, ...]:
     """``values``, copied where they are views of one another or of ``inputs`` (queries, keys and values of one product): a compiler that
-    sees nothing but a call would use the memory of one again while another is still read."""
-    storages = [x.untyped_storage()._cdata for x in (*values, *inputs) if isinstance(x, Tensor)]
-    alone = [storages.count(x.untyped_storage()._cdata) == 1 for x in values]
-    return tuple(x if own else x.clone() for x, own in zip(values, alone, strict=True))
+    sees nothing but a call would use the memory of one again while another is still read. Inductor drops a copy that has the layout of
+    what it copies, unless that is an output too: of such views of one value, the first stays."""
+    taken = {x.untyped_storage()._cdata for x in inputs if isinstance(x, Tensor)}
+    storages = [x.untyped_storage()._cdata for x in values]
+    found = list[Tensor]()
+    for x, storage in zip(values, storages, strict=True):
+        copy = x.clone() if storage in taken or storages.count(storage) > 1 else x
+        stays = storage not in taken and copy.stride() == x.stride()
+        found.append(x if stays else copy)
+        taken |= {storage} if stays else set()
+    return tuple(found)
