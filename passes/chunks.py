@@ -254,16 +254,22 @@ def _call_in_chunks(region: _Region, sizes: Sequence[Any], bodies: _Bodies, numb
     order = {node: i for i, node in enumerate(graph.nodes)}
     last = max((seek[node] for node in (*region.rows, *region.whole)), key=order.__getitem__)
     like, calls = seek[region.nodes[-1]], list[fx.Node]()
-    whole = [*(seek[node] for node in region.whole), *map(number, region.symbols)]
     with graph.inserting_before(_after(last)):
-        rows = [[_chunk(region, node, sizes, i, bodies, number) for node in region.rows] for i in range(len(sizes))]
+        read = [
+            [
+                _positions(region, like, sum(sizes[:i]), size, number),
+                *(_chunk(region, node, sizes, i, bodies, number) for node in region.rows),
+                *(seek[node] for node in region.whole),
+            ]
+            for i, size in enumerate(sizes)
+        ]
         try:
-            traced = {str(sizes[i]): _trace(region, sizes[i], rows[i]) for i in (0, -1)}
+            traced = {str(sizes[i]): _trace(region, sizes[i], read[i]) for i in (0, -1)}
         except TokenSeekError:
             return
-        for i, size in enumerate(sizes):
-            positions = _positions(region, like, sum(sizes[:i]), size, number)
-            calls.append(bodies.call(*traced[str(size)], [positions, *rows[i], *whole], like))
+        symbols = [*map(number, region.symbols)]
+        for size, operands in zip(sizes, read, strict=True):
+            calls.append(bodies.call(*traced[str(size)], [*operands, *symbols], like))
         for i, node in enumerate(region.outputs):
             parts = [emit(seek[node], operator.getitem, call, i) for call in calls]
             joined = _joined(region, node, parts, partial(number.emit, seek[node]))
@@ -317,22 +323,18 @@ def _after(node: fx.Node) -> fx.Node:
     return node
 
 
-def _trace(region: _Region, size: Any, rows: Sequence[fx.Node]) -> tuple[fx.GraphModule, list[Any]]:
-    """(positions, *rows, *whole, *symbols) -> outputs for ``size`` tokens, and examples of its inputs."""
-    program, (batch, _) = region.program, example_sizes(region.program, region.axis)
+def _trace(region: _Region, size: Any, read: Sequence[fx.Node]) -> tuple[fx.GraphModule, list[Any]]:
+    """(positions, *rows, *whole, *symbols) -> outputs for ``size`` tokens, and examples of its inputs; ``read``: what it is called with but
+    for the symbols."""
 
     def body(positions: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        rows = dict(zip(region.rows, args, strict=False))
         known = dict(zip(region.whole, args[len(rows) :], strict=False))
-        own = dict(zip(region.rows, args, strict=False))
-        part = Part(program, region.nodes, known, region.geometry(size, positions), own)
+        part = Part(region.program, region.nodes, known, region.geometry(size, positions), rows)
         part.run()
         return _apart([part.rows_of(node) for node in region.outputs], args)
 
-    with fake_mode_of(program.inputs):
-        device = region.nodes[0].meta["val"].device
-        positions = torch.arange(size, device=device).expand(batch, size)
-    read = (*rows, *(region.seek[node] for node in region.whole))
-    inputs = [positions, *(node.meta["val"] for node in read), *region.symbols]
+    inputs = [*(node.meta["val"] for node in read), *region.symbols]
     with torch.no_grad():
         module = trace_whole(body, inputs)
     return module, inputs
