@@ -6,7 +6,8 @@ import operator
 
 import pytest
 import torch
-from compare import assert_matches
+from architectures import build as built
+from compare import assert_matches, by_reference, compiled, error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_lengths import assert_exact
@@ -65,6 +66,18 @@ def test_inductor_runs_chunks(small, monkeypatch, name):
     monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 1500)
     model = build(name, "sdpa")
     assert_matches(model, batch_of(model, 3, 13, "right"), 1e-4, inner="inductor")
+    assert calls(small[-1])
+
+
+@pytest.mark.slow
+def test_projections_given_as_they_are_and_by_heads_have_memory_of_their_own(small, monkeypatch):
+    """T5's are: copies of the same layout, both of which Inductor would drop."""
+    monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 1500)
+    model, batch = built("t5", "sdpa", 13, torch.float64)
+    run = compiled(model, batch, report_loss="kept", inner="inductor")
+    length, others = run.selection.scores.shape[1], run.selection.others
+    expected = by_reference(model, batch, run.indices, length, None, None, others)
+    assert error(run.grads, expected.grads) < 1e-5  # T5 computes a part of it in float32
     assert calls(small[-1])
 
 
