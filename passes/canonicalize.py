@@ -282,10 +282,10 @@ def _tidy(module: fx.GraphModule) -> None:
 
 
 def _not_empty(node: fx.Node) -> list[fx.Node]:
-    """What a concatenation joins, but tensors [0]. An empty cache is one beside the first keys; Inductor lays the result out as
-    these are, and not as it is traced."""
+    """What a concatenation joins, but tensors of nothing: an empty cache beside the first keys, what a rotation of whole heads passes by.
+    Inductor lays the result out as the others are, and not as it is traced."""
     dtype, joined = node.meta["val"].dtype, list[Any](node.args[0])  # type: ignore[call-overload]
-    rest = [x for x in joined if tuple(x.meta["val"].shape) != (0,)]
+    rest = [x for x in joined if not any(isinstance(size, int) and size == 0 for size in x.meta["val"].shape)]
     return rest if all(x.meta["val"].dtype is dtype for x in rest) else joined
 
 

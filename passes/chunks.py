@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, fx
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 
+from .apart import keep_apart
 from .canonicalize import is_autocast
 from .emit import emit
 from .errors import TokenSeekError
@@ -332,24 +333,11 @@ def _trace(region: _Region, size: Any, read: Sequence[fx.Node]) -> tuple[fx.Grap
         known = dict(zip(region.whole, args[len(rows) :], strict=False))
         part = Part(region.program, region.nodes, known, region.geometry(size, positions), rows)
         part.run()
-        return _apart([part.rows_of(node) for node in region.outputs], args)
+        return tuple(part.rows_of(node) for node in region.outputs)
 
     inputs = [*(node.meta["val"] for node in read), *region.symbols]
     with torch.no_grad():
         module = trace_whole(body, inputs)
+    keep_apart(module.graph)
+    module.recompile()
     return module, inputs
-
-
-def _apart(values: Sequence[Tensor], inputs: Sequence[Any]) -> tuple[Tensor, ...]:
-    """``values``, copied where they are views of one another or of ``inputs`` (queries, keys and values of one product): a compiler that
-    sees nothing but a call would use the memory of one again while another is still read. Inductor drops a copy that has the layout of
-    what it copies, unless that is an output too: of such views of one value, the first stays."""
-    taken = {x.untyped_storage()._cdata for x in inputs if isinstance(x, Tensor)}
-    storages = [x.untyped_storage()._cdata for x in values]
-    found = list[Tensor]()
-    for x, storage in zip(values, storages, strict=True):
-        copy = x.clone() if storage in taken or storages.count(storage) > 1 else x
-        stays = storage not in taken and copy.stride() == x.stride()
-        found.append(x if stays else copy)
-        taken |= {storage} if stays else set()
-    return tuple(found)

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_lengths import assert_exact
 from test_random import RATIOS, Transformer, batches, configurations
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import batch as batch_of
 from zoo import build
@@ -69,14 +70,43 @@ def test_inductor_runs_chunks(small, monkeypatch, name):
     assert calls(small[-1])
 
 
-@pytest.mark.slow
-def test_projections_given_as_they_are_and_by_heads_have_memory_of_their_own(small, monkeypatch):
-    """T5's are: copies of the same layout, both of which Inductor would drop."""
+class ContiguousParts(nn.Module):
+    """Queries, keys and values are cut from what was made contiguous: a copy of one (the keys are) differs from it in nothing but where
+    it begins; the values times one are what they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(31, 16), nn.Linear(16, 31)
+        self.product, self.mlp = nn.Linear(16, 48), nn.Linear(16, 64)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = self.embed(input_ids)
+        for _ in range(2):
+            query, key, value = self.product(x).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4).contiguous()
+            y = nn.functional.scaled_dot_product_attention(
+                query, key.clone(), value * torch.ones(8, dtype=x.dtype), is_causal=True
+            )
+            x = x + self.mlp(y.transpose(1, 2).flatten(2)).view(*x.shape, 4).amax(-1)
+        return nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+def test_inductor_runs_chunks_that_give_contiguous_parts(small, monkeypatch):
     monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 1500)
-    model, batch = built("t5", "sdpa", 13, torch.float64)
+    ids = torch.randint(31, (3, 13))
+    assert_matches(ContiguousParts().double(), {"input_ids": ids, "labels": ids}, 1e-9, inner="inductor")
+    assert calls(small[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t5", "phi3"])
+def test_inductor_runs_chunks_that_give_parts(small, monkeypatch, name):
+    """T5's projections are given as they are and by heads; Phi-3's values are the last part of a product, its keys are joined with nothing."""
+    monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 1500)
+    model, batch = built(name, "sdpa", 13, torch.float64)
     run = compiled(model, batch, report_loss="kept", inner="inductor")
     length, others = run.selection.scores.shape[1], run.selection.others
     expected = by_reference(model, batch, run.indices, length, None, None, others)
+    assert abs(run.loss - expected.loss) < 1e-6
     assert error(run.grads, expected.grads) < 1e-5  # T5 computes a part of it in float32
     assert calls(small[-1])
 

@@ -1,0 +1,57 @@
+"""Results of a subgraph have memory of their own.
+
+A compiler that sees nothing but a call counts every result as memory of its own: Inductor used that of one again while a view of it was
+still read, and of a result that is a part of something larger it counts the offset twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx
+
+from ..ops.copied import copied
+from .emit import emit
+from .rules.op import hint, is_tensor
+
+
+def keep_apart(graph: fx.Graph) -> None:
+    """Copy what ``graph`` gives where it is, or may become, a part of a larger value or a view of what else it gives or of what it takes
+    (queries, keys and values of one product)."""
+    output, constants = graph.output_node(), _constants(graph)
+    taken = {_memory(x) for x in graph.find_nodes(op="placeholder") if is_tensor(x)}
+    results = list[fx.Node]()
+    given: Any = output.args[0]
+    with graph.inserting_before(output):
+        for node in given:
+            is_own = _memory(node) not in taken and not any(map(_is_part, _may_become(node, constants)))
+            taken.add(_memory(node))
+            results.append(node if is_own else emit(node, copied, node))
+    output.args = (tuple(results),)
+
+
+def _constants(graph: fx.Graph) -> set[fx.Node]:
+    """What is made of nothing that ``graph`` takes."""
+    found = set[fx.Node]()
+    for node in graph.nodes:
+        if node.op in ("call_function", "get_attr") and found.issuperset(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _may_become(node: fx.Node, constants: set[fx.Node]) -> Iterator[fx.Node]:
+    """``node``, and what it is once a compiler drops operations that change nothing: a copy, a product with ones."""
+    read = [node]
+    while len(read) == 1 and read[0].meta["val"].shape == node.meta["val"].shape:
+        yield read[0]
+        read = [x for x in read[0].all_input_nodes if is_tensor(x) and x not in constants]
+
+
+def _is_part(node: fx.Node) -> bool:
+    value = node.meta["val"]
+    return node.op == "call_function" and hint(value.untyped_storage().nbytes()) > hint(value.numel()) * value.itemsize
+
+
+def _memory(node: fx.Node) -> int:
+    return node.meta["val"].untyped_storage()._cdata
