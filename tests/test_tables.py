@@ -52,11 +52,9 @@ def test_what_is_above_is_seen():
 
 
 def test_estimates_are_within_10_percent_of_what_was_measured():
-    """But for one that is 11 % too much: what chunks will write to is allocated before, and resident memory counts what is written."""
     off = {result["setting"]: result["estimated"] / result["measured"] - 1 for result in ESTIMATE["results"]}
     assert list(off) == [str(setting) for setting in estimate.SETTINGS]
-    beyond = {name: error for name, error in off.items() if abs(error) > estimate.ALLOWED}
-    assert all("T=8192" in name and 0 < error < 0.12 for name, error in beyond.items()), beyond
+    assert all(abs(error) <= estimate.ALLOWED for error in off.values()), off
 
 
 def test_gpus_are_estimated_in_every_shape_way_and_length():
