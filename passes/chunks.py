@@ -19,17 +19,18 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .apart import keep_apart
 from .canonicalize import is_autocast
 from .emit import emit
-from .errors import TokenSeekError
+from .errors import InvariantBroken, TokenSeekError
 from .fake import fake_mode_of
 from .geometry import Geometry, example_sizes
 from .parallel import is_parallel, reads
 from .part import Part, trace_whole
 from .program import Program
-from .rules.op import bytes_hint
+from .rules.op import bytes_hint, is_tensor
 from .sizes import Numbers, symbols_of
 from .tail import cut_to
 from .token_axes import TokenAxis
@@ -60,6 +61,8 @@ class Chunk:
             wanted = len(sizes) > 1 or (large and region.is_attention)
             if wanted and region.can_stand and number.knows(region.symbols):
                 _call_in_chunks(region, sizes, bodies, number)
+        for node in module.graph.find_nodes(op="call_function", target=aten.view.default):
+            node.target = aten.reshape.default  # what chunks are joined to may have another layout
         module.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or is_autocast(node))
         module.recompile()
         return program
@@ -128,6 +131,12 @@ class _Region:
         return tuple(x for x in read if x not in inside)
 
     @cached_property
+    def routed(self) -> set[fx.Node]:
+        """What sorts rows in between, and brings them back."""
+        found = {self.program.axes.route_to(node) for node in self.nodes} - {None}
+        return {node for route in found for node in route.nodes if is_tensor(node)} - {*self.nodes}
+
+    @cached_property
     def inside(self) -> set[fx.Node]:
         """Its operations in the rewritten graph."""
         ends = {self.seek[node] for node in (*self.rows, *self.whole)}
@@ -154,7 +163,7 @@ class _Region:
 
     def sizes(self, chunk_bytes: int) -> list[Any]:
         """The chunks of tokens in which no value inside takes more than ``chunk_bytes``."""
-        inner = [bytes_hint(node) for node in self.nodes if node not in self.outputs]
+        inner = [bytes_hint(node) for node in (*self.nodes, *self.routed) if node not in self.outputs]
         _, tokens = example_sizes(self.program, self.axis)
         return cut_to(tokens, max([1, *inner]), chunk_bytes)
 
@@ -212,7 +221,7 @@ def _connected(program: Program, nodes: Sequence[fx.Node]) -> Iterator[tuple[fx.
 
 
 def _are_large(regions: Sequence[_Region], chunk_bytes: int) -> bool:
-    return any(bytes_hint(node) > chunk_bytes for region in regions for node in region.nodes)
+    return any(bytes_hint(node) > chunk_bytes for region in regions for node in (*region.nodes, *region.routed))
 
 
 def _cut_alike(regions: Sequence[_Region], chunk_bytes: int) -> list[tuple[_Region, list[Any]]]:
@@ -338,6 +347,8 @@ def _trace(region: _Region, size: Any, read: Sequence[fx.Node]) -> tuple[fx.Grap
     inputs = [*(node.meta["val"] for node in read), *region.symbols]
     with torch.no_grad():
         module = trace_whole(body, inputs)
+    if any(isinstance(x, FakeTensor) for x in module.buffers()):
+        raise InvariantBroken("A region reads a value that it does not name.")
     keep_apart(module.graph)
     module.recompile()
     return module, inputs

@@ -56,13 +56,17 @@ def _carries(axes: TokenAxes, node: fx.Node, operand: int, dim: int) -> bool:
 
 
 def reads(program: Program, node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
-    """The tensors that the seek stream's ``node`` reads, and whether it does so row by row."""
+    """The tensors that the seek stream's ``node`` reads, and whether it does so row by row. Where rows come back from a route it is what
+    the route reads."""
     attending = program.attending.get(node)
     if attending is not None:
         yield attending.query, True
         yield from ((x, False) for x in attending.context)
         return
     axes, dim = program.axes, program.axes.row_dim(node) if is_tensor(node) else None
+    if (route := axes.route_to(node)) is not None:
+        yield from ((x, axes.has_rows(x)) for x in route.inputs)
+        return
     for i, x in enumerate(operands_of(node)):
         at = None if dim is None else axes.carried(node, i, dim)
         yield x, at is not None and at in axes.token_dims(x)

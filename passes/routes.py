@@ -44,6 +44,12 @@ class Route:
     nodes: frozenset[fx.Node]
     exits: frozenset[fx.Node]
 
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """The tensors that it reads."""
+        read = dict.fromkeys(x for node in self.nodes for x in node.all_input_nodes if is_tensor(x))
+        return tuple(sorted(x for x in read if x not in self.nodes))
+
 
 @dataclass
 class _Proof:

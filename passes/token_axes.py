@@ -122,6 +122,10 @@ class TokenAxes:
         """The same, and the rows are those of this token axis."""
         return self.axis_of(node) == axis and self.has_rows(node)
 
+    def route_to(self, node: fx.Node) -> Route | None:
+        """The route from which rows come back in ``node``."""
+        return next((route for route in self.routes if node in route.exits), None)
+
     def carried(self, node: fx.Node, operand: int, dim: int) -> int | None:
         """The dim of an operand that goes, row by row, to dim ``dim`` of the result; None: broadcast or mixed there."""
         flow = self.flows[node]
