@@ -27,7 +27,7 @@ from .emit import emit
 from .errors import InvariantBroken, TokenSeekError
 from .fake import fake_mode_of
 from .geometry import Geometry, example_sizes
-from .parallel import is_parallel, reads
+from .parallel import is_parallel, made_by, reads
 from .part import Part, trace_whole
 from .program import Program
 from .rules.op import bytes_hint, is_tensor
@@ -131,10 +131,15 @@ class _Region:
         return tuple(x for x in read if x not in inside)
 
     @cached_property
-    def routed(self) -> set[fx.Node]:
-        """What sorts rows in between, and brings them back."""
-        found = {self.program.axes.route_to(node) for node in self.nodes} - {None}
-        return {node for route in found for node in route.nodes if is_tensor(node)} - {*self.nodes}
+    def between(self) -> set[fx.Node]:
+        """What is computed on the way to them: operations with several results, and what sorts rows and brings them back."""
+        routes = {self.program.axes.route_to(node) for node in self.nodes} - {None}
+        return {*map(made_by, self.nodes), *(node for route in routes for node in route.nodes)} - {*self.nodes}
+
+    @cached_property
+    def computed(self) -> tuple[fx.Node, ...]:
+        """All that it computes."""
+        return tuple(node for node in (*self.nodes, *self.between) if is_tensor(node))
 
     @cached_property
     def inside(self) -> set[fx.Node]:
@@ -163,7 +168,7 @@ class _Region:
 
     def sizes(self, chunk_bytes: int) -> list[Any]:
         """The chunks of tokens in which no value inside takes more than ``chunk_bytes``."""
-        inner = [bytes_hint(node) for node in (*self.nodes, *self.routed) if node not in self.outputs]
+        inner = [bytes_hint(node) for node in self.computed if node not in self.outputs]
         _, tokens = example_sizes(self.program, self.axis)
         return cut_to(tokens, max([1, *inner]), chunk_bytes)
 
@@ -221,7 +226,7 @@ def _connected(program: Program, nodes: Sequence[fx.Node]) -> Iterator[tuple[fx.
 
 
 def _are_large(regions: Sequence[_Region], chunk_bytes: int) -> bool:
-    return any(bytes_hint(node) > chunk_bytes for region in regions for node in (*region.nodes, *region.routed))
+    return any(bytes_hint(node) > chunk_bytes for region in regions for node in region.computed)
 
 
 def _cut_alike(regions: Sequence[_Region], chunk_bytes: int) -> list[tuple[_Region, list[Any]]]:
@@ -340,7 +345,7 @@ def _trace(region: _Region, size: Any, read: Sequence[fx.Node]) -> tuple[fx.Grap
     def body(positions: Tensor, *args: Any) -> tuple[Tensor, ...]:
         rows = dict(zip(region.rows, args, strict=False))
         known = dict(zip(region.whole, args[len(rows) :], strict=False))
-        part = Part(region.program, region.nodes, known, region.geometry(size, positions), rows)
+        part = Part(region.program, (*region.nodes, *region.between), known, region.geometry(size, positions), rows)
         part.run()
         return tuple(part.rows_of(node) for node in region.outputs)
 

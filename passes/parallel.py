@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from .program import Program
-from .rules.op import is_tensor, operands_of
+from .rules.op import is_random, is_tensor, operands_of
 from .rules.rows import LOSSES
 from .token_axes import SDPA, TokenAxes, TokenAxis, inferred
 
@@ -56,8 +56,8 @@ def _carries(axes: TokenAxes, node: fx.Node, operand: int, dim: int) -> bool:
 
 
 def reads(program: Program, node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
-    """The tensors that the seek stream's ``node`` reads, and whether it does so row by row. Where rows come back from a route it is what
-    the route reads."""
+    """The tensors that the seek stream's ``node`` reads, and whether it does so row by row. One of several results reads what these are made
+    of; where rows come back from a route it is what the route reads."""
     attending = program.attending.get(node)
     if attending is not None:
         yield attending.query, True
@@ -67,18 +67,25 @@ def reads(program: Program, node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
     if (route := axes.route_to(node)) is not None:
         yield from ((x, axes.has_rows(x)) for x in route.inputs)
         return
-    for i, x in enumerate(operands_of(node)):
-        at = None if dim is None else axes.carried(node, i, dim)
+    operation = made_by(node)
+    for i, x in enumerate(operands_of(operation)):
+        at = None if dim is None else axes.carried(operation, i, dim)
         yield x, at is not None and at in axes.token_dims(x)
+
+
+def made_by(node: fx.Node) -> fx.Node:
+    """The operation that a value is a result of."""
+    return node.args[0] if node.target is operator.getitem else node  # type: ignore[return-value]
 
 
 def is_parallel(program: Program, node: fx.Node) -> bool:
     """True where a row of the result depends on the same row of what it is made of, and is not random."""
-    axes, target = program.axes, node.target
+    axes, operation = program.axes, made_by(node)
+    target = operation.target
     if not isinstance(target, torch._ops.OpOverload) or not is_tensor(node) or not axes.has_rows(node):
         return False
     if target is SDPA:
         return node in program.attending
-    if torch.Tag.nondeterministic_seeded in target.tags or target in LOSSES:
+    if is_random(operation) or target in LOSSES:
         return False
     return all(carried or not axes.token_dims(x) for x, carried in reads(program, node))
