@@ -97,7 +97,7 @@ def saved_in(segments: Segments, again: int, kv: str = "keep") -> Audit:
     found: dict[Any, Edge | None] = dict.fromkeys(segments.placeholders)
     parts = {part: number for number, part in enumerate(segments.parts)}
 
-    def look(part: Segment, taken: list) -> None:
+    def look(part: Segment, taken: list, _: Sequence[Any]) -> None:
         forward = partitioned(part.run, taken, partition_of(part.run, taken, parts[part] < again, kv))
         given = dict(zip(forward.outputs, part.gives, strict=True))
         takes = dict(zip(forward.inputs, _distinct(part.takes, taken), strict=False))

@@ -34,6 +34,7 @@ from .errors import GraphNotSupported, InvariantBroken
 from .factors import same_size
 from .fake import fake_inputs, fake_mode_of
 from .program import Program, attribute
+from .rules.op import is_random
 from .writes import refuse_aliases, refuse_hidden_write, written_by
 
 aten = torch.ops.aten
@@ -259,15 +260,15 @@ def _traced(function: Any, inputs: tuple) -> fx.GraphModule:
 
 
 def _tidy(module: fx.GraphModule) -> None:
-    """Drop asserts, aliases, slices of everything, concatenations with nothing and autocast switches that change nothing; spell ``copy``
-    differentiably."""
+    """Drop asserts, aliases, slices of everything, dropout and concatenations of nothing, and autocast switches that change nothing; spell
+    ``copy`` differentiably."""
     for node in list(module.graph.nodes):
         if node.op != "call_function":
             continue
         name = node.target._schema.name.split("::")[-1] if isinstance(node.target, torch._ops.OpOverload) else ""
         if name in _ASSERTS:
             module.graph.erase_node(node)
-        elif name == "alias" or (name == "slice" and _is_whole(node)):
+        elif name == "alias" or (name == "slice" and _is_whole(node)) or (name == "dropout" and not is_random(node)):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
         elif name == "cat" and len(rest := _not_empty(node)) == 1:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import sympy
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch.fx.experimental.symbolic_shapes import free_symbols
@@ -59,8 +60,8 @@ class Segments:
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         return self._each(lambda part, taken: part.run(*taken), args)
 
-    def on_examples(self, look: Callable[[Segment, list], None]) -> None:
-        """Call ``look(part, examples of what it takes)`` for every part, under a tracing context of its own."""
+    def on_examples(self, look: Callable[[Segment, list, Sequence[Any]], None]) -> None:
+        """Call ``look(part, examples of what it takes, examples of what it gives)`` for every part, under a tracing context of its own."""
         mode = detect_fake_mode(self.inputs)
 
         def run(part: Segment, taken: list) -> Sequence[Any]:
@@ -69,15 +70,20 @@ class Segments:
             with fake_mode_of(self.inputs), enable_python_dispatcher():
                 given = part.run(*taken)
             with tracing(TracingContext(mode)):
-                look(part, taken)
+                look(part, taken, given)
             return given
 
         self._each(run, self.inputs)
 
     def compiled(self, compile: Callable[[int, Any, Sequence[Any]], Run]) -> Segments:
-        """The same with every part, given with its number, compiled for its examples."""
+        """The same with every part, given with its number, compiled for its examples. What it gives has their layout, with which the next
+        ones are compiled: Inductor may choose another."""
         parts: list[Segment] = []
-        self.on_examples(lambda part, taken: parts.append(replace(part, run=compile(len(parts), part.run, taken))))
+
+        def look(part: Segment, taken: list, given: Sequence[Any]) -> None:
+            parts.append(replace(part, run=_laid_out(compile(len(parts), part.run, taken), given)))
+
+        self.on_examples(look)
         return replace(self, parts=tuple(parts))
 
     def _each(self, run: Callable[[Segment, list], Sequence[Any]], args: Sequence[Any]) -> tuple[Any, ...]:
@@ -90,6 +96,31 @@ class Segments:
                 del values[key]
             values.update(zip(part.gives, run(part, taken), strict=True))
         return tuple(values[out] if isinstance(out, fx.Node) else out for out in self.outputs)
+
+
+def _laid_out(run: Run, examples: Sequence[Any]) -> Run:
+    """``run`` with results whose dims are in the order in memory of ``examples``, and dense, where these are."""
+    orders = [_dense_order(x) if isinstance(x, Tensor) else None for x in examples]
+
+    def laid_out(*args: Any) -> list[Any]:
+        return [x if order is None else _in_order(x, order) for x, order in zip(run(*args), orders, strict=True)]
+
+    return laid_out
+
+
+def _dense_order(x: Tensor) -> list[int] | None:
+    """The dims of an example from the outermost in memory; ``None`` where it has gaps."""
+    sizes, strides = ([*map(hint, numbers)] for numbers in (x.shape, x.stride()))
+    order = sorted(range(x.ndim), key=lambda dim: -strides[dim])
+    inside = [prod(sizes[dim] for dim in order[i + 1 :]) for i in range(x.ndim)]
+    is_dense = all(strides[dim] == inner for dim, inner in zip(order, inside, strict=True) if sizes[dim] != 1)
+    return order if is_dense else None
+
+
+def _in_order(x: Tensor, order: list[int]) -> Tensor:
+    if x.permute(order).is_contiguous():
+        return x
+    return x.permute(order).contiguous().permute([order.index(dim) for dim in range(x.ndim)])
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,15 @@ import operator
 
 import pytest
 import torch
+from architectures import INNER
 from architectures import build as built
 from compare import assert_matches, by_reference, compiled, error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_lengths import assert_exact
 from test_random import RATIOS, Transformer, batches, configurations
+from test_routes import experts
+from test_routes import model_and_batch as experts_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import batch as batch_of
@@ -98,16 +101,25 @@ def test_inductor_runs_chunks_that_give_contiguous_parts(small, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["t5", "phi3"])
-def test_inductor_runs_chunks_that_give_parts(small, monkeypatch, name):
-    """T5's projections are given as they are and by heads; Phi-3's values are the last part of a product, its keys are joined with nothing."""
+@pytest.mark.parametrize(
+    ("name", "dtype", "tol"),
+    [
+        ("t5", torch.float64, 1e-5),  # it computes a part in float32
+        ("phi3", torch.float64, 1e-5),  # so does it
+        ("torch_transformer", torch.float64, 1e-9),
+        ("qwen3_moe", torch.float32, 1e-5),
+    ],
+)
+def test_inductor_runs_chunks_that_give_parts(small, monkeypatch, name, dtype, tol):
+    """T5's projections are given as they are and by heads; Phi-3's values are the last part of a product, its keys are joined with nothing;
+    torch's cross-attention cuts keys and values out of one product, which Inductor leaves in place; experts sort rows."""
     monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 1500)
-    model, batch = built(name, "sdpa", 13, torch.float64)
+    model, batch = built(name, "sdpa", 13, dtype)
     run = compiled(model, batch, report_loss="kept", inner="inductor")
     length, others = run.selection.scores.shape[1], run.selection.others
     expected = by_reference(model, batch, run.indices, length, None, None, others)
-    assert abs(run.loss - expected.loss) < 1e-6
-    assert error(run.grads, expected.grads) < 1e-5  # T5 computes a part of it in float32
+    assert abs(run.loss - expected.loss) < tol
+    assert error(run.grads, expected.grads) < tol
     assert calls(small[-1])
 
 
@@ -131,12 +143,30 @@ def test_layers_that_are_alike_share_a_subgraph(small):
     assert len({*called}) <= 4
 
 
-def test_nothing_of_all_tokens_lies_between_attentions_but_what_comes_out(small):
-    model = build("llama", "sdpa")
-    inner = model.config.intermediate_size
-    assert_matches(model.double(), batch_of(model, 3, 13, None), 1e-6, inner="eager", scorer="random", logits="drop")
+@pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "modernbert tag", "vit"])
+def test_nothing_of_all_tokens_lies_between_attentions_but_what_comes_out(small, name):
+    """Whether projections are fused and cut (by ``chunk``, ``split``, ``unbind`` or slices), and with dropout of nothing."""
+    model, batch = built(name, "sdpa", 13, torch.float64)
+    compiled(model, batch, inner="eager", logits="keep" if name == "vit" else "drop")
+    tokens = {17, 7 * 17} if name == "vit" else {13, 7 * 13}
     values = [node.meta["val"] for node in small[-1].graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
-    assert not any({inner, 13} <= {*value.shape} for value in values)
+    assert not any({INNER, 2 * INNER} & {*value.shape} and tokens & {*value.shape} for value in values)
+
+
+def test_experts_of_all_tokens_are_not_in_memory_at_once(small):
+    model, batch = experts_model(experts)
+    assert_matches(model, batch, 1e-9, length=13, inner="eager", scorer="random", logits="drop")
+    values = [node.meta["val"] for node in small[-1].graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+    assert not any(3 * 13 * 2 in x.shape and x.is_floating_point() for x in values)
+
+
+def test_a_view_of_what_is_made_of_joined_chunks_may_be_a_copy(small, monkeypatch):
+    """Attention within a window gives the layout of its queries; here what comes after it is not cut."""
+    can_stand = property(lambda region: region.nodes[0].target is not torch.ops.aten.view.default)
+    monkeypatch.setattr(chunks._Region, "can_stand", can_stand)
+    model, batch = built("modernbert tag", "sdpa", 13, torch.float64)
+    assert_matches(model, batch, 1e-6, inner="eager")
+    assert calls(small[-1])
 
 
 def test_chunks_go_from_region_to_region_as_they_are(small):

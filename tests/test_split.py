@@ -21,7 +21,6 @@ import tokenseek_fx
 from tokenseek_fx.passes import Ditch, Pipeline, Program, Select, Split
 from tokenseek_fx.passes.ditch import Rewrite
 from tokenseek_fx.passes.errors import InvariantBroken
-from tokenseek_fx.passes.fake import fake_mode_of
 from tokenseek_fx.passes.split import Segments
 from tokenseek_fx.passes.tags import BLOCK
 from tokenseek_fx.scorers import strided
@@ -67,9 +66,8 @@ def test_blocks_that_are_alike_are_equal_graphs(options):
 def test_the_first_segment_carries_no_gradient_and_all_others_do(model):
     carry = []
 
-    def look(part, taken):
-        with fake_mode_of(taken):
-            carry.append({x.requires_grad for x in part.run(*taken)})
+    def look(part, taken, given):
+        carry.append({x.requires_grad for x in given})
 
     split(model()).on_examples(look)
     assert carry[0] == {False} and carry[1:] == [{True}] * 4
@@ -106,6 +104,22 @@ def test_a_value_is_let_go_after_the_last_segment_that_takes_it():
     let_go = [key for part in segments.parts for key in part.last]
     taken = {key for part in segments.parts for key in part.takes}
     assert len(let_go) == len({*let_go}) and {*let_go} == taken - {*segments.outputs}
+
+
+def layouts(segments: Segments) -> list[tuple[int, ...]]:
+    found = []
+    segments.on_examples(lambda part, taken, given: found.extend(x.stride() for x in given))
+    return found
+
+
+def test_what_a_compiled_segment_gives_has_the_layout_that_the_next_ones_are_compiled_for():
+    """Whatever the compiler chose: here all dims in reverse order, and of the last one every second place."""
+
+    def compile(number, part, taken):
+        return lambda *args: [x.mT.repeat_interleave(2, -1)[..., ::2].mT if x.ndim > 1 else x for x in part(*args)]
+
+    segments = split(Model())
+    assert len({*layouts(segments)}) > 3 and layouts(segments.compiled(compile)) == layouts(segments)
 
 
 def test_bodies_of_higher_order_operators_come_along():
