@@ -42,10 +42,14 @@ def _constants(graph: fx.Graph) -> set[fx.Node]:
 
 def _may_become(node: fx.Node, constants: set[fx.Node]) -> Iterator[fx.Node]:
     """``node``, and what it is once a compiler drops operations that change nothing: a copy, a product with ones."""
-    read = [node]
-    while len(read) == 1 and read[0].meta["val"].shape == node.meta["val"].shape:
+    read, sizes = [node], _sizes(node)
+    while len(read) == 1 and _sizes(read[0]) == sizes:
         yield read[0]
         read = [x for x in read[0].all_input_nodes if is_tensor(x) and x not in constants]
+
+
+def _sizes(node: fx.Node) -> list[int]:
+    return [hint(size) for size in node.meta["val"].shape]
 
 
 def _is_part(node: fx.Node) -> bool:

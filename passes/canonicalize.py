@@ -265,7 +265,7 @@ def _tidy(module: fx.GraphModule) -> None:
     for node in list(module.graph.nodes):
         if node.op != "call_function":
             continue
-        name = node.target._schema.name.split("::")[-1] if isinstance(node.target, torch._ops.OpOverload) else ""
+        name = node.target._schema.name.removeprefix("aten::") if isinstance(node.target, torch._ops.OpOverload) else ""
         if name in _ASSERTS:
             module.graph.erase_node(node)
         elif name == "alias" or (name == "slice" and _is_whole(node)) or (name == "dropout" and not is_random(node)):

@@ -118,6 +118,25 @@ def test_a_concatenation_with_tensors_of_nothing_is_what_it_joins():
         assert torch.equal(is_now, was) and is_now.dtype == was.dtype
 
 
+@torch.library.custom_op("tokenseek_test::dropout", mutates_args=())
+def of_the_user(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+@of_the_user.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+def test_dropout_of_nothing_goes_and_operations_of_other_libraries_stay():
+    def forward(x):
+        return torch.nn.functional.dropout(x, 0.0), torch.ops.tokenseek_test.dropout(x)
+
+    x = torch.randn(2, 3)
+    program = Canonicalize().run(Program(make_fx(forward, pre_dispatch=True)(x), (x,)))
+    assert [node.op for node in program.outputs] == ["placeholder", "call_function"]
+
+
 def test_places_survive_every_pass():
     """Module path and source line are on every call of the analysed graph, and on all but scoring and selection after it."""
     program = captured(Model(), data())
