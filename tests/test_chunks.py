@@ -64,7 +64,7 @@ def test_models_in_chunks_equal_the_reference(small, name, padding):
     assert len(calls(small[-1])) > 2
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "gpt2"])
 def test_inductor_runs_chunks(small, monkeypatch, name):
     """In GPT-2 queries, keys and values are views of one product: Inductor would write over those that are still read."""
     monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 1500)
