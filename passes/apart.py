@@ -13,6 +13,7 @@ from torch import fx
 
 from ..ops.copied import copied
 from .emit import emit
+from .layout import memory_of
 from .rules.op import hint, is_tensor
 
 
@@ -20,13 +21,14 @@ def keep_apart(graph: fx.Graph) -> None:
     """Copy what ``graph`` gives where it is, or may become, a part of a larger value or a view of what else it gives or of what it takes
     (queries, keys and values of one product)."""
     output, constants = graph.output_node(), _constants(graph)
-    taken = {_memory(x) for x in graph.find_nodes(op="placeholder") if is_tensor(x)}
+    taken = {memory_of(x.meta["val"]) for x in graph.find_nodes(op="placeholder") if is_tensor(x)}
     results = list[fx.Node]()
     given: Any = output.args[0]
     with graph.inserting_before(output):
         for node in given:
-            is_own = _memory(node) not in taken and not any(map(_is_part, _may_become(node, constants)))
-            taken.add(_memory(node))
+            memory = memory_of(node.meta["val"])
+            is_own = memory not in taken and not any(map(_is_part, _may_become(node, constants)))
+            taken.add(memory)
             results.append(node if is_own else emit(node, copied, node))
     output.args = (tuple(results),)
 
@@ -55,7 +57,3 @@ def _sizes(node: fx.Node) -> list[int]:
 def _is_part(node: fx.Node) -> bool:
     value = node.meta["val"]
     return node.op == "call_function" and hint(value.untyped_storage().nbytes()) > hint(value.numel()) * value.itemsize
-
-
-def _memory(node: fx.Node) -> int:
-    return node.meta["val"].untyped_storage()._cdata

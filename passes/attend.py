@@ -17,9 +17,10 @@ from torch import Tensor, fx
 from ..ops.attention import selected_attention
 from ..ops.received import received
 from .factors import same_size
+from .layout import copied_in_order, order_in_memory
 from .masks import Mask, read_mask
 from .program import Program
-from .rules.op import bind, hint, is_tensor
+from .rules.op import bind, is_tensor
 from .token_axes import SDPA, TokenAxes
 
 aten = torch.ops.aten
@@ -157,8 +158,5 @@ def _before_groups(node: fx.Node) -> Any:
 
 def laid_out_as(example: Tensor, value: Tensor) -> Tensor:
     """``value`` with its dims in the order in memory of ``example``: views that follow were traced with that."""
-    order, found = (sorted(range(x.ndim), key=lambda dim: -hint(x.stride(dim))) for x in (example, value))
-    if order == found:
-        return value
-    back = [order.index(dim) for dim in range(value.ndim)]
-    return value.permute(order).contiguous().permute(back)
+    order = order_in_memory(example)
+    return value if order == order_in_memory(value) else copied_in_order(value, order)

@@ -7,7 +7,6 @@ partitioned graph is explained by the operation that it comes from, not by its s
 from __future__ import annotations
 
 import copy
-import operator
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from .context import ON_HOST
 from .errors import ConfigError
 from .program import Program, where
 from .remake import PRODUCTS
-from .rules.op import bytes_hint, is_tensor
+from .rules.op import bytes_hint, is_tensor, made_by
 from .saving import Partition, partition_of, partitioning
 from .split import Segment, Segments
 from .tags import REMADE
@@ -185,7 +184,7 @@ def partitioned(module: fx.GraphModule, inputs: Sequence[Any], partition: Partit
 def _base(node: Any) -> Any:
     """What a view is one of."""
     while isinstance(node, fx.Node):
-        made = node.args[0] if node.target is operator.getitem else node
+        made = made_by(node)
         if not isinstance(made.target, torch._ops.OpOverload) or not made.target.is_view:
             break
         node = made.args[0]

@@ -27,10 +27,10 @@ from .emit import emit
 from .errors import InvariantBroken, TokenSeekError
 from .fake import fake_mode_of
 from .geometry import Geometry, example_sizes
-from .parallel import is_parallel, made_by, reads
+from .parallel import is_parallel, reads
 from .part import Part, trace_whole
 from .program import Program
-from .rules.op import bytes_hint, is_tensor
+from .rules.op import bytes_hint, is_tensor, made_by
 from .sizes import Numbers, symbols_of
 from .tail import cut_to
 from .token_axes import TokenAxis

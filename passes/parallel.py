@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from .program import Program
-from .rules.op import is_random, is_tensor, operands_of
+from .rules.op import is_random, is_tensor, made_by, operands_of
 from .rules.rows import LOSSES
 from .token_axes import SDPA, TokenAxes, TokenAxis, inferred
 
@@ -71,11 +71,6 @@ def reads(program: Program, node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
     for i, x in enumerate(operands_of(operation)):
         at = None if dim is None else axes.carried(operation, i, dim)
         yield x, at is not None and at in axes.token_dims(x)
-
-
-def made_by(node: fx.Node) -> fx.Node:
-    """The operation that a value is a result of."""
-    return node.args[0] if node.target is operator.getitem else node  # type: ignore[return-value]
 
 
 def is_parallel(program: Program, node: fx.Node) -> bool:

@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 from .emit import emit
 from .errors import InvariantBroken
 from .fake import fake_mode_of
+from .layout import copied_in_order, order_in_memory
 from .program import Program
 from .rules.op import bytes_hint, hint, is_tensor
 from .sizes import places_of_symbols, settled
@@ -111,16 +112,14 @@ def _laid_out(run: Run, examples: Sequence[Any]) -> Run:
 def _dense_order(x: Tensor) -> list[int] | None:
     """The dims of an example from the outermost in memory; ``None`` where it has gaps."""
     sizes, strides = ([*map(hint, numbers)] for numbers in (x.shape, x.stride()))
-    order = sorted(range(x.ndim), key=lambda dim: -strides[dim])
+    order = order_in_memory(x)
     inside = [prod(sizes[dim] for dim in order[i + 1 :]) for i in range(x.ndim)]
     is_dense = all(strides[dim] == inner for dim, inner in zip(order, inside, strict=True) if sizes[dim] != 1)
     return order if is_dense else None
 
 
 def _in_order(x: Tensor, order: list[int]) -> Tensor:
-    if x.permute(order).is_contiguous():
-        return x
-    return x.permute(order).contiguous().permute([order.index(dim) for dim in range(x.ndim)])
+    return x if x.permute(order).is_contiguous() else copied_in_order(x, order)
 
 
 @dataclass(frozen=True)

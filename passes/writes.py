@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from .errors import GraphNotSupported
+from .layout import memory_of
 from .program import Program
 
 _IN_PLACE = {
@@ -45,7 +46,7 @@ def refuse_hidden_write(node: fx.Node, grad_enabled: bool, live: set[int]) -> No
     """
     target = written_by(node)
     value = None if target is None else target.meta.get("example_value")
-    if isinstance(value, Tensor) and not (grad_enabled and value.requires_grad) and _memory(value) in live:
+    if isinstance(value, Tensor) and not (grad_enabled and value.requires_grad) and memory_of(value) in live:
         raise GraphNotSupported(
             "The forward writes to a value that carries gradient where autograd does not see it (under no_grad, or "
             "through detach() or .data).",
@@ -54,12 +55,12 @@ def refuse_hidden_write(node: fx.Node, grad_enabled: bool, live: set[int]) -> No
         )
     if node.op != "placeholder":  # a parameter that is written to is refused by its update
         values = pytree.tree_leaves(node.meta.get("example_value"))
-        live.update(_memory(x) for x in values if isinstance(x, Tensor) and x.requires_grad)
+        live.update(memory_of(x) for x in values if isinstance(x, Tensor) and x.requires_grad)
 
 
 def refuse_aliases(program: Program, writes: Sequence[int]) -> None:
     """Raise ``GraphNotSupported`` where an input that is written to shares memory with another."""
-    memory = {i: _memory(x) for i, x in enumerate(program.inputs) if isinstance(x, Tensor)}
+    memory = {i: memory_of(x) for i, x in enumerate(program.inputs) if isinstance(x, Tensor)}
     for i in writes:
         if sum(place == memory[i] for place in memory.values()) > 1:
             raise GraphNotSupported(
@@ -67,7 +68,3 @@ def refuse_aliases(program: Program, writes: Sequence[int]) -> None:
                 "Keep one of them, and take the other from it in the forward.",
                 program.placeholders[i],
             )
-
-
-def _memory(x: Tensor) -> int:
-    return x.untyped_storage()._cdata

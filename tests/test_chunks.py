@@ -50,6 +50,11 @@ def calls(module) -> list[str]:
     return [node.args[1] for node in module.graph.nodes if "invoke_subgraph" in str(node.target)]
 
 
+def values(module) -> list[torch.Tensor]:
+    """Examples of the tensors in a graph."""
+    return [node.meta["val"] for node in module.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
+
+
 @settings(max_examples=6, **RELAXED)
 @given(configurations(), batches(), RATIOS, st.sampled_from(["random", "loss", "tokenseek"]))
 def test_chunks_equal_the_reference(small, configuration, batch, ratio, scorer):
@@ -147,17 +152,16 @@ def test_layers_that_are_alike_share_a_subgraph(small):
 def test_nothing_of_all_tokens_lies_between_attentions_but_what_comes_out(small, name):
     """Whether projections are fused and cut (by ``chunk``, ``split``, ``unbind`` or slices), and with dropout of nothing."""
     model, batch = built(name, "sdpa", 13, torch.float64)
-    compiled(model, batch, inner="eager", logits="keep" if name == "vit" else "drop")
-    tokens = {17, 7 * 17} if name == "vit" else {13, 7 * 13}
-    values = [node.meta["val"] for node in small[-1].graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
-    assert not any({INNER, 2 * INNER} & {*value.shape} and tokens & {*value.shape} for value in values)
+    length, logits = (17, "keep") if name == "vit" else (13, "drop")
+    assert_matches(model, batch, 1e-6, length, inner="eager", scorer="random", logits=logits)
+    tokens = {length, 7 * length}
+    assert not any({INNER, 2 * INNER} & {*value.shape} and tokens & {*value.shape} for value in values(small[-1]))
 
 
 def test_experts_of_all_tokens_are_not_in_memory_at_once(small):
     model, batch = experts_model(experts)
     assert_matches(model, batch, 1e-9, length=13, inner="eager", scorer="random", logits="drop")
-    values = [node.meta["val"] for node in small[-1].graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
-    assert not any(3 * 13 * 2 in x.shape and x.is_floating_point() for x in values)
+    assert not any(3 * 13 * 2 in x.shape and x.is_floating_point() for x in values(small[-1]))
 
 
 def test_a_view_of_what_is_made_of_joined_chunks_may_be_a_copy(small, monkeypatch):

@@ -7,6 +7,7 @@ An axes rule says how the axes of the operands become the axes of the result: la
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,11 @@ def bind(node: fx.Node) -> dict[str, Any]:
     bound = {arg.name: arg.default_value for arg in schema}
     bound.update(zip((arg.name for arg in schema), node.args, strict=False))
     return {**bound, **node.kwargs}
+
+
+def made_by(node: fx.Node) -> fx.Node:
+    """The operation that a value is a result of."""
+    return node.args[0] if node.target is operator.getitem else node  # type: ignore[return-value]
 
 
 def is_random(node: fx.Node) -> bool:
