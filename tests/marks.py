@@ -1,9 +1,10 @@
-"""Where tests of Triton kernels can run, and which PyTorch they meet."""
+"""Which tests are slow, where those of Triton kernels can run, and which PyTorch they meet."""
 
 from __future__ import annotations
 
 from importlib.metadata import version
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -32,3 +33,8 @@ needs_float64_attention = pytest.mark.skipif(
     _lse_of_float64() is not torch.float64,
     reason="PyTorch 2.11 says float32 of the log-sum-exp of attention in float64 on CPUs: Inductor's buffers are of that type",
 )
+
+
+def slow(*values: Any) -> Any:
+    """A set of parameters whose test is slow."""
+    return pytest.param(*values, marks=pytest.mark.slow)

@@ -11,6 +11,7 @@ from architectures import build as built
 from compare import assert_matches, by_reference, compiled, error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from marks import slow
 from test_lengths import assert_exact
 from test_random import RATIOS, Transformer, batches, configurations
 from test_routes import experts
@@ -69,7 +70,7 @@ def test_models_in_chunks_equal_the_reference(small, name, padding):
     assert len(calls(small[-1])) > 2
 
 
-@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "gpt2"])
+@pytest.mark.parametrize("name", [slow("llama"), "gpt2"])
 def test_inductor_runs_chunks(small, monkeypatch, name):
     """In GPT-2 queries, keys and values are views of one product: Inductor would write over those that are still read."""
     monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 1500)
@@ -201,8 +202,8 @@ def test_an_attention_that_gives_no_more_than_a_chunk_has_all_queries_at_once(sm
     ("name", "inner", "tol"),
     [
         ("llama", "aot_eager", 1e-6),
-        ("gpt2", "aot_eager", 1e-6),
-        pytest.param("llama", "inductor", 1e-6, marks=pytest.mark.slow),
+        slow("gpt2", "aot_eager", 1e-6),
+        slow("llama", "inductor", 1e-6),
     ],
 )
 def test_lengths_that_change_are_cut(small, name, inner, tol):

@@ -13,6 +13,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from marks import slow
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
@@ -185,6 +186,7 @@ def test_a_run_ends_with_figures_a_model_and_a_report(ran, work):
     assert AutoTokenizer.from_pretrained(figures["model"]).eos_token == pairs.END
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not forget_peak(torch.device("cpu")), reason="this system can't reset the peak of a process")
 def test_the_run_on_all_tokens_is_measured_without_the_first(work, monkeypatch):
     """Neither what the first run took for a moment nor its model and optimizer count."""
@@ -287,7 +289,7 @@ def adapters(weighted: Path, work: Path, out: Path, *more: object):
     return tokenseek("finetune", weighted, work / "pairs.jsonl", *settings, "--out", out, *more)
 
 
-@pytest.mark.parametrize(("kind", "held_out"), [("--lora", 2), ("--qlora", 2), ("--qlora", 0)])
+@pytest.mark.parametrize(("kind", "held_out"), [("--lora", 2), ("--qlora", 2), slow("--qlora", 0)])
 def test_adapters_are_trained_to_a_table_and_a_report(kind, held_out, weighted, work, tmp_path):
     result = adapters(weighted, work, tmp_path, kind, "--held-out", held_out)
     assert result.exit_code == 0, result.stderr

@@ -33,6 +33,7 @@ import pytest
 import torch
 import typer
 from golden_model import graphs
+from marks import slow
 from peft.tuners.lora import dora
 from typer.testing import CliRunner
 
@@ -134,7 +135,9 @@ def _fresh():
         yield
 
 
-@pytest.mark.parametrize("page", SUBJECTS, ids=name)
+@pytest.mark.parametrize(
+    "page", [slow(page) if name(page) == "docs/memory.md" else page for page in SUBJECTS], ids=name
+)
 def test_code_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace, printed = {"__name__": "__main__"}, ""

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from architectures import build
 from compare import compiled, loss_of
+from marks import slow
 from test_backend import Model, compile_eager, data
 from torch import Tensor
 
@@ -40,7 +41,7 @@ def under_no_grad(model: Model, x: Tensor, labels: Tensor) -> Tensor:
     return F.relu(x.abs() - largest).square().sum()
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", slow("inductor")])
 @pytest.mark.parametrize("loss", [by_mask, by_experts, straight_through, under_no_grad])
 def test_values_without_gradient_belong_to_the_draw_of_their_stream(loss, inner):
     for recompute in ("none", "rows") if inner != "eager" else (None,):

@@ -119,6 +119,7 @@ def test_no_kernel_is_compiled_and_no_cache_is_filled(monkeypatch):
     assert known == PyCodeCache.modules
 
 
+@pytest.mark.slow
 def test_one_model_after_another_of_its_class_with_other_numbers():
     """Dynamo holds what was different, here the scale of the scores, for dynamic."""
     torch._dynamo.reset()
@@ -151,6 +152,7 @@ def test_on_a_gpu_the_head_of_all_tokens_holds_no_logits():
     assert gpu.saved == cpu.saved and gpu.forward < cpu.forward
 
 
+@pytest.mark.slow
 def test_on_a_gpu_chunks_are_those_of_a_gpu(monkeypatch):
     options = {**DROP, "scorer": "random", "recompute": "rows"}
 

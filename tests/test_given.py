@@ -9,6 +9,7 @@ import pytest
 import torch
 import zoo
 from compare import by_reference, error, grads_of, loss_of
+from marks import slow
 from test_backend import Model, NoAttention, Split, compile_eager, data
 from torch import Tensor, nn
 
@@ -134,7 +135,7 @@ def test_evaluation_is_untouched():
         assert compile_eager(model)(**data()) == model(**data())
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", ["aot_eager", slow("inductor")])
 def test_real_models(inner):
     model = zoo.build("llama")
     batch, indices = zoo.batch(model, 3, 13, padding="right"), rows(5, 3, 13)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import zoo
 from compare import by_reference, error, grads_of, loss_of
+from marks import slow
 from test_backend import D, Model, V
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -102,8 +103,8 @@ def test_one_row_is_a_graph_of_its_own():
     ("name", "inner", "dynamic"),
     [
         ("llama", "aot_eager", None),
-        ("gpt2", "aot_eager", True),
-        pytest.param("llama", "inductor", None, marks=pytest.mark.slow),  # ids, mask and labels: a symbol each
+        slow("gpt2", "aot_eager", True),
+        slow("llama", "inductor", None),  # ids, mask and labels: a symbol each
     ],
 )
 def test_real_models_at_sizes_that_change(name, inner, dynamic):

@@ -14,7 +14,7 @@ import transformers
 from compare import assert_matches, error, grads_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from marks import needs_float64_attention
+from marks import needs_float64_attention, slow
 from test_backend import Model, compile_eager, data
 from test_pipeline import captured
 from test_random import RATIOS, Transformer, batches, configurations
@@ -96,7 +96,7 @@ def halfway(model: nn.Module, batch: dict[str, Tensor], **options) -> int:
     return sum(saved) // 2
 
 
-@pytest.mark.parametrize("scorer", ["random", "tokenseek"])
+@pytest.mark.parametrize("scorer", [slow("random"), "tokenseek"])
 def test_some_blocks_computed_again_equal_the_reference(scorer):
     options = {"keep_ratio": 0.4, "scorer": scorer, "select": "topk", "logits": "drop"}
     model, ids = llama(2).double(), torch.randint(WORDS, (B, 40))
@@ -112,7 +112,7 @@ def test_inductor_computes_rows_again_that_equal_the_reference(configuration, ba
     assert_matches(Transformer(configuration), batch, 1e-6, keep_ratio=ratio, recompute="rows", inner="inductor")
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("inner", ["aot_eager", slow("inductor")])
 @pytest.mark.parametrize("recompute", ["none", "rows", "halfway"])
 def test_backward_sees_what_the_forward_drew(inner, recompute):
     """The slope of the loss by the last block's layers, for which keys and values are given, at one seed."""
@@ -184,7 +184,7 @@ def test_no_block_holds_what_keys_alone_give_to_the_scores_of_all_tokens():
     assert square[0] and not square[1]
 
 
-@pytest.mark.parametrize("blocks", [0, 1, 2, 3])
+@pytest.mark.parametrize("blocks", [slow(0), 1, slow(2), slow(3)])
 def test_by_default_the_last_blocks_are_kept_that_fit_into_what_the_forward_of_all_tokens_holds(blocks):
     none, rows = (explained(llama(2), recompute=way) for way in ("none", "rows"))
     # of a row: query, attention and its log-sum-exps, three projections of the width, gate and up; key and value
@@ -199,7 +199,7 @@ def test_by_default_the_last_blocks_are_kept_that_fit_into_what_the_forward_of_a
     assert none.forwards <= report.forwards <= rows.forwards and report.rewritten.bytes <= 1.15 * report.floor
 
 
-@pytest.mark.parametrize("blocks", [0, 1, 2, 3])
+@pytest.mark.parametrize("blocks", [slow(0), 1, slow(2), slow(3)])
 def test_of_a_number_of_bytes_as_few_blocks_are_computed_again_as_it_takes(blocks):
     none, rows = (explained(llama(2), recompute=way).rewritten.bytes for way in ("none", "rows"))
     budget = int(none - (blocks - 0.5) * (none - rows) / 3) if blocks else none
@@ -259,7 +259,7 @@ def test_values_that_are_all_0_are_0_in_8_bits():
     assert not backward(*saved, out)[0].any()
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("inner", ["aot_eager", slow("inductor")])
 def test_the_loss_is_exact_and_the_gradient_that_of_blocks_computed_again_from_rounded_keys_and_values(inner):
     """Compared with the exact step, whose saved keys and values autograd rounds when it takes them."""
     torch._dynamo.reset()

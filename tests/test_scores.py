@@ -259,6 +259,7 @@ def test_chunks_are_positive_and_add_up():
             assert sum(sizes) == length and min(sizes) > 0 and len(sizes) <= count
 
 
+@pytest.mark.slow
 def test_lengths_that_change_under_chunks(monkeypatch):
     def four(self: tail.Tail, budget: int) -> list[Any]:
         _, length = example_sizes(self.program, self.program.axes.main)

@@ -15,7 +15,7 @@ import transformers
 import zoo
 from accelerate.utils import convert_outputs_to_fp32
 from compare import TOPK, assert_matches, by_reference, compiled, error, grads_of
-from marks import PYTORCH
+from marks import PYTORCH, slow
 from peft.tuners.lora import dora
 from peft.tuners.lycoris_utils import LycorisLayer
 from torch import Tensor, nn
@@ -374,7 +374,7 @@ def test_steps_with_clipped_gradients_train_as_the_reference_does():
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("build", [llama, lora])
+@pytest.mark.parametrize("build", [slow(llama), lora])
 def test_gradient_checkpointing_changes_nothing(build, reentrant):
     """It is inlined: same gradients, same saved bytes."""
     model = build()

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from largest import Largest
+from marks import slow
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.utils import run_and_get_code
@@ -98,7 +99,7 @@ def test_random_rows_run_no_head_in_full(graphs):
     assert not of_size(graphs, VOCAB, BATCH * 53)
 
 
-@pytest.mark.parametrize(("shape", "dtype"), [((TOKENS, TOKENS), "float32"), ((52, TOKENS), "bool")])
+@pytest.mark.parametrize(("shape", "dtype"), [slow((TOKENS, TOKENS), "float32"), ((52, TOKENS), "bool")])
 def test_attentions_share_one_mask(shape, dtype):
     """What a mask that says more than positions adds to the scores of all tokens, and its rows: Inductor writes each once."""
     mask = torch.rand(BATCH, 1, TOKENS, TOKENS, generator=torch.Generator().manual_seed(0)) < 0.9
