@@ -27,6 +27,7 @@ from .geometry import Geometry, example_sizes
 from .head import Head, find_head
 from .part import Part, trace_whole
 from .program import Program
+from .routes import Route
 from .rules.op import bind, bind_values, bytes_hint, hint, is_tensor, operands_of
 from .rules.rows import LABEL_LOSSES, MEAN, SUM, divisor, token_losses
 from .streams import Streams, class_factors, label_losses
@@ -180,17 +181,26 @@ def _has_token_losses(program: Program, node: fx.Node) -> bool:
     )
 
 
-def _token_parallel(program: Program, nodes: list[fx.Node], loss: fx.Node) -> list[fx.Node]:
-    """The operations that lead to the loss alone and work on every token alone, in order."""
-    found, inside = {loss}, set(nodes)
+def _token_parallel(
+    program: Program, nodes: list[fx.Node], loss: fx.Node, without: frozenset[Route] = frozenset()
+) -> list[fx.Node]:
+    """The operations that lead to the loss alone and work on every token alone, in order. A route is there as a whole, with what it sorts
+    by, or not at all: those of ``without`` are not."""
+    found, inside = {loss}, {*nodes}
+    routes = {node: route for route in program.axes.routes if route.exits & inside for node in route.nodes}
     for node in reversed(nodes):
-        users = [user for user in node.users if user in inside]
-        if node is not loss and all(user in found for user in users) and _is_token_parallel(program, node, inside):
+        users, route = [user for user in node.users if user in inside], routes.get(node)
+        if node is loss or not all(user in found for user in users):
+            continue
+        if _is_token_parallel(program, node, inside) if route is None else route not in without:
             found.add(node)
     for node in nodes:  # a part of a tuple stays with the tuple
         if node.target is operator.getitem and node.args[0] not in found:
             found.discard(node)
-    return [node for node in nodes if node in found and node is not loss]
+    if broken := {route for node, route in routes.items() if node in inside and node not in found} - without:
+        return _token_parallel(program, nodes, loss, without | broken)
+    found |= {node for node, route in routes.items() if route not in without}
+    return [node for node in program.graph.nodes if node in found and node is not loss]
 
 
 def _is_token_parallel(program: Program, node: fx.Node, inside: set[fx.Node]) -> bool:

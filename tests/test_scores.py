@@ -6,6 +6,7 @@ import copy
 import warnings
 from typing import Any
 
+import architectures
 import pytest
 import scores
 import torch
@@ -360,6 +361,14 @@ def test_scores_of_transformers(name, padding, gradient_of):
     model = granite() if name == "granite" else zoo.build(name)
     batch = zoo.batch(model, B, T, padding)
     assert_scores(model, batch, 1e-5, "model.layers", "lm_head", gradient_of=gradient_of, logits="drop")
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 3000])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_scores_of_experts(name, chunk_bytes):
+    """The last block sorts rows by expert. float32 (transformers' own experts are not in float64): 1e-4."""
+    model, batch = architectures.build(name, "eager", 23, torch.float32)
+    assert_scores(model, batch, 1e-4, "model.layers", "lm_head", length=23, chunk_bytes=chunk_bytes)
 
 
 # ---- gradients and reported losses
