@@ -1,8 +1,9 @@
 """Attending: which attentions can look at keys and values as they are, by position.
 
 Such an attention becomes ``ops.attention.selected_attention``: keys and values are not repeated for groups of heads, the rows
-are not put into them, and no mask has a dim for the queries. Asked for is what nearly all models have: [B, H, T, E], tokens
-as a dim of their own, no dropout of the shares, and a mask that compares positions (``masks``).
+are not put into them, and neither masks nor scores have a dim for the queries. Asked for is what nearly all models have:
+``scaled_dot_product_attention``, or products and a softmax in its place (``open_attention``), of [B, H, T, E], tokens as a dim of their
+own, without dropout of the shares, and with a mask that compares positions (``masks``).
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from ..ops.received import received
 from .factors import same_size
 from .layout import copied_in_order, order_in_memory
 from .masks import Mask, read_mask
+from .open_attention import read_scores
 from .program import Program
 from .rules.op import bind, is_tensor
-from .token_axes import SDPA, TokenAxes
+from .token_axes import SDPA, Attention, TokenAxes
 
 aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
@@ -38,6 +40,8 @@ class Attending:
     mask: Mask
     scale: float | None
     dtype: torch.dtype  # of the products: under autocast not that of the operands
+    softcap: float = 0.0
+    sinks: fx.Node | None = None
 
     @property
     def by_position(self) -> bool:
@@ -48,13 +52,23 @@ class Attending:
     def context(self) -> tuple[fx.Node, ...]:
         """What the queries look at as a whole."""
         parts = [node for node, _ in (*self.mask.keys, *self.mask.segments)]
-        return (self.key, self.value, *parts, *(() if self.mask.added is None else (self.mask.added,)))
+        return (self.key, self.value, *parts, *(x for x in (self.mask.added, self.sinks) if x is not None))
 
     def __call__(
         self, values: Mapping[fx.Node, Any], query: Tensor, positions: Tensor, live: tuple[Tensor, ...] | None = None
     ) -> Tensor:
         """The attention of ``query`` [B, H, k, E] at ``positions`` [B, k] to the keys of ``values``; ``live``: selected rows of
         key and value and their places, which get the gradient."""
+        out, _ = self._attend(values, query, positions, live)
+        if not self.mask.uniform or self.sinks is not None:  # where sinks are, they get it all
+            return out
+        nothing = self.mask.sees_nothing(values, positions)[:, None, :, None]
+        return torch.where(nothing, _mean_of(values[self.value], live, out), out)
+
+    def _attend(
+        self, values: Mapping[fx.Node, Any], query: Tensor, positions: Tensor, live: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, Tensor]:
+        """What the rows that see a key get, and the log-sum-exp of their scores."""
         row_key, row_value, columns = live or (None, None, None)
         operands = (query, row_key, row_value, values[self.key], values[self.value])
         return selected_attention(
@@ -66,6 +80,9 @@ class Attending:
             causal=self.mask.causal,
             window=self.mask.window,
             scale=self.scale,
+            softcap=self.softcap,
+            sinks=None if self.sinks is None else values[self.sinks].flatten(),
+            return_lse=True,
         )
 
     def _cast(self, x: Tensor | None) -> Tensor | None:
@@ -80,7 +97,10 @@ class Attending:
     def received(self, values: Mapping[fx.Node, Any]) -> Tensor:
         """The attention that every key gets from all queries, [B, H, S]."""
         query, mask = values[self.query], self.mask
-        segments = mask.segments_of(values)
+        segments, lse = mask.segments_of(values), None
+        if self.sinks is not None:
+            positions = torch.arange(query.shape[2], device=query.device).expand(query.shape[0], -1)
+            _, lse = self._attend(values, query, positions, None)
         return received(
             self._cast(query),
             self._cast(values[self.key]),
@@ -89,44 +109,65 @@ class Attending:
             self.scale,
             mask.window or None,
             None if segments is None else segments.expand(query.shape[0], -1),
+            self.softcap,
+            lse,
         )
 
 
 @dataclass(frozen=True)
 class FindAttending:
-    """Read every ``scaled_dot_product_attention``. Reads ``axes``, ``activity``; writes ``attending``: those that qualify."""
+    """Read every attention. Reads ``axes``, ``activity``; writes ``attending``: those that qualify, by their results."""
 
     name: str = "attending"
 
     def run(self, program: Program) -> Program:
         masks: dict[fx.Node | None, Mask | None] = {}
-        found: dict[fx.Node, Attending] = {}
+        found: dict[fx.Node, Attending | None] = {}
         for node in program.graph.find_nodes(op="call_function", target=SDPA):
             mask = bind(node)["attn_mask"]
             if mask not in masks:
                 masks[mask] = read_mask(mask)
-            attending = _read(program, node, masks[mask])
-            if attending is not None:
-                found[node] = attending
-        return replace(program, attending=found)
+            found[node] = _read(program, node, masks[mask])
+        for attention in program.axes.attentions:
+            if attention.node.target is not SDPA:
+                found[attention.out] = _read_open(program, attention)
+        order = {node: i for i, node in enumerate(program.graph.nodes)}
+        return replace(program, attending={node: found[node] for node in sorted(found, key=order.get) if found[node]})
 
     def check(self, program: Program) -> None:
         """Nothing to verify: an attention that does not qualify is executed as it is."""
 
 
 def _read(program: Program, node: fx.Node, mask: Mask | None) -> Attending | None:
-    given, axes = bind(node), program.axes
-    query, key, value = given["query"], given["key"], given["value"]
-    trained = given["attn_mask"] in program.activity.live
-    if mask is None or trained or given["dropout_p"] or not all(_is_by_token(axes, x) for x in (query, key, value)):
+    given = bind(node)
+    if mask is None or given["dropout_p"]:
         return None
     if given["is_causal"]:
         mask = replace(mask, causal=True)
-    key, value = (x if given["enable_gqa"] else _before_groups(x) for x in (key, value))
+    attending = Attending(given["query"], given["key"], given["value"], mask, given["scale"], node.meta["val"].dtype)
+    return _qualified(program, attending, is_repeated=not given["enable_gqa"])
+
+
+def _read_open(program: Program, attention: Attention) -> Attending | None:
+    """One that the model writes out."""
+    found, out = read_scores(attention), attention.out
+    if found is None:
+        return None
+    form = (found.mask, found.scale, out.meta["val"].dtype, found.softcap, found.sinks)
+    return _qualified(program, Attending(found.query, found.key, out.args[1], *form), is_repeated=True)
+
+
+def _qualified(program: Program, attending: Attending, is_repeated: bool) -> Attending | None:
+    """``attending`` with key and value as they are before heads are repeated, where tokens are a dim of their own and the mask is not
+    trained."""
+    axes, (query, key, value) = program.axes, (attending.query, attending.key, attending.value)
+    if attending.mask.added in program.activity.live or not all(_is_by_token(axes, x) for x in (query, key, value)):
+        return None
+    key, value = map(_before_groups, (key, value)) if is_repeated else (key, value)
     heads, groups = query.meta["val"].shape[1], key.meta["val"].shape[1]
     if not same_size(groups, value.meta["val"].shape[1]) or not isinstance(heads, int) or heads % groups:
         return None
-    return Attending(query, key, value, mask, given["scale"], node.meta["val"].dtype)
+    return replace(attending, key=key, value=value)
 
 
 def _is_by_token(axes: TokenAxes, node: fx.Node) -> bool:
@@ -154,6 +195,16 @@ def _before_groups(node: fx.Node) -> Any:
     shape, heads = spread.meta["val"].shape, node.meta["val"].shape
     whole = (shape[0], shape[1] * shape[2], *shape[3:])
     return group.args[0] if all(map(same_size, whole, heads)) else node
+
+
+def _mean_of(value: Tensor, live: tuple[Tensor, ...] | None, out: Tensor) -> Tensor:
+    """The mean of ``value`` [B, Hkv, S, E] over the keys, for the heads of ``out`` [B, H, k, E]; ``live`` rows get the gradient."""
+    dtype = torch.promote_types(out.dtype, torch.float32)
+    total = value.detach().sum(2, keepdim=True, dtype=dtype)
+    if live is not None:
+        rows = live[1].to(dtype)
+        total = total + (rows - rows.detach()).sum(2, keepdim=True)
+    return (total / value.shape[2]).repeat_interleave(out.shape[1] // value.shape[1], 1).to(out.dtype)
 
 
 def laid_out_as(example: Tensor, value: Tensor) -> Tensor:

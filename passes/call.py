@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -111,7 +112,15 @@ class Call:
             return None
         return found
 
-    def live_keys(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    def attend(self) -> torch.Tensor:
+        """The rows of this attention by position."""
+        found, streams = self.attending, self.streams
+        assert found is not None
+        sinks = {} if found.sinks is None else {found.sinks: streams.full(found.sinks)}
+        values = ChainMap(sinks, streams.looked_at)
+        return found(values, streams.rows(found.query, 2), self.geometry.indices, self._live_keys())
+
+    def _live_keys(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """The selected rows of keys and values, and their places [B, m] (``None``: none of them is trained)."""
         found, streams = self.streams.program.attending[self.node], self.streams
         if streams.live.isdisjoint((found.key, found.value)):

@@ -31,22 +31,45 @@ _INSTANCE, _HEAD, _QUERY, _KEY = sympy.symbols("b h q k", integer=True, nonnegat
 class Mask:
     """What a query at position q may see: the key at position k where k <= q (``causal``), q - k < ``window`` (0: any), all of
     ``keys`` are True and all of ``segments`` are equal at q and k. Those are nodes with the positions that they are read at.
-    ``added``: a mask that is alike for all queries, as it is ([..., 1, S] of a node)."""
+    ``added``: a mask that is alike for all queries, as it is ([..., 1, S] of a node). ``uniform``: keys are hidden by the least finite number,
+    so that a query that sees none looks at all alike."""
 
     causal: bool = False
     window: int = 0
     keys: tuple[tuple[fx.Node, Index], ...] = ()
     segments: tuple[tuple[fx.Node, Index], ...] = ()
     added: fx.Node | None = None
+    uniform: bool = False
 
     def visible(self, values: Mapping[fx.Node, Any]) -> Tensor | None:
         """The mask of the keys, [B or 1, 1 or H, 1, S]: bool, or what is added to scores (``None``: all are visible)."""
-        if self.added is not None:
-            return values[self.added][..., :1, :]
+        shown = self._shown(values)
+        if self.added is None:
+            return None if shown is None else shown[:, None, None]
+        added = values[self.added][..., :1, :]
+        added = added[(None,) * (4 - added.ndim)]
+        if shown is None:
+            return added
+        shown, hidden = shown[:, None, None], False if added.dtype is torch.bool else -torch.inf
+        return torch.where(shown, added, hidden)
+
+    def sees_nothing(self, values: Mapping[fx.Node, Any], positions: Tensor) -> Tensor:
+        """True for queries at ``positions`` [B, k] that see none of ``keys``, [B or 1, k or 1]; there is no segment."""
+        shown = self._shown(values)
+        assert shown is not None and not self.segments
+        before = shown.cumsum(-1).expand(len(positions), -1)  # with the key itself
+        seen = before.gather(1, positions) if self.causal else before[:, -1:]
+        if self.window:
+            first = positions - self.window
+            seen = seen - before.gather(1, first.clamp(min=0)).where(first >= 0, 0)
+        return seen == 0
+
+    def _shown(self, values: Mapping[fx.Node, Any]) -> Tensor | None:
+        """True for the visible ones of the keys, [B or 1, S]."""
         found = None
         for node, index in self.keys:
-            visible = _by_key(values[node], index)[:, None, None, :]
-            found = visible if found is None else found & visible
+            shown = _by_key(values[node], index)
+            found = shown if found is None else found & shown
         return found
 
     def segments_of(self, values: Mapping[fx.Node, Any]) -> Tensor | None:
@@ -66,16 +89,77 @@ def read_mask(mask: fx.Node | None) -> Mask | None:
     """What a mask of attention, broadcast to [B, H, T, S], says; ``None``: more than can be said here."""
     if mask is None:
         return Mask()
-    rank = mask.meta["val"].ndim
+    if mask.meta["val"].ndim > 4:
+        return None
     reader = _Reader()
-    index = _broadcast(mask, (_INSTANCE, _HEAD, _QUERY, _KEY)[-rank:])
-    meaning = reader.at(mask, index) if rank <= 4 else None
-    if meaning is None:
-        return None
-    if not meaning.has(_QUERY) and (mask.meta["val"].dtype is not torch.bool or meaning.has(_HEAD)):
+    meaning = reader.at(mask, _index_of(mask))
+    is_bool = mask.meta["val"].dtype is torch.bool
+    if not meaning.has(_QUERY) and (not is_bool or meaning.has(_HEAD)):
         return Mask(added=mask)
-    if mask.meta["val"].dtype is not torch.bool:
+    if is_bool:
+        return _taken_apart(meaning, reader)
+    shown, hidden = _choice(mask)
+    if shown is None:
         return None
+    return _hiding(_taken_apart(reader.at(shown, _index_of(shown)), reader), hidden, mask.meta["val"].dtype)
+
+
+def read_hidden(hidden: fx.Node, value: float, dtype: torch.dtype) -> Mask | None:
+    """The mask of scores of a ``dtype`` that are ``value`` where ``hidden``, a bool node, is True."""
+    reader = _Reader()
+    meaning = sympy.to_nnf(sympy.Not(reader.at(hidden, _index_of(hidden))), simplify=False)
+    return _hiding(_taken_apart(meaning, reader), value, dtype)
+
+
+def both(one: Mask, other: Mask) -> Mask | None:
+    """What is seen by both masks."""
+    if (one.added and other.added) or (one.segments and other.segments):
+        return None
+    return Mask(
+        one.causal or other.causal,
+        min(one.window, other.window) or max(one.window, other.window),
+        (*one.keys, *other.keys),
+        one.segments or other.segments,
+        one.added or other.added,
+        one.uniform or other.uniform,
+    )
+
+
+def _hiding(mask: Mask | None, value: float | None, dtype: torch.dtype) -> Mask | None:
+    """``mask``, where keys are hidden by ``value`` added to scores of a ``dtype``, or in place of them."""
+    if mask is None or not mask.keys:  # every query sees itself
+        is_hidden = value is not None and value <= max(torch.finfo(dtype).min, -1e9)
+        return mask if is_hidden else None
+    says_all = value == torch.finfo(dtype).min and dtype is not torch.float16 and not mask.segments
+    return replace(mask, uniform=True) if says_all else None
+
+
+def _choice(mask: fx.Node) -> tuple[fx.Node | None, float | None]:
+    """The condition of a mask that is 0 where it is True, and the number that it is elsewhere."""
+    if mask.target not in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar):
+        return None, None
+    operands: Any = mask.args
+    shown, seen, hidden = operands[0], *map(_number, operands[1:])
+    return (shown, hidden) if seen == 0 else (None, None)
+
+
+def _number(value: Any) -> float | None:
+    """The number that a tensor is filled with."""
+    if isinstance(value, (int, float)):
+        return value
+    if value.target in (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default):
+        return 0.0
+    filled = value.target in (aten.full.default, aten.scalar_tensor.default, aten.full_like.default)
+    number = value.args[0 if value.target is aten.scalar_tensor.default else 1] if filled else None
+    return number if isinstance(number, (int, float)) else None
+
+
+def _index_of(mask: fx.Node) -> Index:
+    return _broadcast(mask, (_INSTANCE, _HEAD, _QUERY, _KEY)[-mask.meta["val"].ndim :])
+
+
+def _taken_apart(meaning: Meaning, reader: _Reader) -> Mask | None:
+    """What a condition on one query and one key says."""
     found: Mask | None = Mask()
     for part in sorted(sympy.And.make_args(meaning), key=lambda part: not isinstance(part, sympy.Eq)):
         found = found and _with_part(found, part, reader)
@@ -263,9 +347,14 @@ def _ones(reader: _Reader, node: fx.Node, index: Index) -> Meaning:
     aten.alias.default,
 )
 def _same(reader: _Reader, node: fx.Node, index: Index) -> Meaning:
-    before, after = node.args[0].meta["val"].dtype, node.meta["val"].dtype
+    """A copy; as a bool, what is 0 where a condition holds and another number elsewhere."""
+    source, after = node.args[0], node.meta["val"].dtype
+    before = source.meta["val"].dtype
+    if after is torch.bool and before.is_floating_point:
+        shown, hidden = _choice(source)
+        return sympy.Not(reader.operand(shown, index)) if shown is not None and hidden else None
     is_same = before is after or (not before.is_floating_point and torch.bool not in (before, after))
-    return reader.at(node.args[0], index) if is_same else None
+    return reader.at(source, index) if is_same else None
 
 
 @_rule(aten.diff.default)

@@ -79,8 +79,8 @@ def is_parallel(program: Program, node: fx.Node) -> bool:
     target = operation.target
     if not isinstance(target, torch._ops.OpOverload) or not is_tensor(node) or not axes.has_rows(node):
         return False
-    if target is SDPA:
-        return node in program.attending
-    if is_random(operation) or target in LOSSES:
+    if node in program.attending:
+        return True
+    if target is SDPA or is_random(operation) or target in LOSSES:
         return False
     return all(carried or not axes.token_dims(x) for x, carried in reads(program, node))

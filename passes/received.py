@@ -26,12 +26,12 @@ def received_in(
 ) -> Tensor:
     """I1 of one attention, [B, T], from the seek stream's values; by position where it is ``attending``."""
     node, axes = attention.node, geometry.axes
+    if attending is not None and (attending.mask.causal or not attending.mask.window):
+        labels = (*axes.of(attending.query)[:-2], axes.of(attending.key)[-2])
+        return geometry.by_token(attending.received(values), labels, len(labels) - 1)
     if node.target is SDPA:
-        if attending is not None and (attending.mask.causal or not attending.mask.window):
-            total = attending.received(values)
-        else:
-            given = bind_values(node, values)
-            total = received(given["query"], given["key"], given["attn_mask"], given["is_causal"], given["scale"])
+        given = bind_values(node, values)
+        total = received(given["query"], given["key"], given["attn_mask"], given["is_causal"], given["scale"])
         labels = (*axes.of(node.args[0])[:-2], axes.of(node.args[1])[-2])
         return geometry.by_token(total, labels, len(labels) - 1)
     shares = values[attention.shares].masked_fill(sees_nothing(values[node.args[0]]), 0.0)

@@ -130,7 +130,9 @@ def _is_repeatable(program: Program, node: fx.Node) -> bool:
     target = node.target
     if target is operator.getitem:
         return True
-    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable or target is SDPA or is_random(node):
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable or is_random(node):
+        return False
+    if target is SDPA or node in program.attending:
         return False
     tokens = is_tensor(node) and program.axes.token_dims(node)
     return target.is_view or (is_parallel(program, node) if tokens else is_tensor(node))

@@ -227,7 +227,7 @@ class Seek(Retrace):
         attention = None
         if "attention" in needs:
             looking = signals.attentions(self.program, geometry.axis)
-            attention = sum(received_in(a, attending.get(a.node), self.values, geometry) for a in looking)
+            attention = sum(received_in(a, attending.get(a.out), self.values, geometry) for a in looking)
         first = next((a for a in axes.attentions if axes.keys_of(a) == geometry.axis), None)
         return ScoreInputs(
             geometry.batch,
@@ -235,7 +235,7 @@ class Seek(Retrace):
             geometry.indices.device,
             attention=attention,
             labelled=self._labelled(geometry),
-            attended=None if first is None else attended_in(first, attending.get(first.node), self.values, geometry),
+            attended=None if first is None else attended_in(first, attending.get(first.out), self.values, geometry),
             pinned=self._pinned(signals.pinned, geometry),
         )
 

@@ -41,13 +41,14 @@ Place = tuple[int | None, int]
 @dataclass(frozen=True)
 class Attention:
     """One attention: ``node`` is the SDPA call or the softmax of an eager one; the dims are those of its ``shares``, what
-    is multiplied by the values (the softmax, without the columns of attention sinks)."""
+    is multiplied by the values (the softmax, without the columns of attention sinks); ``out`` is that product."""
 
     node: fx.Node
     leading: Axes
     query: Dim
     key: Dim
     shares: fx.Node
+    out: fx.Node
 
 
 @dataclass(frozen=True)
@@ -223,24 +224,25 @@ def _attentions(graph: fx.Graph, found: TokenAxes) -> Iterator[Attention]:
     for node in graph.nodes:
         if node.target is SDPA:
             query, key = found.axes[node.args[0]][0], found.axes[node.args[1]][0]
-            yield Attention(node, query[:-2], query[-2], key[-2], node)
-        elif node.target in _SOFTMAX and (shares := _shares(node, found)) is not None:
+            yield Attention(node, query[:-2], query[-2], key[-2], node, node)
+        elif node.target in _SOFTMAX and (reached := _contracted_with_values(node, found)) is not None:
+            shares, out = reached
             dims = found.axes[shares][0]
-            yield Attention(node, dims[:-2], dims[-2], dims[-1], shares)
+            yield Attention(node, dims[:-2], dims[-2], dims[-1], shares, out)
 
 
-def _shares(node: fx.Node, found: TokenAxes) -> fx.Node | None:
-    """What is contracted with the values, of a softmax over the last dim; ``None``: it is no attention."""
+def _contracted_with_values(node: fx.Node, found: TokenAxes) -> tuple[fx.Node, fx.Node] | None:
+    """What is contracted with the values, of a softmax over the last dim, and the product; ``None``: it is no attention."""
     rank = node.meta["val"].ndim
     return _contracted(node, node, found) if rank >= 3 and node.args[1] % rank == rank - 1 else None
 
 
-def _contracted(node: fx.Node, shares: fx.Node, found: TokenAxes) -> fx.Node | None:
+def _contracted(node: fx.Node, shares: fx.Node, found: TokenAxes) -> tuple[fx.Node, fx.Node] | None:
     """``shares``, where operations that keep the last two dims make of ``node`` the left operand of a matmul-like one; where they
-    cut the last dim, what is left."""
+    cut the last dim, what is left. And that operation."""
     for user in node.users:
         if user.target in _CONTRACTIONS and _left_operand(user) is node:
-            return shares
+            return shares, user
         kept = is_tensor(user) and len(operands_of(user)) == 1 and found.of(user)[-2:] == found.of(node)[-2:]
         cut = user.target is aten.slice.Tensor and found.of(user)[:-1] == found.of(node)[:-1]
         reached = _contracted(user, shares if kept else user, found) if kept or cut else None

@@ -288,7 +288,7 @@ def _say_what_has_no_effect(config: Config, facts: Iterable[tuple[str, str]]) ->
 def _keeps_kv(config: Config, program: Program) -> Iterator[tuple[str, str]]:
     """A fact and a remedy: what looks at no keys and values by position has none that could be kept otherwise; nor has a model where
     nothing smaller makes them."""
-    live = [a.node for a in program.axes.attentions if a.node in program.activity.live]
+    live = [a.out for a in program.axes.attentions if a.out in program.activity.live]
     count = sum(node not in program.attending for node in live)
     if config.kv == "recompute" and count < len(live):
         if not find_remade(program).attentions:

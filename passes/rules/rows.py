@@ -121,7 +121,7 @@ def attention(call: Call) -> Any:
     if not restricts(call):
         return NotImplemented
     if call.attending is not None:
-        return call.attending(call.streams.looked_at, call.rows(0), call.geometry.indices, call.live_keys())
+        return call.attend()
     if call.dim != call.rank(0) - 2:
         return _attention_beside(call)
     query, key, value = call.rows(0), call.context(1), call.context(2)
@@ -130,6 +130,12 @@ def attention(call: Call) -> Any:
         mask = call.causal_mask()
     options = {name: call[name] for name in ("dropout_p", "scale", "enable_gqa")}
     return call.target(query, key, value, mask, **options)
+
+
+@rows_rule(aten.matmul.default)
+def product(call: Call) -> Any:
+    """That of an attention with its values looks at them by position, where it can."""
+    return rerun(call) if call.attending is None else call.attend()
 
 
 def _attention_beside(call: Call) -> Any:

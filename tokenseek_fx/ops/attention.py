@@ -42,7 +42,8 @@ def selected_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Any:
     """Attention of ``query`` [B, H, k, E] to ``key`` [B, Hkv, S, E] and ``value`` [B, Hkv, S, Ev]: [B, H, k, Ev].
 
     - ``positions`` int64 [B, k]: where the query rows stand among the S keys, sorted; None where nothing asks for it.
@@ -54,6 +55,7 @@ def selected_attention(
     - ``causal``: the row at position p sees key j where j <= p; ``window`` > 0: where also p - j < window.
     - ``scale``: of the scores; None: 1 / sqrt(E). ``softcap`` > 0: scores become softcap tanh(scores / softcap).
     - ``sinks`` [H]: a score by head that takes part in the softmax and has no value.
+    - ``return_lse``: give (out, the log-sum-exp of the scores [B, H, k], in float32 at least, without gradient).
 
     H is a multiple of Hkv (grouped heads). A row that sees nothing is 0. Half precision is accumulated in float32.
     Raises ``ValueError`` for operands that do not fit together.
@@ -61,10 +63,10 @@ def selected_attention(
     _check(query, row_key, row_value, key, value, positions, columns, mask, segments, causal, window)
     columns = None if row_key is None else positions if columns is None else columns
     mask = None if mask is None else mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-    out, _ = _operator(query, value)(
+    out, lse = _operator(query, value)(
         query, row_key, row_value, key, value, positions, columns, mask, segments, sinks, causal, window, scale, softcap
     )
-    return out
+    return (out, lse) if return_lse else out
 
 
 def _operator(query: Tensor, value: Tensor) -> Any:

@@ -1,0 +1,285 @@
+"""Attention that a model writes out: the same values and gradients without scores of all pairs, where it is read as what it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import architectures
+import pytest
+import torch
+import zoo
+from compare import assert_matches
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_scores import assert_scores
+from test_size import graphs, shapes  # noqa: F401 (a fixture)
+from torch import Tensor, nn
+
+from tokenseek_fx.passes.activity import FindActivity
+from tokenseek_fx.passes.attend import FindAttending
+from tokenseek_fx.passes.canonicalize import Canonicalize
+from tokenseek_fx.passes.program import Program
+from tokenseek_fx.passes.token_axes import FindTokenAxes
+
+B, T, HEADS, E, VOCAB = 3, 13, 4, 4, 11
+LEAST = torch.finfo(torch.float64).min
+Form = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def order(seen: Tensor) -> Tensor:
+    n = torch.arange(T, device=seen.device)
+    return n <= n[:, None]
+
+
+def causal(scores: Tensor, seen: Tensor) -> Tensor:
+    return scores + torch.where(order(seen), 0.0, -torch.inf)
+
+
+def causal_of_keys(scores: Tensor, seen: Tensor) -> Tensor:
+    return scores + torch.where(order(seen) & seen[:, None, None], torch.zeros((), dtype=scores.dtype), LEAST)
+
+
+def window_of_keys(scores: Tensor, seen: Tensor) -> Tensor:
+    n = torch.arange(T, device=seen.device)
+    return scores.masked_fill(~(order(seen) & (n[:, None] - n < 4) & seen[:, None, None]), LEAST)
+
+
+def filled(scores: Tensor, seen: Tensor) -> Tensor:
+    return scores.masked_fill(~order(seen), -torch.inf)
+
+
+def keys(scores: Tensor, seen: Tensor) -> Tensor:
+    return scores.masked_fill(~seen[:, None, None].expand(scores.shape), LEAST)
+
+
+def sloped(scores: Tensor, seen: Tensor) -> Tensor:
+    """A bias by head and key, and the order of a float mask that is read as a bool one."""
+    bias = torch.arange(1, HEADS + 1)[:, None, None] * torch.arange(1 - T, 1) / 8
+    hidden = torch.where(order(seen) & seen[:, None, None], torch.zeros((), dtype=scores.dtype), LEAST).to(torch.bool)
+    return (scores + bias).masked_fill(hidden, LEAST)
+
+
+def unmasked(scores: Tensor, seen: Tensor) -> Tensor:
+    return scores
+
+
+MASKS = [unmasked, causal, causal_of_keys, window_of_keys, filled, keys, sloped]
+SCALES = {
+    "times": lambda q, k: q @ k.transpose(2, 3) * E**-0.5,
+    "over": lambda q, k: torch.matmul(q, k.transpose(-1, -2)) / math.sqrt(E),
+    "before": lambda q, k: (q * E**-0.5) @ k.transpose(-2, -1),
+    "none": lambda q, k: q @ k.mT,
+}
+CAPS = {
+    "none": lambda s: s,
+    "cap": lambda s: torch.tanh(s / 2.0) * 2.0,
+    "times": lambda s: 3.0 * torch.tanh(s * 0.5),
+}
+
+
+class Attention(nn.Module):
+    """``groups`` query heads share a key head."""
+
+    def __init__(self, mask, scale: str, cap: str, groups: int, sinks: bool) -> None:
+        super().__init__()
+        self.mask, self.scale, self.cap, self.groups = mask, SCALES[scale], CAPS[cap], groups
+        self.qkv = nn.ModuleList(nn.Linear(HEADS * E, heads * E) for heads in (HEADS, HEADS // groups, HEADS // groups))
+        self.sinks = nn.Parameter(torch.zeros(HEADS)) if sinks else None
+        self.out = nn.Linear(HEADS * E, HEADS * E)
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, E)).transpose(1, 2) for layer in self.qkv)
+        if self.groups > 1:
+            k, v = (t[:, :, None].expand(-1, -1, self.groups, -1, -1).reshape(q.shape) for t in (k, v))
+        return self.out(self.product(self.shares(q, k, seen), v).transpose(1, 2).flatten(2))
+
+    def product(self, shares: Tensor, v: Tensor) -> Tensor:
+        return shares @ v
+
+    def shares(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
+        scores = self.mask(self.cap(self.scale(q, k)), seen)
+        if self.sinks is None:
+            return scores.softmax(-1)
+        scores = torch.cat([scores, self.sinks.reshape(1, -1, 1, 1).expand(len(q), -1, q.shape[2], -1)], -1)
+        return (scores - scores.max(-1, keepdim=True).values).softmax(-1)[..., :-1]
+
+
+class Model(nn.Module):
+    def __init__(self, mask=causal, scale="times", cap="none", groups=1, sinks=False, attention=Attention) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.head = nn.Embedding(VOCAB, HEADS * E), nn.Linear(HEADS * E, VOCAB)
+        self.blocks = nn.ModuleList(attention(mask, scale, cap, groups, sinks) for _ in range(2))
+        zoo.with_large_weights(self).double()
+
+    def forward(self, ids: Tensor, seen: Tensor) -> Tensor:
+        x = self.tokens(ids)
+        for block in self.blocks:
+            x = x + block(x, seen)
+        labels = nn.functional.pad(ids[:, 1:], (0, 1), value=zoo.IGNORED)
+        return nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+def data() -> dict[str, Tensor]:
+    """The first instance has padding at the left: its first queries see nothing but what is hidden."""
+    ids = torch.randint(VOCAB, (B, T), generator=torch.Generator().manual_seed(1))
+    seen = torch.arange(T) >= torch.tensor([[3], [0], [1]])
+    return {"ids": ids, "seen": seen}
+
+
+def by_position(model: nn.Module, batch: dict[str, Tensor]) -> tuple[int, int]:
+    """How many attentions are read, of how many."""
+    found: list[Program] = []
+
+    def look(gm, inputs):
+        program = Canonicalize().run(Program(gm, tuple(inputs)))
+        for step in (FindTokenAxes(), FindActivity(), FindAttending()):
+            program = step.run(program)
+        found.append(program)
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=look)(**batch)
+    (program,) = found
+    return len(program.attending), len(program.axes.attentions)
+
+
+@given(
+    mask=st.sampled_from(MASKS),
+    scale=st.sampled_from([*SCALES]),
+    cap=st.sampled_from([*CAPS]),
+    groups=st.sampled_from([1, 2]),
+    sinks=st.booleans(),
+    scorer=st.sampled_from(["random", "tokenseek"]),
+)
+@settings(max_examples=15, deadline=None)
+def test_forms_that_are_read_match_the_reference(mask, scale, cap, groups, sinks, scorer):
+    if sinks and mask is filled:
+        mask = causal
+    model = Model(mask, scale, cap, groups, sinks)
+    assert by_position(model, data()) == (2, 2)
+    if scorer == "random":
+        assert_matches(model, data(), 1e-9, length=T, scorer=scorer, select="topk")
+    else:
+        assert_scores(model, data(), 1e-9, "blocks", "head", length=T, attention_layers="all", gradient_of="head")
+
+
+@pytest.mark.parametrize("kv_grad", ["all", "selected"])
+@pytest.mark.parametrize("options", [{"chunk_bytes": 1500}, {"recompute": "rows", "inner": "inductor"}])
+def test_through_chunks_and_blocks(options, kv_grad):
+    model = Model(window_of_keys, cap="cap", groups=2, sinks=True)
+    blocks = "blocks" if kv_grad == "all" else None
+    assert_matches(model, data(), 1e-9, length=T, open_blocks=blocks, scorer="tokenseek", kv_grad=kv_grad, **options)
+
+
+# -- what is left as it is --------------------------------------------------------------------------------------------
+
+
+class Narrow(Attention):
+    """Its softmax is less precise than its products."""
+
+    def shares(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
+        return self.mask(self.scale(q, k), seen).softmax(-1, dtype=torch.float32).to(q.dtype)
+
+
+class Dropped(Attention):
+    def shares(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
+        return nn.functional.dropout(super().shares(q, k, seen), 0.5)
+
+
+class Twice(Attention):
+    """Two products read its shares."""
+
+    def product(self, shares: Tensor, v: Tensor) -> Tensor:
+        return shares @ v + shares @ v.square()
+
+
+class Biased(Attention):
+    """The bias of its keys is trained."""
+
+    def __init__(self, *form) -> None:
+        super().__init__(*form)
+        self.slope = nn.Parameter(torch.zeros(HEADS, 1, 1))
+
+    def shares(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
+        bias = self.slope * torch.arange(T, device=q.device)
+        return self.mask(self.scale(q, k) + bias, seen).softmax(-1)
+
+
+class Negative(Attention):
+    """A number is added, which is no mask, and the cap is below 0."""
+
+    def shares(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
+        return self.mask((self.scale(q, k).tanh() * -2.0) + 1.0, seen).softmax(-1)
+
+
+class Late(Attention):
+    """The scale comes behind the mask."""
+
+    def shares(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
+        return (self.mask(self.scale(q, k), seen) * 0.5).softmax(-1)
+
+
+def infinite(scores: Tensor, seen: Tensor) -> Tensor:
+    """A query that sees nothing is NaN (here the keys of padding are seen by the first query)."""
+    hidden = ~(order(seen) & (seen | (torch.arange(T) == 0))[:, None, None])
+    return scores.masked_fill(hidden, -torch.inf)
+
+
+def weak(scores: Tensor, seen: Tensor) -> Tensor:
+    """Hidden keys are seen a little."""
+    return scores + torch.where(order(seen), torch.zeros((), dtype=scores.dtype), -3.0)
+
+
+def by_pair(scores: Tensor, seen: Tensor) -> Tensor:
+    n = torch.arange(T, device=seen.device)
+    return causal(scores - (n - n[:, None]).abs() / 8, seen)
+
+
+LEFT = [(causal, Narrow), (causal, Twice), (causal, Biased), (causal, Late), (causal, Negative)]
+LEFT += [(infinite, Attention), (weak, Attention), (by_pair, Attention)]
+
+
+@pytest.mark.parametrize(("mask", "attention"), LEFT, ids=lambda x: x.__name__)
+def test_other_forms_run_as_they_are(mask, attention):
+    model = Model(mask, attention=attention)
+    assert by_position(model, data()) == (0, 2)
+    assert_matches(model, data(), 1e-6 if attention is Narrow else 1e-9, length=T, scorer="random")
+
+
+def test_dropout_of_the_shares_is_left_to_the_model():
+    assert by_position(Model(attention=Dropped), data()) == (0, 2)
+
+
+# -- models -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("scorer", ["random", "tokenseek"])
+@pytest.mark.parametrize("name", ["gemma2", "qwen2"])
+def test_models_match_the_reference(name, scorer, padding):
+    """Soft caps and windows of Gemma 2; padding hides keys by the least number, so that queries of padding look at all alike."""
+    model = zoo.build(name, attn="eager", dtype=torch.float32)
+    batch = zoo.batch(model, 5, 23, padding)
+    assert by_position(model, batch) == (2, 2)
+    assert_matches(model, batch, 2e-4, length=23, scorer=scorer, select="topk")
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "mpt"])
+def test_sinks_and_slopes_of_models_match_the_reference(name):
+    model, batch = architectures.build(name, "eager", 23, torch.float32)
+    assert by_position(model, batch) == (2, 2)
+    assert_matches(model, batch, 2e-4, length=23, scorer="tokenseek", select="topk")
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "mpt"])
+def test_no_value_has_both_queries_and_keys(graphs, name):  # noqa: F811
+    tokens, kept = 521, 53
+    torch._dynamo.reset()
+    model, batch = architectures.build(name, "eager", tokens, torch.float32)
+    options = {"logits": "drop", "strict": True, "keep_tokens": kept, "keep_ratio": None}
+    torch.compile(model, backend="tokenseek", options=options)(**batch).loss.backward()
+    found = {*shapes(graphs)}
+    assert any(tokens in shape for shape in found)
+    assert not [shape for shape in found if list(shape).count(tokens) > 1 or {kept, tokens} <= {*shape}]
