@@ -112,17 +112,18 @@ def read_hidden(hidden: fx.Node, value: float, dtype: torch.dtype) -> Mask | Non
 
 
 def both(one: Mask, other: Mask) -> Mask | None:
-    """What is seen by both masks."""
-    if (one.added and other.added) or (one.segments and other.segments):
+    """What is seen by both masks. That two hide keys can't be said: where both do, the sum of their numbers tells a query that sees nothing
+    which keys it looks at. So one of them is nothing, or a bias that no input can make hide anything."""
+    if one == Mask() or other == Mask():
+        return other if one == Mask() else one
+    bias, rest = (one, other) if one.added is not None else (other, one)
+    if bias.added is None or rest.added is not None or not _is_constant(bias.added):
         return None
-    return Mask(
-        one.causal or other.causal,
-        min(one.window, other.window) or max(one.window, other.window),
-        (*one.keys, *other.keys),
-        one.segments or other.segments,
-        one.added or other.added,
-        one.uniform or other.uniform,
-    )
+    return replace(rest, added=bias.added)
+
+
+def _is_constant(node: fx.Node) -> bool:
+    return node.op != "placeholder" and all(map(_is_constant, node.all_input_nodes))
 
 
 def _hiding(mask: Mask | None, value: float | None, dtype: torch.dtype) -> Mask | None:

@@ -237,8 +237,19 @@ def by_pair(scores: Tensor, seen: Tensor) -> Tensor:
     return causal(scores - (n - n[:, None]).abs() / 8, seen)
 
 
+def added_twice(scores: Tensor, seen: Tensor) -> Tensor:
+    """A key that two masks hide is hidden from queries that see nothing, too."""
+    none = torch.zeros((), dtype=scores.dtype)
+    return scores + torch.where(order(seen), none, LEAST) + torch.where(seen[:, None, None], none, LEAST)
+
+
+def added_and_filled(scores: Tensor, seen: Tensor) -> Tensor:
+    return filled(scores + torch.where(seen[:, None, None], torch.zeros((), dtype=scores.dtype), LEAST), seen)
+
+
 LEFT = [(causal, Narrow), (causal, Twice), (causal, Biased), (causal, Late), (causal, Negative)]
 LEFT += [(infinite, Attention), (weak, Attention), (by_pair, Attention)]
+LEFT += [(added_twice, Attention), (added_and_filled, Attention)]
 
 
 @pytest.mark.parametrize(("mask", "attention"), LEFT, ids=lambda x: x.__name__)
