@@ -44,6 +44,8 @@ from tokenseek_fx.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+#: Pages whose code takes long.
+LONG = ("docs/memory.md", "docs/setups.md", "docs/cli.md")
 SUBJECTS = [page for page in PAGES if re.search(r"^```(python|sh title)", page.read_text(), re.MULTILINE)]
 
 #: The pages with ```` ```py ````.
@@ -135,9 +137,7 @@ def _fresh():
         yield
 
 
-@pytest.mark.parametrize(
-    "page", [slow(page) if name(page) == "docs/memory.md" else page for page in SUBJECTS], ids=name
-)
+@pytest.mark.parametrize("page", [slow(page) if name(page) in LONG else page for page in SUBJECTS], ids=name)
 def test_code_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace, printed = {"__name__": "__main__"}, ""

@@ -130,6 +130,7 @@ def test_one_model_after_another_of_its_class_with_other_numbers():
         estimate(llama("meta", heads=16), 2, 64, options=DROP, plain=False)
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_length_and_with_the_share_of_tokens(small):
     longer = estimate(llama("meta"), 2, 128, options=DROP)
     more = estimate(llama("meta"), 2, 64, options={**DROP, "keep_ratio": 0.5}, plain=False)

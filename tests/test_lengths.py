@@ -80,7 +80,7 @@ def graphs() -> int:
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("scorer", ["loss", "tokenseek"])
+@pytest.mark.parametrize("scorer", ["loss", slow("tokenseek")])
 def test_100_sizes_compile_3_times_at_most_and_each_is_exact(dynamic, scorer):
     model = any_length()
     step = compile_(model, dynamic, scorer=scorer)
@@ -159,7 +159,7 @@ def test_sequences_of_one_token_are_trained_whole(dynamic):
     assert_exact(step, model, batch_of(2, 10))
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [None, slow(True)])
 @pytest.mark.parametrize("options", [{}, {"scorer": "random", "select": "topk"}])
 def test_sequences_shorter_than_the_number_of_rows_keep_all(dynamic, options):
     model = any_length()

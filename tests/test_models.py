@@ -9,6 +9,7 @@ import torch
 import transformers
 import zoo
 from compare import assert_matches, by_reference, compiled, error
+from marks import slow
 
 import tokenseek_fx
 
@@ -30,7 +31,7 @@ def attentions(name: str) -> tuple[str, ...]:
     return ("eager",) if name in zoo.EAGER_ONLY else ("sdpa", "eager")
 
 
-@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("padding", [None, "left", slow("right")])
 @pytest.mark.parametrize(("name", "attn"), [(name, attn) for name in NAMED for attn in attentions(name)])
 def test_matches_the_reference(name, attn, padding):
     model, batch, tol = model_and_batch(name, attn, padding)
@@ -44,7 +45,7 @@ def test_further_families(name):
     assert_matches(model, batch, tol)
 
 
-@pytest.mark.parametrize("padding", [None, "right"])
+@pytest.mark.parametrize("padding", [slow(None), "right"])
 @pytest.mark.parametrize("name", NAMED)
 def test_lora_matches_the_reference(name, padding):
     model, batch, tol = model_and_batch(name, attentions(name)[0], padding)

@@ -88,6 +88,7 @@ def test_bad_budgets_are_refused(options, said):
         Config(**options)
 
 
+@pytest.mark.slow
 def test_a_budget_below_what_is_held_computes_rows_again():
     options = {**DROP, "keep_ratio": 0.5, "scorer": "random", "strict": True}
 

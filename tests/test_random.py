@@ -142,7 +142,7 @@ RATIOS = st.floats(0.05, 0.95)
 RELAXED = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 
 
-@settings(max_examples=25, **RELAXED)
+@settings(max_examples=15, **RELAXED)
 @given(configurations(), batches(), RATIOS, st.sampled_from(["random", "strided", "first", "last"]))
 def test_equals_the_reference(configuration, batch, ratio, scorer):
     assert_matches(Transformer(configuration), batch, 1e-9, keep_ratio=ratio, scorer=scorer)

@@ -16,6 +16,7 @@ import zoo
 from compare import Run, assert_matches, compiled, error, grads_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import slow
 from test_random import RELAXED, Attention, Transformer, V, batches, configurations
 from torch import Tensor, nn
 
@@ -167,7 +168,7 @@ def assert_scores(
 # ---- scores
 
 
-@settings(max_examples=10, **RELAXED)
+@settings(max_examples=7, **RELAXED)
 @given(
     configurations(), batches(), st.floats(0.05, 0.95), COEFFICIENTS, LAYERS, st.sampled_from(["last_block", "head"])
 )
@@ -188,7 +189,7 @@ def test_scores_of_more_random_transformers(configuration, batch, ratio, coeffic
     assert_scores(Transformer(configuration), batch, alpha=alpha, beta=beta, inner="eager", **how)
 
 
-@pytest.mark.parametrize("layers", ["last", "first", "all", [0, 2], [-1]])
+@pytest.mark.parametrize("layers", ["last", slow("first"), slow("all"), [0, 2], slow([-1])])
 def test_attention_layers(layers):
     assert_scores(Decoder({"depth": 3}), tokens(), attention_layers=layers)
 
@@ -247,7 +248,7 @@ def test_a_head_with_bias_and_logits_cut_by_the_model():
     assert_scores(model, tokens())
 
 
-@pytest.mark.parametrize("count", [2, 3, 5, 7, 8, 12, 13])
+@pytest.mark.parametrize("count", [2, slow(3), 5, slow(7), slow(8), slow(12), 13])
 def test_any_number_of_chunks(count, monkeypatch):
     monkeypatch.setattr(tail.Tail, "chunks", lambda self, budget: tail.cut(T, count))
     assert_scores(Decoder(), tokens())
@@ -390,7 +391,7 @@ def test_the_full_loss_is_reported_where_it_is_known_anyway(scorer, report):
     assert error(by_default.grads, named.grads) < 1e-12
 
 
-@settings(max_examples=8, **RELAXED)
+@settings(max_examples=6, **RELAXED)
 @given(
     configurations(),
     batches(),
@@ -422,7 +423,7 @@ def test_a_regression_over_tokens_is_weighted():
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-@pytest.mark.parametrize("padding", [None, "right"])
+@pytest.mark.parametrize("padding", [slow(None), "right"])
 def test_live_keys_and_values_of_transformers(name, padding):
     model = zoo.build(name)
     how = {"open_blocks": "model.layers", "kv_grad": "all", "report_loss": "kept", "logits": "drop"}

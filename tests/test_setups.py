@@ -229,7 +229,7 @@ def qlora(path: str, dtype: torch.dtype = torch.float32, nested: bool = True) ->
     return lora(quantised(path, dtype, nested).requires_grad_(False))
 
 
-@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("nested", [True, slow(False)])
 @pytest.mark.parametrize(("dtype", "tol"), [(torch.float32, 1e-5), (BF16, 1e-2)])
 def test_qlora(saved_llama, dtype, tol, nested):
     model = qlora(saved_llama, dtype, nested)
@@ -238,7 +238,7 @@ def test_qlora(saved_llama, dtype, tol, nested):
 
 
 @pytest.mark.parametrize(
-    "options", [{"kv_grad": "all"}, {"scorer": "tokenseek"}, {"scorer": "loss", "select": "sample"}]
+    "options", [slow({"kv_grad": "all"}), {"scorer": "tokenseek"}, slow({"scorer": "loss", "select": "sample"})]
 )
 def test_qlora_with_options(saved_llama, options):
     blocks = "base_model.model.model.layers" if "kv_grad" in options else None
@@ -373,7 +373,7 @@ def test_steps_with_clipped_gradients_train_as_the_reference_does():
     assert error(dict(model.named_parameters()), dict(eager.named_parameters())) < 1e-5
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("reentrant", [True, slow(False)])
 @pytest.mark.parametrize("build", [slow(llama), lora])
 def test_gradient_checkpointing_changes_nothing(build, reentrant):
     """It is inlined: same gradients, same saved bytes."""

@@ -70,7 +70,7 @@ def of_size(graphs: list[fx.GraphModule], size: int, rows: int) -> list[torch.Si
     return [shape for shape in shapes(graphs) if size in shape and shape.numel() >= rows * size]
 
 
-@pytest.mark.parametrize(("kv_grad", "report"), [("selected", "full"), ("all", "kept")])
+@pytest.mark.parametrize(("kv_grad", "report"), [("selected", "full"), slow("all", "kept")])
 @pytest.mark.parametrize("scorer", ["tokenseek", "loss", "attention", "random"])
 def test_no_logits_of_all_tokens_and_no_attention_map(graphs, scorer, kv_grad, report):
     layers = {} if scorer == "random" else {"attention_layers": "all"}

@@ -303,6 +303,7 @@ def test_without_transformers_one_error_names_what_to_install(monkeypatch):
         _ = tokenseek_fx.integrations.TokenSeekCallback
 
 
+@pytest.mark.slow
 def test_the_scoring_share_is_known_where_the_model_runs_in_chunks(tmp_path):
     shares = []
     for size, recompute in ((1500, "rows"), (1 << 30, "rows"), (1500, "none")):
