@@ -8,7 +8,7 @@ own, without dropout of the shares, and with a mask that compares positions (``m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -195,6 +195,12 @@ def _before_groups(node: fx.Node) -> Any:
     shape, heads = spread.meta["val"].shape, node.meta["val"].shape
     whole = (shape[0], shape[1] * shape[2], *shape[3:])
     return group.args[0] if all(map(same_size, whole, heads)) else node
+
+
+def read_by(program: Program, node: fx.Node) -> Sequence[fx.Node]:
+    """What an operation reads; attention by position reads neither a mask of all pairs nor scores."""
+    attending = program.attending.get(node)
+    return node.all_input_nodes if attending is None else (attending.query, *attending.context)
 
 
 def _mean_of(value: Tensor, live: tuple[Tensor, ...] | None, out: Tensor) -> Tensor:

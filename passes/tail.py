@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from .attend import laid_out_as
+from .attend import laid_out_as, read_by
 from .call import Call
 from .canonicalize import is_autocast
 from .errors import GraphNotSupported
@@ -296,7 +296,7 @@ def _trace_chunks(
 def _captured(program: Program, nodes: Sequence[fx.Node], known: Sequence[fx.Node | None]) -> tuple[fx.Node, ...]:
     """What ``nodes`` read that is neither one of them nor ``known``, nor a body of a higher-order operator."""
     inside = {*nodes, *known}
-    read = dict.fromkeys(arg for node in nodes for arg in _read_by(program, node) if arg not in inside)
+    read = dict.fromkeys(arg for node in nodes for arg in read_by(program, node) if arg not in inside)
     return tuple(node for node in read if "val" in node.meta)
 
 
@@ -372,12 +372,6 @@ def _gradients(outputs: list[Tensor], inputs: list[Tensor], given: list[Tensor] 
         torch.autograd.grad(outs, inputs, gs, retain_graph=True, allow_unused=True) if outs else [None] * len(inputs)
     )
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
-
-
-def _read_by(program: Program, node: fx.Node) -> Sequence[fx.Node]:
-    """What an operation reads; attention by position reads no mask of all pairs."""
-    attending = program.attending.get(node)
-    return node.all_input_nodes if attending is None else (attending.query, *attending.context)
 
 
 def _run(program: Program, nodes: Sequence[fx.Node], known: dict[fx.Node, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import compat
 from .backend import ditch, refuse_part, refuse_split, trains
 from .config import Config, bytes_in
+from .passes.attend import read_by
 from .passes.audit import Audit, AuditSaved, saved_edges
 from .passes.chunks import room_for_rows
 from .passes.errors import ConfigError, TokenSeekError
@@ -235,9 +236,10 @@ def _counted(lines: Sequence[str]) -> list[str]:
 
 
 def _forwards(plain: Program, rewritten: Program, again: float) -> float:
-    """(seek + 3 x ditch + what is computed again) / forward, in floating-point operations of matrix products."""
+    """(seek + 3 x ditch + what is computed again) / forward, in floating-point operations of matrix products; attention by position is
+    in neither."""
     assert rewritten.rewrite
-    forward = _flops(plain.module, plain.inputs).total()
+    forward = _flops(plain.module, plain.inputs, _for_scores(plain)).total()
     step = flops_of_step(rewritten.rewrite.module, rewritten.rewrite.inputs, again)
     return step.total() / forward if forward else 3.0
 
@@ -249,15 +251,25 @@ def flops_of_step(module: fx.GraphModule, inputs: Sequence[Any], again: float = 
     return Counter({kind: count * _WITHOUT_GRADIENT.get(kind, 3 + again) for kind, count in flops.items()})
 
 
-def _flops(module: fx.GraphModule, inputs: Sequence[Any]) -> Counter[str | None]:
-    """Floating-point operations by the kind of the node, counted on fake tensors."""
+def _for_scores(program: Program) -> set[fx.Node]:
+    """The attentions by position, and what nothing but their scores is made of."""
+    needed: set[fx.Node] = {program.graph.output_node()}
+    for node in reversed(program.graph.nodes):
+        if node in needed:
+            needed.update(read_by(program, node))
+    return {node for node in program.graph.nodes if node in program.attending or node not in needed}
+
+
+def _flops(module: fx.GraphModule, inputs: Sequence[Any], but: Set[fx.Node] = frozenset()) -> Counter[str | None]:
+    """Floating-point operations by the kind of the node, counted on fake tensors, of all nodes ``but`` some."""
     counts: Counter[str | None] = Counter()
 
     class Count(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             with FlopCounterMode(display=False) as counter:
                 result = super().run_node(n)
-            counts[n.meta.get("custom", {}).get("tokenseek")] += counter.get_total_flops()
+            if n not in but:
+                counts[n.meta.get("custom", {}).get("tokenseek")] += counter.get_total_flops()
             return result
 
         def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
