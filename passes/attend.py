@@ -122,17 +122,20 @@ class FindAttending:
 
     def run(self, program: Program) -> Program:
         masks: dict[fx.Node | None, Mask | None] = {}
-        found: dict[fx.Node, Attending | None] = {}
-        for node in program.graph.find_nodes(op="call_function", target=SDPA):
-            mask = bind(node)["attn_mask"]
-            if mask not in masks:
-                masks[mask] = read_mask(mask)
-            found[node] = _read(program, node, masks[mask])
-        for attention in program.axes.attentions:
-            if attention.node.target is not SDPA:
-                found[attention.out] = _read_open(program, attention)
-        order = {node: i for i, node in enumerate(program.graph.nodes)}
-        return replace(program, attending={node: found[node] for node in sorted(found, key=order.get) if found[node]})
+        written_out = {a.out: a for a in program.axes.attentions if a.node.target is not SDPA}
+        found: dict[fx.Node, Attending] = {}
+        for node in program.graph.nodes:
+            attending = None
+            if node.target is SDPA:
+                mask = bind(node)["attn_mask"]
+                if mask not in masks:
+                    masks[mask] = read_mask(mask)
+                attending = _read(program, node, masks[mask])
+            elif node in written_out:
+                attending = _read_open(program, written_out[node])
+            if attending is not None:
+                found[node] = attending
+        return replace(program, attending=found)
 
     def check(self, program: Program) -> None:
         """Nothing to verify: an attention that does not qualify is executed as it is."""

@@ -31,8 +31,8 @@ _INSTANCE, _HEAD, _QUERY, _KEY = sympy.symbols("b h q k", integer=True, nonnegat
 class Mask:
     """What a query at position q may see: the key at position k where k <= q (``causal``), q - k < ``window`` (0: any), all of
     ``keys`` are True and all of ``segments`` are equal at q and k. Those are nodes with the positions that they are read at.
-    ``added``: a mask that is alike for all queries, as it is ([..., 1, S] of a node). ``uniform``: keys are hidden by the least finite number,
-    so that a query that sees none looks at all alike."""
+    ``added``: a mask that is alike for all queries, as it is ([..., 1, S] of a node). ``uniform``: scores of hidden keys are the least finite
+    number, so that a query that sees none looks at all alike."""
 
     causal: bool = False
     window: int = 0
@@ -101,7 +101,10 @@ def read_mask(mask: fx.Node | None) -> Mask | None:
     shown, hidden = _choice(mask)
     if shown is None:
         return None
-    return _hiding(_taken_apart(reader.at(shown, _index_of(shown)), reader), hidden, mask.meta["val"].dtype)
+    found = _taken_apart(reader.at(shown, _index_of(shown)), reader)
+    if found is None or found.keys:  # scores get gradient through a sum, even where its value does not depend on them
+        return None
+    return _hiding(found, hidden, mask.meta["val"].dtype)
 
 
 def read_hidden(hidden: fx.Node, value: float, dtype: torch.dtype) -> Mask | None:
@@ -127,11 +130,11 @@ def _is_constant(node: fx.Node) -> bool:
 
 
 def _hiding(mask: Mask | None, value: float | None, dtype: torch.dtype) -> Mask | None:
-    """``mask``, where keys are hidden by ``value`` added to scores of a ``dtype``, or in place of them."""
+    """``mask``, where keys are hidden by ``value`` added to scores of a ``dtype``, or (of ``mask.keys``) in place of them."""
     if mask is None or not mask.keys:  # every query sees itself
         is_hidden = value is not None and value <= max(torch.finfo(dtype).min, -1e9)
         return mask if is_hidden else None
-    says_all = value == torch.finfo(dtype).min and dtype is not torch.float16 and not mask.segments
+    says_all = value == torch.finfo(dtype).min and not mask.segments
     return replace(mask, uniform=True) if says_all else None
 
 

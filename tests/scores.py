@@ -64,9 +64,8 @@ def signals(
     assert len(seen.maps) == len(blocks)
     named = {"last": [-1], "first": [0], "all": range(len(blocks))}
     chosen = named[attention_layers] if isinstance(attention_layers, str) else attention_layers
-    attention = sum(
-        seen.maps[layer].sum((1, 2))[:, : gradient.shape[1]] for layer in chosen
-    )  # a column of sinks is cut
+    tokens = gradient.shape[1]  # a map may have a column of sinks besides
+    attention = sum(seen.maps[layer].sum((1, 2))[:, :tokens] for layer in chosen)
     return Signals(attention.detach(), gradient, loss.detach(), labelled, attention.detach() > 0, total.detach())
 
 
