@@ -19,7 +19,7 @@ from ..ops.attention import selected_attention
 from ..ops.received import received
 from .factors import same_size
 from .layout import copied_in_order, order_in_memory
-from .masks import Mask, read_mask
+from .masks import Hides, Mask, read_mask
 from .open_attention import read_scores
 from .program import Program
 from .rules.op import bind, is_tensor
@@ -59,16 +59,18 @@ class Attending:
     ) -> Tensor:
         """The attention of ``query`` [B, H, k, E] at ``positions`` [B, k] to the keys of ``values``; ``live``: selected rows of
         key and value and their places, which get the gradient."""
-        out, _ = self._attend(values, query, positions, live)
-        if not self.mask.uniform or self.sinks is not None:  # where sinks are, they get it all
-            return out
-        nothing = self.mask.sees_nothing(values, positions)[:, None, :, None]
-        return torch.where(nothing, _mean_of(values[self.value], live, out), out)
+        out, _ = self._attend(values, query, positions, live, self.mask.blind(values, positions))
+        return out
 
     def _attend(
-        self, values: Mapping[fx.Node, Any], query: Tensor, positions: Tensor, live: tuple[Tensor, ...] | None
+        self,
+        values: Mapping[fx.Node, Any],
+        query: Tensor,
+        positions: Tensor,
+        live: tuple[Tensor, ...] | None,
+        blind: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What the rows that see a key get, and the log-sum-exp of their scores."""
+        """The attention, and the log-sum-exp of the scores."""
         row_key, row_value, columns = live or (None, None, None)
         operands = (query, row_key, row_value, values[self.key], values[self.value])
         return selected_attention(
@@ -82,6 +84,8 @@ class Attending:
             scale=self.scale,
             softcap=self.softcap,
             sinks=None if self.sinks is None else values[self.sinks].flatten(),
+            blind=blind if self.sinks is None else None,  # sinks get it all
+            scored=self.mask.hides is Hides.BY_SUM,
             return_lse=True,
         )
 
@@ -204,16 +208,6 @@ def read_by(program: Program, node: fx.Node) -> Sequence[fx.Node]:
     """What an operation reads; attention by position reads neither a mask of all pairs nor scores."""
     attending = program.attending.get(node)
     return node.all_input_nodes if attending is None else (attending.query, *attending.context)
-
-
-def _mean_of(value: Tensor, live: tuple[Tensor, ...] | None, out: Tensor) -> Tensor:
-    """The mean of ``value`` [B, Hkv, S, E] over the keys, for the heads of ``out`` [B, H, k, E]; ``live`` rows get the gradient."""
-    dtype = torch.promote_types(out.dtype, torch.float32)
-    total = value.detach().sum(2, keepdim=True, dtype=dtype)
-    if live is not None:
-        rows = live[1].to(dtype)
-        total = total + (rows - rows.detach()).sum(2, keepdim=True)
-    return (total / value.shape[2]).repeat_interleave(out.shape[1] // value.shape[1], 1).to(out.dtype)
 
 
 def laid_out_as(example: Tensor, value: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 import sympy
@@ -27,19 +28,26 @@ Meaning = Any  # a sympy expression; of a mask a boolean one
 _INSTANCE, _HEAD, _QUERY, _KEY = sympy.symbols("b h q k", integer=True, nonnegative=True)
 
 
+class Hides(Enum):
+    """How keys are hidden."""
+
+    ALL = 0  # a query that sees none gets 0
+    BY_VALUE = 1  # scores become the least finite number: it gets the mean of all values
+    BY_SUM = 2  # that is added to scores: it gets the mean, and the scores get gradient through the sum
+
+
 @dataclass(frozen=True)
 class Mask:
     """What a query at position q may see: the key at position k where k <= q (``causal``), q - k < ``window`` (0: any), all of
     ``keys`` are True and all of ``segments`` are equal at q and k. Those are nodes with the positions that they are read at.
-    ``added``: a mask that is alike for all queries, as it is ([..., 1, S] of a node). ``uniform``: scores of hidden keys are the least finite
-    number, so that a query that sees none looks at all alike."""
+    ``added``: a mask that is alike for all queries, as it is ([..., 1, S] of a node). ``hides``: what a query that sees no key gets."""
 
     causal: bool = False
     window: int = 0
     keys: tuple[tuple[fx.Node, Index], ...] = ()
     segments: tuple[tuple[fx.Node, Index], ...] = ()
     added: fx.Node | None = None
-    uniform: bool = False
+    hides: Hides = Hides.ALL
 
     def visible(self, values: Mapping[fx.Node, Any]) -> Tensor | None:
         """The mask of the keys, [B or 1, 1 or H, 1, S]: bool, or what is added to scores (``None``: all are visible)."""
@@ -53,12 +61,17 @@ class Mask:
         shown, hidden = shown[:, None, None], False if added.dtype is torch.bool else -torch.inf
         return torch.where(shown, added, hidden)
 
-    def sees_nothing(self, values: Mapping[fx.Node, Any], positions: Tensor) -> Tensor:
-        """True for queries at ``positions`` [B, k] that see none of ``keys``, [B or 1, k or 1]; there is no segment."""
+    def blind(self, values: Mapping[fx.Node, Any], positions: Tensor) -> Tensor | None:
+        """True for queries at ``positions`` [B, k] that see no key and get the mean of all values, [B, k]; ``None``: there is no such query."""
+        if self.hides is Hides.ALL:
+            return None
         shown = self._shown(values)
-        assert shown is not None and not self.segments
+        if shown is None:
+            mask = self.visible(values)
+            assert mask is not None
+            return (mask == torch.finfo(mask.dtype).min).flatten(1).all(1, keepdim=True).expand_as(positions)
         before = shown.cumsum(-1).expand(len(positions), -1)  # with the key itself
-        seen = before.gather(1, positions) if self.causal else before[:, -1:]
+        seen = before.gather(1, positions) if self.causal else before[:, -1:].expand_as(positions)
         if self.window:
             first = positions - self.window
             seen = seen - before.gather(1, first.clamp(min=0)).where(first >= 0, 0)
@@ -94,24 +107,23 @@ def read_mask(mask: fx.Node | None) -> Mask | None:
     reader = _Reader()
     meaning = reader.at(mask, _index_of(mask))
     is_bool = mask.meta["val"].dtype is torch.bool
-    if not meaning.has(_QUERY) and (not is_bool or meaning.has(_HEAD)):
-        return Mask(added=mask)
+    as_it_is = not meaning.has(_QUERY) and (not is_bool or meaning.has(_HEAD))
     if is_bool:
-        return _taken_apart(meaning, reader)
+        return Mask(added=mask) if as_it_is else _taken_apart(meaning, reader)
     shown, hidden = _choice(mask)
-    if shown is None:
-        return None
-    found = _taken_apart(reader.at(shown, _index_of(shown)), reader)
-    if found is None or found.keys:  # scores get gradient through a sum, even where its value does not depend on them
-        return None
-    return _hiding(found, hidden, mask.meta["val"].dtype)
+    found = None if shown is None else _taken_apart(reader.at(shown, _index_of(shown)), reader)
+    found = _hiding(found, hidden, mask.meta["val"].dtype, Hides.BY_SUM)
+    if found is None and as_it_is:
+        never = _is_constant(mask) or not _loses_scores(mask.meta["val"].dtype)
+        return Mask(added=mask, hides=Hides.ALL if never else Hides.BY_SUM)
+    return found
 
 
 def read_hidden(hidden: fx.Node, value: float, dtype: torch.dtype) -> Mask | None:
     """The mask of scores of a ``dtype`` that are ``value`` where ``hidden``, a bool node, is True."""
     reader = _Reader()
     meaning = sympy.to_nnf(sympy.Not(reader.at(hidden, _index_of(hidden))), simplify=False)
-    return _hiding(_taken_apart(meaning, reader), value, dtype)
+    return _hiding(_taken_apart(meaning, reader), value, dtype, Hides.BY_VALUE)
 
 
 def both(one: Mask, other: Mask) -> Mask | None:
@@ -129,13 +141,18 @@ def _is_constant(node: fx.Node) -> bool:
     return node.op != "placeholder" and all(map(_is_constant, node.all_input_nodes))
 
 
-def _hiding(mask: Mask | None, value: float | None, dtype: torch.dtype) -> Mask | None:
-    """``mask``, where keys are hidden by ``value`` added to scores of a ``dtype``, or (of ``mask.keys``) in place of them."""
+def _hiding(mask: Mask | None, value: float | None, dtype: torch.dtype, hides: Hides) -> Mask | None:
+    """``mask``, where it hides keys by ``value``, a number of ``dtype``."""
     if mask is None or not mask.keys:  # every query sees itself
         is_hidden = value is not None and value <= max(torch.finfo(dtype).min, -1e9)
         return mask if is_hidden else None
-    says_all = value == torch.finfo(dtype).min and not mask.segments
-    return replace(mask, uniform=True) if says_all else None
+    is_least = value == torch.finfo(dtype).min and (hides is Hides.BY_VALUE or _loses_scores(dtype))
+    return replace(mask, hides=hides) if is_least and not mask.segments else None
+
+
+def _loses_scores(dtype: torch.dtype) -> bool:
+    """Whether a score is lost in a sum with the least number of ``dtype``: in float16 it may reach that."""
+    return dtype is not torch.float16
 
 
 def _choice(mask: fx.Node) -> tuple[fx.Node | None, float | None]:

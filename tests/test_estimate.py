@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import zoo
 from torch import nn
 from torch._inductor.codecache import PyCodeCache
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -16,6 +17,7 @@ import tokenseek_fx
 from tokenseek_fx import ConfigError, GraphNotSupported, StepMemory, compat, estimate, explain
 from tokenseek_fx.estimate import Estimate, bytes_of
 from tokenseek_fx.memory import Live, step_memory
+from tokenseek_fx.ops.blind import grad_blind
 from tokenseek_fx.ops.head import head_loss
 from tokenseek_fx.passes.chunks import CHUNK_BYTES
 
@@ -90,6 +92,25 @@ def test_what_an_operation_of_this_package_needs_for_itself_counts():
             live.ignore([hidden, weight, target])
             head_loss(hidden, weight, None, target, -100, 0.0, 1.0, torch.float32, True)
     assert live.peak > 100 * 50 * 4 + 100 * 8 * 4
+
+
+def test_what_is_done_where_gradient_reaches_blind_rows_counts():
+    """Scores [16, 64] of a single block, which no more than its gradient tells to be made."""
+    with FakeTensorMode() as mode:
+        query, key = torch.empty(1, 1, 16, 4), torch.empty(1, 1, 64, 4)
+        columns, blind = torch.empty(1, 16, dtype=torch.long), torch.empty(1, 16, dtype=torch.bool)
+        with mode, Live() as live:
+            live.ignore([query, key, columns, blind])
+            grad_blind(query, query, key, key, columns, blind, True, None, 0.0)
+    assert live.peak > 16 * 64 * 4
+
+
+@pytest.mark.parametrize("padding", [None, "left"])
+def test_written_out_attention_is_estimated(padding):
+    model = zoo.build("llama", attn="eager", dtype=torch.float32)
+    batch = zoo.batch(model, 4, 256, padding)
+    step = estimate(model, batch, options=DROP, plain=False).step
+    assert max(step.forward, step.backward) < 4 * 4 * 256 * 256 * 4, "less than the scores of an attention"
 
 
 def test_saved_bytes_are_those_of_the_audit(small, capsys):

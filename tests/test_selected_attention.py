@@ -186,16 +186,73 @@ def test_a_row_of_the_least_number_is_a_mean_as_in_scaled_dot_product_attention(
     assert torch.allclose(selected_attention(**given)[:, 0], given["value"].mean(2)[:, :1], atol=1e-6)
 
 
+def blind_rows(given: dict) -> Tensor:
+    """All of the last instance, and every other row."""
+    batch, _, rows, _ = given["query"].shape
+    return (torch.arange(rows) % 2 == 1) | (torch.arange(batch)[:, None] == batch - 1)
+
+
+def least_added(
+    query, row_key, row_value, key, value, positions, *, columns=None, causal, softcap, scale, blind, scored
+):
+    """Attention of models: the least finite number is added to scores, or takes their place."""
+    at = (positions if columns is None else columns)[:, None, :, None]
+    key, value = (t.scatter(2, at.expand(r.shape), r) for t, r in ((key, row_key), (value, row_value)))
+    key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+    scores = query @ key.mT * scale
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    later = torch.arange(key.shape[2]) > positions[:, None, :, None]
+    hidden, least = (later & causal) | blind[:, None, :, None], torch.finfo(scores.dtype).min
+    added = torch.zeros_like(scores).masked_fill(hidden, least)
+    return torch.softmax(scores + added if scored else scores.masked_fill(hidden, least), -1) @ value
+
+
+@given(
+    causal=st.booleans(),
+    softcap=st.sampled_from([0.0, 2.0]),
+    scored=st.booleans(),
+    foreign=st.booleans(),
+    rows=st.sampled_from([1, 7, 70]),
+    key_heads=st.sampled_from([1, 2, 4]),
+)
+@settings(max_examples=20, deadline=None)
+def test_blind_rows_get_the_mean_and_the_gradient_of_models(causal, softcap, scored, foreign, rows, key_heads):
+    columns = rows_of(2, 4, 80) if foreign else None
+    given = operands(key_heads=key_heads, rows=rows, tokens=80, columns=columns, causal=causal, softcap=softcap)
+    given |= {"scale": 0.7, "blind": blind_rows(given), "scored": scored}
+    direction = torch.randn(2, 4, rows, 8, dtype=torch.float64)
+    want = grads(least_added, given, direction)
+    for function in (selected_attention, definition):
+        for name, got in grads(function, given, direction).items():
+            assert torch.allclose(got, want[name], rtol=1e-10, atol=1e-12), (function, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_blind_rows_of_half_precision(dtype):
+    """The tolerance is that of narrow dtypes above."""
+    given = operands(1, 4, 2, 40, 200, 16, dtype=dtype, causal=True)
+    given |= {"blind": blind_rows(given), "scored": True}
+    assert_same(given, tolerance=0.03 if dtype is torch.bfloat16 else 4e-3)
+
+
+def test_blind_rows_without_gradient_for_keys():
+    given = operands(rows=5, tokens=9)
+    given |= {"blind": blind_rows(given), "scored": True}
+    assert_same(given | {"row_key": None, "row_value": None, "positions": None})
+
+
 def form_of(given: dict) -> tuple:
     """The operator's arguments as the public function passes them."""
     options = {
         "mask": None,
         "segments": None,
         "sinks": None,
+        "blind": None,
         "causal": False,
         "window": 0,
         "scale": None,
         "softcap": 0.0,
+        "scored": False,
     }
     named = {"columns": given["positions"] if given["row_key"] is not None else None} | options | given
     names = ("query", "row_key", "row_value", "key", "value", "positions", "columns", *options)
@@ -210,13 +267,15 @@ def test_operators_pass_opcheck(rows_live):
     given |= {"mask": torch.rand(2, 1, 1, 13) < 0.9} | ({} if rows_live else {"row_key": None, "row_value": None})
     live = {n: given[n].detach().requires_grad_() for n in GRADS if given[n] is not None}
     torch.library.opcheck(OP, form_of(given | live))
-    query, _, _, key, value, positions, columns, mask, segments, _, *form = form_of(given)
+    query, _, _, key, value, positions, columns, mask, segments, _, _, *form, _ = form_of(given)
     grad, lse = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 5) + 4
     operand = (grad, lse - 4, lse, query, key, value, positions)
     torch.library.opcheck(torch.ops.tokenseek_fx.selected_attention_grad_query, (*operand, mask, segments, *form))
     if rows_live:
         inputs = (*operand, columns, mask, segments, *form)
         torch.library.opcheck(torch.ops.tokenseek_fx.selected_attention_grad_keys, inputs)
+    operand = (grad, query, key, value, columns, blind_rows(given), True, *form[-2:])
+    torch.library.opcheck(torch.ops.tokenseek_fx.selected_attention_grad_blind, operand)
 
 
 def test_fake_tensors_have_the_layout_of_real_ones():
@@ -270,7 +329,7 @@ def test_saves_its_operands_once_and_nothing_of_rows_by_keys():
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_no_tensor_of_rows_by_keys_exists(softcap):
     given = operands(1, 4, 2, 256, 8192, 8, dtype=torch.float32, causal=True, softcap=softcap)
-    query, _, _, key, value, positions, columns, mask, segments, _, *form = form_of(given)
+    query, _, _, key, value, positions, columns, mask, segments, _, _, *form, _ = form_of(given)
     sight = blocks.Sight.of(query, key, positions, mask, segments, *form)
     with Largest() as largest:
         out, lse = blocks.forward(query, key, value, None, sight)
@@ -309,6 +368,7 @@ def test_results_repeat():
         ({"row_value": None}, "belong together"),
         ({"positions": None}, "need the positions"),
         ({"mask": torch.zeros(13, requires_grad=True)}, "gives it none"),
+        ({"sinks": torch.zeros(4), "blind": torch.ones(2, 5).bool()}, "give one of both"),
     ],
 )
 def test_operands_that_do_not_fit_are_refused(wrong, message):
@@ -349,6 +409,12 @@ def test_kernels_go_through_all_blocks_of_rows_and_keys(triton_attention):
     made += [operands(1, 2, 2, 40, 130, **(base | {"causal": False})), operands(1, 2, 1, 60, 60, **base)]
     for case in made:
         assert_same(case, triton_attention, 1e-5)
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_kernels_leave_blind_rows_to_their_mean(triton_attention, scored):
+    given = operands(2, 4, 2, 9, 40, 16, dtype=torch.float32, causal=True, softcap=2.0)
+    assert_same(given | {"blind": blind_rows(given), "scored": scored}, triton_attention, 1e-5)
 
 
 @pytest.mark.parametrize("by_row", [False, True])

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import attention_blocks as blocks
 from .attention_blocks import Sight, lse_like, rows_like
+from .blind import fill, grad_blind
 from .device import runs_triton
 
 #: What the kernels take: wider heads have no room in the registers of a GPU.
@@ -42,6 +43,8 @@ def selected_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
+    blind: Tensor | None = None,
+    scored: bool = False,
     return_lse: bool = False,
 ) -> Any:
     """Attention of ``query`` [B, H, k, E] to ``key`` [B, Hkv, S, E] and ``value`` [B, Hkv, S, Ev]: [B, H, k, Ev].
@@ -55,17 +58,18 @@ def selected_attention(
     - ``causal``: the row at position p sees key j where j <= p; ``window`` > 0: where also p - j < window.
     - ``scale``: of the scores; None: 1 / sqrt(E). ``softcap`` > 0: scores become softcap tanh(scores / softcap).
     - ``sinks`` [H]: a score by head that takes part in the softmax and has no value.
+    - ``blind`` bool [B, k]: rows that see nothing and get the mean of all values (``blind``); where ``scored``, their scores, capped and
+      scaled but not hidden, have the gradient of a softmax in which all shares are 1 / S. Not with ``sinks``.
     - ``return_lse``: give (out, the log-sum-exp of the scores [B, H, k], in float32 at least, without gradient).
 
-    H is a multiple of Hkv (grouped heads). A row that sees nothing is 0. Half precision is accumulated in float32.
+    H is a multiple of Hkv (grouped heads). Another row that sees nothing is 0. Half precision is accumulated in float32.
     Raises ``ValueError`` for operands that do not fit together.
     """
-    _check(query, row_key, row_value, key, value, positions, columns, mask, segments, causal, window)
+    _check(query, row_key, row_value, key, value, positions, columns, mask, segments, causal, window, sinks, blind)
     columns = None if row_key is None else positions if columns is None else columns
     mask = None if mask is None else mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-    out, lse = _operator(query, value)(
-        query, row_key, row_value, key, value, positions, columns, mask, segments, sinks, causal, window, scale, softcap
-    )
+    operands, hidden = (query, row_key, row_value, key, value, positions, columns), (mask, segments, sinks, blind)
+    out, lse = _operator(query, value)(*operands, *hidden, causal, window, scale, softcap, scored)
     return (out, lse) if return_lse else out
 
 
@@ -78,7 +82,9 @@ def _operator(query: Tensor, value: Tensor) -> Any:
     return _forward
 
 
-def _check(query, row_key, row_value, key, value, positions, columns, mask, segments, causal, window) -> None:
+def _check(
+    query, row_key, row_value, key, value, positions, columns, mask, segments, causal, window, sinks, blind
+) -> None:
     if query.shape[1] % key.shape[1]:
         raise ValueError(f"{query.shape[1]} query heads cannot share {key.shape[1]} key heads.")
     if not query.dtype == key.dtype == value.dtype:
@@ -93,11 +99,15 @@ def _check(query, row_key, row_value, key, value, positions, columns, mask, segm
         raise ValueError("causal, window, segments and row_key need the positions of the rows.")
     if mask is not None and mask.requires_grad:
         raise ValueError("The mask requires gradient, and selected attention gives it none.")
+    if blind is not None and sinks is not None:
+        raise ValueError(
+            "Sinks get all of the softmax of a row that sees nothing, so no row is blind: give one of both."
+        )
 
 
 def definition(
     query, row_key, row_value, key, value, positions, *, columns=None, mask=None, segments=None, causal=False, window=0,
-    scale=None, softcap=0.0, sinks=None,
+    scale=None, softcap=0.0, sinks=None, blind=None, scored=False,
 ) -> Tensor:  # fmt: skip
     """What ``selected_attention`` computes, with its gradient by autograd: dense, for tests."""
     if row_key is not None:
@@ -108,6 +118,7 @@ def definition(
     q, k, v = query.to(dtype), key.to(dtype).repeat_interleave(groups, 1), value.to(dtype).repeat_interleave(groups, 1)
     scores = q @ k.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    unhidden = scores if scored else scores.detach()
     visible = torch.ones(query.shape[0], query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
     later = torch.arange(key.shape[2], device=query.device) - (0 if positions is None else positions[..., None])
     visible &= (later <= 0) | (not causal)
@@ -120,18 +131,24 @@ def definition(
     sink = scores.new_full((query.shape[1],), -torch.inf) if sinks is None else sinks.to(dtype)
     scores = torch.cat([scores, sink[:, None, None].expand(*scores.shape[:-1], 1)], -1)
     nothing = (scores == -torch.inf).all(-1, keepdim=True)
-    shares = torch.softmax(scores.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)
-    return (shares[..., :-1] @ v).to(query.dtype)
+    shares = torch.softmax(scores.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)[..., :-1]
+    if blind is not None:
+        alike = torch.softmax(unhidden - unhidden.detach(), -1)
+        shares = torch.where(blind[:, None, :, None], alike, shares)
+    return (shares @ v).to(query.dtype)
 
 
 @torch.library.custom_op("tokenseek_fx::selected_attention", mutates_args=())
 def _forward(
     query: Tensor, row_key: Tensor | None, row_value: Tensor | None, key: Tensor, value: Tensor, positions: Tensor | None,
-    columns: Tensor | None, mask: Tensor | None, segments: Tensor | None, sinks: Tensor | None,
-    causal: bool, window: int, scale: float | None, softcap: float,
+    columns: Tensor | None, mask: Tensor | None, segments: Tensor | None, sinks: Tensor | None, blind: Tensor | None,
+    causal: bool, window: int, scale: float | None, softcap: float, scored: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     sight = Sight.of(query, key, positions, mask, segments, causal, window, scale, softcap)
-    return blocks.forward(query, key, value, sinks, sight)
+    out, lse = blocks.forward(query, key, value, sinks, sight)
+    if blind is not None:
+        fill(out, value, blind)
+    return out, lse
 
 
 @torch.library.custom_op("tokenseek_fx::selected_attention_grad_query", mutates_args=())
@@ -149,9 +166,8 @@ def _grad_keys(
     columns: Tensor, mask: Tensor | None, segments: Tensor | None, causal: bool, window: int, scale: float | None,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    sight = Sight.of(query, key, positions, mask, segments, causal, window, scale, softcap).at(columns)
-    key, value = (t.gather(2, columns[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3])) for t in (key, value))
-    return blocks.grad_keys(grad, delta, lse, query, key, value, sight)
+    sight = Sight.of(query, key, positions, mask, segments, causal, window, scale, softcap)
+    return blocks.grad_selected(grad, delta, lse, query, key, value, columns, sight)
 
 
 def _fake_forward(query, row_key, row_value, key, value, *rest):
@@ -167,20 +183,24 @@ def _fake_grad_keys(grad, delta, lse, query, key, value, positions, columns, *re
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    query, _, _, key, value, positions, columns, mask, segments, sinks, *ctx.form = inputs
+    query, _, _, key, value, positions, columns, mask, segments, sinks, blind, *ctx.form, ctx.scored = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, positions, columns, mask, segments, sinks, *output)
+    ctx.save_for_backward(query, key, value, positions, columns, mask, segments, sinks, blind, *output)
 
 
 def register(forward: Any, grad_query: Any, grad_keys: Any) -> None:
     """Give operators of these meanings their fakes, and ``forward`` its gradient by the other two."""
 
     def backward(ctx, grad, _):
-        query, key, value, positions, columns, mask, segments, sinks, out, lse = ctx.saved_tensors
-        needs, grads = ctx.needs_input_grad, [None] * 14
+        query, key, value, positions, columns, mask, segments, sinks, blind, out, lse = ctx.saved_tensors
+        needs, grads = ctx.needs_input_grad, [None] * 16
         if grad is None:
             return tuple(grads)
+        of_blind: Any = None
+        if blind is not None:
+            of_blind = grad_blind(grad, query, key, value, columns, blind, ctx.scored, *ctx.form[-2:])
+            grad = grad.masked_fill(blind[:, None, :, None], 0)
         delta = (grad.to(lse.dtype) * out).sum(-1)
         operands, hidden = (grad, delta, lse, query, key, value, positions), (mask, segments, *ctx.form)
         if needs[0]:
@@ -189,6 +209,8 @@ def register(forward: Any, grad_query: Any, grad_keys: Any) -> None:
             grads[1], grads[2] = grad_keys(*operands, columns, *hidden)
         if needs[9]:
             grads[9] = -((sinks[:, None] - lse).exp() * delta).sum((0, 2)).to(sinks.dtype)
+        if of_blind is not None:
+            grads[:3] = (None if mine is None else mine + more for mine, more in zip(grads, of_blind, strict=False))
         return tuple(grads)
 
     forward.register_fake(_fake_forward)

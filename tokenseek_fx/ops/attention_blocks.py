@@ -28,7 +28,7 @@ class Sight:
     """Which keys each row sees and how scores are made; see ``selected_attention``.
 
     ``rows`` [B, k] and ``keys`` [B, n] are positions, ``mask`` is [B, H or 1, k or 1, n], ``row_segments`` [B, k],
-    ``key_segments`` [B, n].
+    ``key_segments`` [B, n]. ``share``: what every key has in backward, whatever its score (None: that of the softmax).
     """
 
     rows: Tensor | None
@@ -40,6 +40,7 @@ class Sight:
     window: int
     scale: float
     softcap: float
+    share: float | None = None
 
     @classmethod
     def of(
@@ -265,6 +266,14 @@ def grad_keys(
     return grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
+def grad_selected(
+    grad: Tensor, delta: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, columns: Tensor, sight: Sight
+) -> tuple[Tensor, Tensor]:
+    """dk and dv of the keys at ``columns`` [B, m]; ``sight`` is that of all keys."""
+    key, value = (t.gather(2, columns[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3])) for t in (key, value))
+    return grad_keys(grad, delta, lse, query, key, value, sight.at(columns))
+
+
 def _scores(block: Block, query: Tensor, key: Tensor, sight: Sight) -> tuple[Tensor, Tensor | None]:
     """The scores of a block [b, H, r, n], and where they are capped, tanh of them."""
     scores = block.unfold(block.folded(query).mul(sight.scale) @ block.of_keys(key).mT)
@@ -278,7 +287,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """The softmax of a block and the gradient of its scaled scores: p (dp - delta) scale, dp = grad v^T."""
     scores, capped = _scores(block, query, key, sight)
-    shares = scores.sub_(block.of_rows(lse)[..., None]).exp_()
+    shares = scores.sub_(block.of_rows(lse)[..., None]).exp_() if sight.share is None else scores.fill_(sight.share)
     grad_scores = block.unfold(block.folded(grad) @ block.of_keys(value).mT)
     grad_scores = grad_scores.sub_(block.of_rows(delta)[..., None]).mul_(shares).mul_(sight.scale)
     return shares, grad_scores if capped is None else grad_scores.mul_(1 - capped * capped)
