@@ -178,10 +178,10 @@ def test_forms_that_are_read_match_the_reference(mask, scale, cap, groups, sinks
 @pytest.mark.parametrize("mask", [causal_of_keys, keys, of_keys, least_of_keys, window_of_keys, sloped])
 def test_queries_that_see_nothing_look_at_all_keys_alike(mask, report):
     """Their losses count, and rows are so many that those of padding are kept: they give values, and scores that are in a sum, gradient.
-    The second instance has no key at all."""
+    The second instance has no key at all, the third ends in more padding than a window is wide."""
     model, options = Model(mask, cap="cap", groups=2), {"keep_ratio": None, "keep_tokens": T - 1}
     batch = data()
-    batch["seen"][1] = False
+    batch["seen"][1], batch["seen"][2, 6:] = False, False
     run = assert_matches(model, batch, 1e-9, length=T, scorer="random", report_loss=report, **options)
     assert (run.indices[0] < 3).sum() == 2, "of the first instance's three tokens of padding"
 
