@@ -31,7 +31,7 @@ _INSTANCE, _HEAD, _QUERY, _KEY = sympy.symbols("b h q k", integer=True, nonnegat
 class Hides(Enum):
     """How keys are hidden."""
 
-    ALL = 0  # a query that sees none gets 0
+    WHOLLY = 0  # a query that sees none gets 0
     BY_VALUE = 1  # scores become the least finite number: it gets the mean of all values
     BY_SUM = 2  # that is added to scores: it gets the mean, and the scores get gradient through the sum
 
@@ -47,7 +47,7 @@ class Mask:
     keys: tuple[tuple[fx.Node, Index], ...] = ()
     segments: tuple[tuple[fx.Node, Index], ...] = ()
     added: fx.Node | None = None
-    hides: Hides = Hides.ALL
+    hides: Hides = Hides.WHOLLY
 
     def visible(self, values: Mapping[fx.Node, Any]) -> Tensor | None:
         """The mask of the keys, [B or 1, 1 or H, 1, S]: bool, or what is added to scores (``None``: all are visible)."""
@@ -63,7 +63,7 @@ class Mask:
 
     def blind(self, values: Mapping[fx.Node, Any], positions: Tensor) -> Tensor | None:
         """True for queries at ``positions`` [B, k] that see no key and get the mean of all values, [B, k]; ``None``: there is no such query."""
-        if self.hides is Hides.ALL:
+        if self.hides is Hides.WHOLLY:
             return None
         shown = self._shown(values)
         if shown is None:
@@ -115,7 +115,7 @@ def read_mask(mask: fx.Node | None) -> Mask | None:
     found = _hiding(found, hidden, mask.meta["val"].dtype, Hides.BY_SUM)
     if found is None and as_it_is:
         never = _is_constant(mask) or not _loses_scores(mask.meta["val"].dtype)
-        return Mask(added=mask, hides=Hides.ALL if never else Hides.BY_SUM)
+        return Mask(added=mask, hides=Hides.WHOLLY if never else Hides.BY_SUM)
     return found
 
 

@@ -58,7 +58,7 @@ def selected_attention(
     - ``causal``: the row at position p sees key j where j <= p; ``window`` > 0: where also p - j < window.
     - ``scale``: of the scores; None: 1 / sqrt(E). ``softcap`` > 0: scores become softcap tanh(scores / softcap).
     - ``sinks`` [H]: a score by head that takes part in the softmax and has no value.
-    - ``blind`` bool [B, k]: rows that see nothing and get the mean of all values (``blind``); where ``scored``, their scores, capped and
+    - ``blind`` bool [B, k]: rows that see nothing and get the mean of all values (see ``ops.blind``); where ``scored``, their scores, capped and
       scaled but not hidden, have the gradient of a softmax in which all shares are 1 / S. Not with ``sinks``.
     - ``return_lse``: give (out, the log-sum-exp of the scores [B, H, k], in float32 at least, without gradient).
 

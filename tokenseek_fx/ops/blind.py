@@ -31,7 +31,10 @@ def _mean(value: Tensor, heads: int) -> Tensor:
     return value.mean(2, keepdim=True, dtype=wide(value.dtype)).repeat_interleave(heads // value.shape[1], 1)
 
 
-@torch.library.custom_op("tokenseek_fx::selected_attention_grad_blind", mutates_args=())
+_UNSAFE = (torch.Tag.cudagraph_unsafe,)  # what it does depends on data
+
+
+@torch.library.custom_op("tokenseek_fx::selected_attention_grad_blind", mutates_args=(), tags=_UNSAFE)
 def grad_blind(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, columns: Tensor | None, blind: Tensor, scored: bool,
     scale: float | None, softcap: float,
