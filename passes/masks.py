@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import chain
 from typing import Any
 
 import sympy
 import torch
+from sympy.core.function import AppliedUndef
 from sympy.logic.boolalg import Boolean
 from torch import Tensor, fx
 
@@ -23,6 +25,7 @@ from .rules.op import bind, is_tensor
 
 aten = torch.ops.aten
 Index = tuple[Any, ...]
+_ORDERS = (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)
 Meaning = Any  # a sympy expression; of a mask a boolean one
 
 _INSTANCE, _HEAD, _QUERY, _KEY = sympy.symbols("b h q k", integer=True, nonnegative=True)
@@ -38,7 +41,7 @@ class Hides(Enum):
 
 @dataclass(frozen=True)
 class Mask:
-    """What a query at position q may see: the key at position k where k <= q (``causal``), q - k < ``window`` (0: any), all of
+    """What a query at position q may see: the key at position k where k <= q (``causal``), abs(q - k) < ``window`` (0: any), all of
     ``keys`` are True and all of ``segments`` are equal at q and k. Those are nodes with the positions that they are read at.
     ``added``: a mask that is alike for all queries, as it is ([..., 1, S] of a node). ``hides``: what a query that sees no key gets."""
 
@@ -71,7 +74,8 @@ class Mask:
             assert mask is not None
             return (mask == torch.finfo(mask.dtype).min).flatten(1).all(1, keepdim=True).expand_as(positions)
         before = shown.cumsum(-1).expand(len(positions), -1)  # with the key itself
-        seen = before.gather(1, positions) if self.causal else before[:, -1:].expand_as(positions)
+        ends = positions if self.causal else positions + (self.window or shown.shape[-1]) - 1
+        seen = before.gather(1, ends.clamp(max=shown.shape[-1] - 1))
         if self.window:
             first = positions - self.window
             seen = seen - before.gather(1, first.clamp(min=0)).where(first >= 0, 0)
@@ -182,9 +186,12 @@ def _index_of(mask: fx.Node) -> Index:
 def _taken_apart(meaning: Meaning, reader: _Reader) -> Mask | None:
     """What a condition on one query and one key says."""
     found: Mask | None = Mask()
-    for part in sorted(sympy.And.make_args(meaning), key=lambda part: not isinstance(part, sympy.Eq)):
-        found = found and _with_part(found, part, reader)
-    return found
+    parts = sorted(sympy.And.make_args(meaning), key=lambda part: not isinstance(part, sympy.Eq))
+    orders = [part for part in parts if isinstance(part, _ORDERS) and not part.atoms(AppliedUndef)]
+    for part in parts:
+        if part not in orders:
+            found = found and _with_part(found, part, reader)
+    return found and _with_order(found, orders)
 
 
 def _with_part(mask: Mask, part: Meaning, reader: _Reader) -> Mask | None:
@@ -195,9 +202,7 @@ def _with_part(mask: Mask, part: Meaning, reader: _Reader) -> Mask | None:
         return replace(mask, keys=(*mask.keys, (reader.nodes[part.func], part.args)))
     if isinstance(part, sympy.Eq) and not mask.segments:
         return _with_segments(mask, part, reader)
-    if isinstance(part, (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)):
-        return _with_packed_order(mask, part, reader) or _with_order(mask, part)
-    return None
+    return _with_packed_order(mask, part, reader) if isinstance(part, sympy.Le) else None
 
 
 def _is_by_key(part: Meaning) -> bool:
@@ -216,7 +221,7 @@ def _with_segments(mask: Mask, part: sympy.Eq, reader: _Reader) -> Mask | None:
 def _with_packed_order(mask: Mask, part: Any, reader: _Reader) -> Mask | None:
     """Positions that the batch gives, compared within segments that end wherever the next position is not one more."""
     given = reader.nodes.get(getattr(part.lhs, "func", None))
-    ordered = isinstance(part, sympy.Le) and _is_by_key(part.lhs) and part.rhs == part.lhs.subs(_KEY, _QUERY)
+    ordered = _is_by_key(part.lhs) and part.rhs == part.lhs.subs(_KEY, _QUERY)
     if given is None or not ordered or not mask.segments:
         return None
     number = mask.segments[0][0]  # cumsum(diff(positions) != 1)
@@ -230,17 +235,32 @@ def _is_along_last(node: fx.Node, target: Any) -> bool:
     return node.target is target and bind(node)["dim"] in (-1, node.meta["val"].ndim - 1)
 
 
-def _with_order(mask: Mask, part: Any) -> Mask | None:
-    """``difference <= 0`` for a difference of positions: causal, or a window."""
-    sides: tuple[Any, Any] = part.lhs, part.rhs
-    difference = sides[0] - sides[1] if isinstance(part, (sympy.Le, sympy.Lt)) else sides[1] - sides[0]
-    difference = sympy.expand(difference + (1 if isinstance(part, (sympy.Lt, sympy.Gt)) else 0))
-    if difference == _KEY - _QUERY:
-        return replace(mask, causal=True)
-    least = sympy.expand(difference - _QUERY + _KEY)  # q - k + least <= 0
-    if least.is_Integer and least <= 0 and not mask.window:
-        return replace(mask, window=1 - int(least))
-    return None
+def _with_order(mask: Mask, parts: Sequence[Any]) -> Mask | None:
+    """``mask`` and comparisons of the positions of query and key: causal, a window to both sides, or both."""
+    ahead, behind = (sympy.S.Zero if mask.causal else sympy.oo), sympy.oo
+    for difference in chain.from_iterable(map(_differences, parts)):
+        forward, backward = (sympy.expand(difference - x) for x in (_KEY - _QUERY, _QUERY - _KEY))
+        if forward.is_Integer:
+            ahead = min(ahead, -forward)  # k - q is at most that
+        elif backward.is_Integer:
+            behind = min(behind, -backward)
+        else:
+            return None
+    if behind < 0 or not (ahead == 0 or ahead == behind):
+        return None
+    return replace(mask, causal=bool(ahead == 0), window=0 if behind == sympy.oo else int(behind) + 1)
+
+
+def _differences(part: Any) -> list[Meaning]:
+    """What is at most 0 where an order of integers holds; a distance is two differences."""
+    sides: tuple[Any, Any] = (part.lhs, part.rhs) if isinstance(part, (sympy.Le, sympy.Lt)) else (part.rhs, part.lhs)
+    difference = sympy.expand(sides[0] - sides[1] + (1 if isinstance(part, (sympy.Lt, sympy.Gt)) else 0))
+    distances: list[Any] = [*difference.atoms(sympy.Abs)]
+    if len(distances) != 1 or difference.coeff(distances[0]) != 1:
+        return [difference]
+    (distance,) = distances[0].args
+    rest = difference - distances[0]
+    return [rest + distance, rest - distance]
 
 
 class _Reader:
@@ -415,6 +435,7 @@ def _elementwise(function: Callable[..., Meaning], *targets: Any, booleans: bool
 
 _elementwise(sympy.Add, aten.add.Tensor, aten.add.Scalar)
 _elementwise(lambda x, y: x - y, aten.sub.Tensor, aten.sub.Scalar)
+_elementwise(sympy.Abs, aten.abs.default)
 _elementwise(sympy.Le, aten.le.Tensor, aten.le.Scalar)
 _elementwise(sympy.Lt, aten.lt.Tensor, aten.lt.Scalar)
 _elementwise(sympy.Ge, aten.ge.Tensor, aten.ge.Scalar)

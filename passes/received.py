@@ -26,7 +26,7 @@ def received_in(
 ) -> Tensor:
     """I1 of one attention, [B, T], from the seek stream's values; by position where it is ``attending``."""
     node, axes = attention.node, geometry.axes
-    if attending is not None and (attending.mask.causal or not attending.mask.window):
+    if attending is not None:
         labels = (*axes.of(attending.query)[:-2], axes.of(attending.key)[-2])
         return geometry.by_token(attending.received(values), labels, len(labels) - 1)
     if node.target is SDPA:

@@ -66,17 +66,44 @@ def later(seen: Tensor, places: Tensor) -> Tensor:
     return k >= q
 
 
-READ = [causal, window, padded, keys_alone, added_to_keys, packed, one_sequence, segments, later]
+def both_sides(seen: Tensor, places: Tensor) -> Tensor:
+    _, q, k = at_rows_and_keys()
+    return (q - k).abs() < 3
+
+
+def between(seen: Tensor, places: Tensor) -> Tensor:
+    b, q, k = at_rows_and_keys()
+    return (k <= q + 2) & (k + 3 > q) & seen[b, k]
+
+
+def packed_window(seen: Tensor, places: Tensor) -> Tensor:
+    _, q, k = at_rows_and_keys()
+    return packed(seen, places) & (k > q - 3)
+
+
+READ = [
+    causal,
+    window,
+    padded,
+    keys_alone,
+    added_to_keys,
+    packed,
+    one_sequence,
+    segments,
+    both_sides,
+    between,
+    packed_window,
+]
+
+
+def lopsided(seen: Tensor, places: Tensor) -> Tensor:
+    _, q, k = at_rows_and_keys()
+    return (k <= q + 2) & (k > q - 2)
 
 
 def one_ahead(seen: Tensor, places: Tensor) -> Tensor:
     _, q, k = at_rows_and_keys()
     return k <= q + 1
-
-
-def both_sides(seen: Tensor, places: Tensor) -> Tensor:
-    _, q, k = at_rows_and_keys()
-    return (q - k).abs() < 3
 
 
 def either(seen: Tensor, places: Tensor) -> Tensor:
@@ -105,7 +132,7 @@ def counted_from_the_end(seen: Tensor, places: Tensor) -> Tensor:
     return k <= torch.arange(T)[q - 1]
 
 
-NOT_READ = [one_ahead, both_sides, either, by_row, places_without_segments, places_in_other_segments]
+NOT_READ = [later, lopsided, one_ahead, either, by_row, places_without_segments, places_in_other_segments]
 NOT_READ += [counted_from_the_end]
 
 
@@ -148,7 +175,7 @@ def dense(mask: Mask, values: dict) -> Tensor:
     if mask.causal:
         shown = shown & (k <= q)
     if mask.window:
-        shown = shown & (q - k < mask.window)
+        shown = shown & ((q - k).abs() < mask.window)
     keys, numbers = mask.visible(values), mask.segments_of(values)
     if numbers is not None:
         shown = shown & (numbers[:, None, :, None] == numbers[:, None, None, :])

@@ -45,6 +45,13 @@ def window_of_keys(scores: Tensor, seen: Tensor) -> Tensor:
     return scores.masked_fill(~(order(seen) & (n[:, None] - n < 4) & seen[:, None, None]), LEAST)
 
 
+def near_keys(scores: Tensor, seen: Tensor) -> Tensor:
+    """A window to both sides."""
+    n = torch.arange(T, device=seen.device)
+    near = (n[:, None] - n).abs() < 3
+    return scores + torch.where(near & seen[:, None, None], torch.zeros((), dtype=scores.dtype), LEAST)
+
+
 def filled(scores: Tensor, seen: Tensor) -> Tensor:
     return scores.masked_fill(~order(seen), -torch.inf)
 
@@ -73,7 +80,7 @@ def unmasked(scores: Tensor, seen: Tensor) -> Tensor:
     return scores
 
 
-MASKS = [unmasked, causal, causal_of_keys, window_of_keys, filled, keys, of_keys, least_of_keys, sloped]
+MASKS = [unmasked, causal, causal_of_keys, window_of_keys, near_keys, filled, keys, of_keys, least_of_keys, sloped]
 SCALES = {
     "times": lambda q, k: q @ k.transpose(2, 3) * E**-0.5,
     "over": lambda q, k: torch.matmul(q, k.transpose(-1, -2)) / math.sqrt(E),
@@ -175,7 +182,7 @@ def test_forms_that_are_read_match_the_reference(mask, scale, cap, groups, sinks
 
 
 @pytest.mark.parametrize("report", ["full", "kept"])
-@pytest.mark.parametrize("mask", [causal_of_keys, keys, of_keys, least_of_keys, window_of_keys, sloped])
+@pytest.mark.parametrize("mask", [causal_of_keys, keys, of_keys, least_of_keys, window_of_keys, near_keys, sloped])
 def test_queries_that_see_nothing_look_at_all_keys_alike(mask, report):
     """Their losses count, and rows are so many that those of padding are kept: they give values, and scores that are in a sum, gradient.
     The second instance has no key at all, the third ends in more padding than a window is wide."""
@@ -306,7 +313,7 @@ def test_sinks_and_slopes_of_models_match_the_reference(name):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "mpt"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "mpt", "modernbert mlm"])
 def test_no_value_has_both_queries_and_keys(graphs, name, padded):  # noqa: F811
     tokens, kept = 521, 53
     torch._dynamo.reset()

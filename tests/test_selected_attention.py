@@ -124,6 +124,7 @@ def test_equals_the_definition_over_many_blocks():
     given = operands(2, 6, 2, 300, 700, 4, causal=True, window=150)
     assert_same(given)
     assert_same(given | {"softcap": 1.5, "sinks": torch.randn(6, dtype=torch.float64)})
+    assert_same(given | {"causal": False})
 
 
 def test_equals_the_definition_where_the_rows_are_all_tokens():
@@ -406,6 +407,7 @@ def test_kernels_go_through_all_blocks_of_rows_and_keys(triton_attention):
     """More rows and keys than one block of any kernel has, so that whole blocks are seen, cut and left out."""
     base = {"dtype": torch.float32, "width": 16, "causal": True}
     made = [operands(1, 4, 2, 90, 160, **base), operands(1, 3, 1, 70, 300, window=60, **base)]
+    made += [operands(1, 3, 1, 70, 300, window=60, **(base | {"causal": False}))]
     made += [operands(1, 2, 2, 40, 130, **(base | {"causal": False})), operands(1, 2, 1, 60, 60, **base)]
     for case in made:
         assert_same(case, triton_attention, 1e-5)

@@ -55,7 +55,7 @@ def selected_attention(
     - ``columns`` int64 [B, m]: where those stand, sorted; None: at ``positions``.
     - ``mask``, broadcastable to [B, H, k, S]: bool (True: seen) or added to the scores. It gets no gradient.
     - ``segments`` int [B, S]: a row sees the keys of its own segment.
-    - ``causal``: the row at position p sees key j where j <= p; ``window`` > 0: where also p - j < window.
+    - ``causal``: the row at position p sees key j where j <= p; ``window`` > 0: where also abs(p - j) < window.
     - ``scale``: of the scores; None: 1 / sqrt(E). ``softcap`` > 0: scores become softcap tanh(scores / softcap).
     - ``sinks`` [H]: a score by head that takes part in the softmax and has no value.
     - ``blind`` bool [B, k]: rows that see nothing and get the mean of all values (see ``ops.blind``); where ``scored``, their scores, capped and
@@ -122,7 +122,7 @@ def definition(
     visible = torch.ones(query.shape[0], query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
     later = torch.arange(key.shape[2], device=query.device) - (0 if positions is None else positions[..., None])
     visible &= (later <= 0) | (not causal)
-    visible &= (-later < window) | (not window)
+    visible &= (later.abs() < window) | (not window)
     if segments is not None:
         visible &= segments.gather(1, positions)[..., None] == segments[:, None]
     scores = scores.masked_fill(~visible[:, None], -torch.inf)

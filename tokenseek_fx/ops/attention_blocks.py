@@ -82,6 +82,7 @@ class Sight:
             stop = int((keys <= self.rows[i, r].amax(1, keepdim=True)).sum(1).max())
         if self.window:
             start = int((keys <= self.rows[i, r].amin(1, keepdim=True) - self.window).sum(1).min())
+            stop = min(stop, int((keys < self.rows[i, r].amax(1, keepdim=True) + self.window).sum(1).max()))
         return slice(min(start, stop), stop)
 
     def bias(self, i: slice, r: slice, c: slice, dtype: torch.dtype) -> Tensor | None:
@@ -99,7 +100,7 @@ class Sight:
         if self.causal:
             seen.append(self.keys[i, None, c] <= self.rows[i, r, None])
         if self.window:
-            seen.append(self.keys[i, None, c] > self.rows[i, r, None] - self.window)
+            seen.append((self.keys[i, None, c] - self.rows[i, r, None]).abs() < self.window)
         if self.key_segments is not None:
             seen.append(self.row_segments[i, r, None] == self.key_segments[i, None, c])
         if not seen:

@@ -58,6 +58,8 @@ def _hidden(
         seen = seen & (j <= p)
     if WINDOW:
         seen = seen & (p - j < window)
+        if not CAUSAL:
+            seen = seen & (j - p < window)
     if SEGMENTS:
         seen = seen & (own == theirs)
     return tl.where(seen, scores, -float("inf"))
@@ -74,6 +76,8 @@ def _reach(
         stop = tl.minimum(keys, tl.load(positions + last).to(tl.int32) + 1)
     if WINDOW:
         start = tl.maximum(0, tl.load(positions + first).to(tl.int32) - window + 1) // BLOCK_N * BLOCK_N
+        if not CAUSAL:
+            stop = tl.minimum(keys, tl.load(positions + last).to(tl.int32) + window)
     open_until = start
     if not (WINDOW or SEGMENTS or MASK):
         open_until = keys // BLOCK_N * BLOCK_N
@@ -317,6 +321,8 @@ def grad_keys_kernel(
     start, stop = 0, rows
     if CAUSAL:
         start = _first_row(positions, rows, tl.load(columns + first).to(tl.int32))
+    elif WINDOW:
+        start = _first_row(positions, rows, tl.load(columns + first).to(tl.int32) - window + 1)
     if WINDOW:
         last = tl.load(columns + tl.minimum(first + BLOCK_N, selected) - 1).to(tl.int32)
         stop = _first_row(positions, rows, last + window)
