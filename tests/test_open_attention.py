@@ -12,6 +12,7 @@ import zoo
 from compare import assert_matches
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import slow
 from test_scores import assert_scores
 from test_size import graphs, shapes  # noqa: F401 (a fixture)
 from torch import Tensor, nn
@@ -161,7 +162,7 @@ def by_position(model: nn.Module, batch: dict[str, Tensor]) -> tuple[int, int]:
     return len(program.attending), len(program.axes.attentions)
 
 
-@given(
+every_form = given(
     mask=st.sampled_from(MASKS),
     scale=st.sampled_from([*SCALES]),
     cap=st.sampled_from([*CAPS]),
@@ -169,8 +170,9 @@ def by_position(model: nn.Module, batch: dict[str, Tensor]) -> tuple[int, int]:
     sinks=st.booleans(),
     scorer=st.sampled_from(["random", "tokenseek"]),
 )
-@settings(max_examples=15, deadline=None)
-def test_forms_that_are_read_match_the_reference(mask, scale, cap, groups, sinks, scorer):
+
+
+def assert_form_matches(mask, scale, cap, groups, sinks, scorer):
     if sinks and mask is filled:
         mask = causal
     model = Model(mask, scale, cap, groups, sinks)
@@ -181,7 +183,20 @@ def test_forms_that_are_read_match_the_reference(mask, scale, cap, groups, sinks
         assert_scores(model, data(), 1e-9, "blocks", "head", length=T, attention_layers="all", gradient_of="head")
 
 
-@pytest.mark.parametrize("report", ["full", "kept"])
+@every_form
+@settings(max_examples=8, deadline=None)
+def test_forms_that_are_read_match_the_reference(**form):
+    assert_form_matches(**form)
+
+
+@pytest.mark.slow
+@every_form
+@settings(max_examples=60, deadline=None)
+def test_more_forms_match_the_reference(**form):
+    assert_form_matches(**form)
+
+
+@pytest.mark.parametrize("report", ["full", slow("kept")])
 @pytest.mark.parametrize("mask", [causal_of_keys, keys, of_keys, least_of_keys, window_of_keys, near_keys, sloped])
 def test_queries_that_see_nothing_look_at_all_keys_alike(mask, report):
     """Their losses count, and rows are so many that those of padding are kept: they give values, and scores that are in a sum, gradient.
@@ -296,7 +311,7 @@ def test_dropout_of_the_shares_is_left_to_the_model():
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 @pytest.mark.parametrize("scorer", ["random", "tokenseek"])
-@pytest.mark.parametrize("name", ["gemma2", "qwen2"])
+@pytest.mark.parametrize("name", ["gemma2", slow("qwen2")])
 def test_models_match_the_reference(name, scorer, padding):
     """Soft caps and windows of Gemma 2."""
     model = zoo.build(name, attn="eager", dtype=torch.float32)
