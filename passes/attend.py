@@ -59,16 +59,11 @@ class Attending:
     ) -> Tensor:
         """The attention of ``query`` [B, H, k, E] at ``positions`` [B, k] to the keys of ``values``; ``live``: selected rows of
         key and value and their places, which get the gradient."""
-        out, _ = self._attend(values, query, positions, live, self.mask.blind(values, positions))
+        out, _ = self._attend(values, query, positions, live)
         return out
 
     def _attend(
-        self,
-        values: Mapping[fx.Node, Any],
-        query: Tensor,
-        positions: Tensor,
-        live: tuple[Tensor, ...] | None,
-        blind: Tensor | None = None,
+        self, values: Mapping[fx.Node, Any], query: Tensor, positions: Tensor, live: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, Tensor]:
         """The attention, and the log-sum-exp of the scores."""
         row_key, row_value, columns = live or (None, None, None)
@@ -84,7 +79,7 @@ class Attending:
             scale=self.scale,
             softcap=self.softcap,
             sinks=None if self.sinks is None else values[self.sinks].flatten(),
-            blind=blind if self.sinks is None else None,  # sinks get it all
+            blind=self.mask.blind(values, positions) if self.sinks is None else None,  # sinks get it all
             scored=self.mask.hides is Hides.BY_SUM,
             return_lse=True,
         )

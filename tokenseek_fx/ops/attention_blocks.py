@@ -80,9 +80,10 @@ class Sight:
         keys, start, stop = self.keys[i], 0, self.keys.shape[1]
         if self.causal:
             stop = int((keys <= self.rows[i, r].amax(1, keepdim=True)).sum(1).max())
+        elif self.window:
+            stop = int((keys < self.rows[i, r].amax(1, keepdim=True) + self.window).sum(1).max())
         if self.window:
             start = int((keys <= self.rows[i, r].amin(1, keepdim=True) - self.window).sum(1).min())
-            stop = min(stop, int((keys < self.rows[i, r].amax(1, keepdim=True) + self.window).sum(1).max()))
         return slice(min(start, stop), stop)
 
     def bias(self, i: slice, r: slice, c: slice, dtype: torch.dtype) -> Tensor | None:
