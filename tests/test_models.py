@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import math
+from itertools import product
 
 import pytest
 import torch
 import transformers
 import zoo
-from compare import assert_matches, by_reference, compiled, error
+from compare import Grads, assert_matches, by_reference, compiled, error
 from marks import slow
+from torch import nn
 
 import tokenseek_fx
 
@@ -53,12 +56,46 @@ def test_lora_matches_the_reference(name, padding):
     assert all("lora" in parameter for parameter in run.grads)
 
 
+#: Soft caps make Gemma 2's gradients 2 to 18 % wrong in bfloat16, eager's as well: it is compared with float32 instead.
+CAPPED = ("gemma2", torch.bfloat16)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [case for case in product(NAMED, (torch.float32, torch.bfloat16)) if case != CAPPED]
+)
 def test_dtypes(name, dtype):
     model, batch, tol = model_and_batch(name, attentions(name)[0], "right", dtype)
     assert_matches(model, batch, tol)
+
+
+@pytest.mark.slow
+def test_soft_caps_in_bfloat16_are_no_further_from_float32_than_eager():
+    ours, eagers = 0.0, 0.0
+    for seed in range(6):
+        model, batch, _ = model_and_batch(CAPPED[0], "eager", "right", CAPPED[1])
+        shuffle(model, seed)
+        run = compiled(model, batch)
+        exact = by_reference(copy.deepcopy(model).float(), batch, run.indices).grads
+        ours += distance(run.grads, exact)
+        eagers += distance(by_reference(model, batch, run.indices).grads, exact)
+    # which of the two rounds better in one model is chance: 0.6 to 1.5 times, 0.85 on average of ten
+    assert ours <= 1.2 * eagers
+
+
+@torch.no_grad()
+def shuffle(model: nn.Module, seed: int) -> None:
+    """Exchange the numbers within each parameter."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.copy_(p.flatten()[torch.randperm(p.numel(), generator=generator)].view_as(p))
+
+
+def distance(a: Grads, b: Grads) -> float:
+    """The length of the difference of two sets of gradients over the length of the second."""
+    return math.sqrt(sum((a[name] - b[name]).double().square().sum().item() for name in b)) / math.sqrt(
+        sum(g.double().square().sum().item() for g in b.values())
+    )
 
 
 @pytest.mark.slow
