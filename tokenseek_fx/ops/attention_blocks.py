@@ -1,6 +1,6 @@
 """Selected attention in plain ATen operations, a block of rows at a time: the form for CPU.
 
-A block is some instances and heads, up to ``_ROWS`` rows and the keys that any of them may see: keys after its last position and before
+A block is some instances and heads, a few rows and the keys that any of them may see: keys after its last position and before
 its window are skipped. Grouped query heads are rows of their key head, so keys and values are never repeated. Backward
 recomputes the softmax of a block from the log-sum-exp of its rows.
 """
@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Rows of a block: few, so that a block skips the keys after it; enough to keep matrix products busy.
-_ROWS = 64
+#: Rows of a block, those of all query heads of a key head together: few, so that a block skips the keys after it; enough to keep
+#: matrix products busy.
+_ROWS = 128
+#: Rows of a block for PyTorch's fused attention: it takes so many at a time itself where there are fewer than 192.
+_FUSED_ROWS = 32
 #: Scores of a block, in elements: they stay in the cache between the operations on them.
 _SCORES = 2**19
 #: Scores of a block of several instances: few, since their keys are copied into one batch of matrices.
@@ -182,16 +185,26 @@ def _blocks(query: Tensor, key: Tensor, sight: Sight) -> Iterator[Block]:
     height = min(rows, max(_ROWS // 4, _ROWS // groups))
     together = max(1, _SMALL // (heads * height * max(1, key.shape[2])))
     for i in _slices(batch, together):
-        for r in _slices(rows, height):
-            c = sight.seen(i, r)
+        for r, c in _rows_and_keys(sight, i, rows, height, groups):
             bias = sight.bias(i, r, c, dtype)
             for h in _slices(key_heads, max(1, _SCORES // (together * groups * height * max(1, c.stop - c.start)))):
                 g = slice(h.start * groups, h.stop * groups)
                 yield Block(i, g, r, h, c, bias if bias is None or bias.shape[1] == 1 else bias[:, g])
 
 
-def _slices(size: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, size)) for start in range(0, size, step))
+def _rows_and_keys(sight: Sight, i: slice, rows: int, height: int, groups: int) -> Iterator[tuple[slice, slice]]:
+    """``height`` rows and the keys that they may see, or fewer where the scores of one key head would be more than ``_SCORES``."""
+    for r in _slices(rows, height):
+        c = sight.seen(i, r)
+        fit = max(1, _SCORES // (groups * max(1, c.stop - c.start)))
+        if r.stop - r.start <= fit:
+            yield r, c
+        else:
+            yield from ((part, sight.seen(i, part)) for part in _slices(r.stop, fit, r.start))
+
+
+def _slices(stop: int, step: int, start: int = 0) -> Iterator[slice]:
+    return (slice(first, min(first + step, stop)) for first in range(start, stop, step))
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, sight: Sight) -> tuple[Tensor, Tensor]:
@@ -213,7 +226,7 @@ def _forward_fused(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> t
         return _forward_consecutive(query, key, value, start, flash)
     out, lse = rows_like(query, value.shape[-1]), lse_like(query)
     batch, _, rows, _ = query.shape
-    height = rows if sight.same_for_all_rows else min(rows, _ROWS)
+    height = rows if sight.same_for_all_rows else min(rows, _FUSED_ROWS)
     for i in _slices(batch, max(1, _SCORES // max(1, height * key.shape[2]))):
         for r in _slices(rows, height):
             c = sight.seen(i, r)
