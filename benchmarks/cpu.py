@@ -76,7 +76,7 @@ def plan(options: argparse.Namespace) -> list[Task]:
     pairs = [pair for name in options.parts for pair in PARTS[name](chosen)]
     if options.rows:
         pairs = [(setting, row) for setting, row in pairs if row in options.rows]
-    return turns([(sized(setting, options), row) for setting, row in pairs], options.rounds, options.steps)
+    return turns([(sized(setting, options), row) for setting, row in pairs], options)
 
 
 def sized(setting: Setting, options: argparse.Namespace) -> Setting:
@@ -95,6 +95,8 @@ def shown(options: argparse.Namespace) -> report.Shown:
 def arguments(words: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = suite.parser(__doc__, "cpu", PARTS)
+    # other work on a shared machine comes in bursts of seconds and drifts in minutes: short steps are repeated, rows take turns
+    parser.set_defaults(rounds=2, seconds=15)
     every = list(SETTINGS)
     parser.add_argument("--settings", nargs="+", choices=every, default=every, help="of full, lora, others")
     return suite.parse(parser, words)

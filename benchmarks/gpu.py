@@ -76,7 +76,7 @@ def plan(options: argparse.Namespace) -> list[Task]:
     pairs = [pair for name in options.parts if name in PARTS for pair in PARTS[name]()]
     if options.rows:
         pairs = [(setting, row) for setting, row in pairs if row in options.rows]
-    return turns([(sized(setting, options), row) for setting, row in pairs], options.rounds, options.steps)
+    return turns([(sized(setting, options), row) for setting, row in pairs], options)
 
 
 def sized(setting: Setting, options: argparse.Namespace) -> Setting:

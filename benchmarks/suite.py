@@ -27,13 +27,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Task:
-    """One process: a row of a setting; with `limit`, whether it fits on a card of so many GiB."""
+    """One process: a row of a setting, at least `steps` steps and `seconds`; with `limit`, whether it fits on a card of so many GiB."""
 
     setting: Setting
     row: str
     round: int = 0
     steps: int = 2
     limit: float = 0
+    seconds: float = 0
 
     def same(self, record: Result) -> bool:
         """Whether a record is of this task, however many steps it took."""
@@ -136,13 +137,13 @@ def describe(record: Result) -> str:
     return f"{times}, peak {record['peak'] / 1e6:.1f} MB, loss {record['loss']:.3f}"
 
 
-def turns(pairs: list[tuple[Setting, str]], rounds: int, steps: int) -> list[Task]:
+def turns(pairs: list[tuple[Setting, str]], options: argparse.Namespace) -> list[Task]:
     """Every row of a setting once, then every row again: a drift of the machine meets all rows alike."""
     settings = list(dict.fromkeys(setting for setting, _ in pairs))
     tasks = [
-        Task(setting, row, number, steps)
+        Task(setting, row, number, options.steps, seconds=options.seconds)
         for setting in settings
-        for number in range(rounds)
+        for number in range(options.rounds)
         for other, row in pairs
         if other == setting
     ]
@@ -164,8 +165,11 @@ def parser(description: str | None, name: str, parts: Iterable[str]) -> argparse
     parser.set_defaults(name=name)
     parser.add_argument("--parts", nargs="+", choices=every, default=every, help=f"of {', '.join(every)}")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="ROW", help="; ".join(ROWS))
-    parser.add_argument("--rounds", type=int, default=1, help="processes per row, default 1")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps per process, default 2")
+    parser.add_argument("--rounds", type=int, default=1, help="processes per row, default %(default)s")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps per process at least, default %(default)s")
+    parser.add_argument(
+        "--seconds", type=float, default=0, help="of timed steps per process at least, default %(default)s (quick: 0)"
+    )
     parser.add_argument("--minutes", type=float, help="stop then; the same command goes on")
     parser.add_argument("--quick", action="store_true", help="does it run: tiny shapes")
     parser.add_argument("--plan", action="store_true", help="print the tasks and stop")
@@ -177,6 +181,7 @@ def parser(description: str | None, name: str, parts: Iterable[str]) -> argparse
 def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
     """Quick figures stay out of the folder of results, and only its report is shown on the page."""
     options = parser.parse_args(words)
+    options.seconds *= not options.quick
     options.page = None if options.out or options.quick else ROOT / "docs/benchmarks.md"
     options.out = options.out or ROOT / ("out" if options.quick else "benchmarks/results") / options.name
     return options

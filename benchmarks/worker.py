@@ -63,7 +63,7 @@ def now(inputs: Batch) -> float:
     return time.perf_counter()
 
 
-def work(row: str, setting: Setting, steps: int) -> Result:
+def work(row: str, setting: Setting, steps: int, seconds: float) -> Result:
     """All figures of one row."""
     for name in EXACT_MEMORY:  # this process has read it; the C++ compiler would be slow under it
         os.environ.pop(name, None)
@@ -71,33 +71,37 @@ def work(row: str, setting: Setting, steps: int) -> Result:
     trains = row != peers.FORWARD
     first = step(model, inputs, trains)
     figures = on_cuda if setting.device == "cuda" else on_cpu
-    found = {"first": first["step"], "loss": first["loss"], **figures(model, inputs, trains, steps)}
+    found = {"first": first["step"], "loss": first["loss"], **figures(model, inputs, trains, steps, seconds)}
     return {**found, **saved(model, inputs, SHAPES[setting.shape].vocab, trains)}
 
 
-def on_cpu(model: nn.Module, inputs: Batch, trains: bool, steps: int) -> Result:
+def on_cpu(model: nn.Module, inputs: Batch, trains: bool, steps: int, seconds: float) -> Result:
     """One step for memory in use; a step in which the heap takes its usual size; then the timed ones."""
     with measure.PeakMemory() as exact:
         step(model, inputs, trains)
     usual_allocator()
     step(model, inputs, trains)
     with measure.PeakMemory() as usual:
-        timed = [step(model, inputs, trains) for _ in range(steps)]
-    return {"peak": exact.bytes, "resident": usual.bytes, **seconds(timed)}
+        times = timed(model, inputs, trains, steps, seconds)
+    return {"peak": exact.bytes, "resident": usual.bytes, **times}
 
 
-def on_cuda(model: nn.Module, inputs: Batch, trains: bool, steps: int) -> Result:
+def on_cuda(model: nn.Module, inputs: Batch, trains: bool, steps: int, seconds: float = 0) -> Result:
     """Timed steps; what was allocated above model and gradients, and what the caching allocator held."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     base = torch.cuda.memory_allocated()
-    timed = [step(model, inputs, trains) for _ in range(steps)]
+    times = timed(model, inputs, trains, steps, seconds)
     peak, resident = torch.cuda.max_memory_allocated() - base, torch.cuda.max_memory_reserved() - base
-    return {"base": base, "peak": peak, "resident": resident, **seconds(timed)}
+    return {"base": base, "peak": peak, "resident": resident, **times}
 
 
-def seconds(timed: list[Result]) -> Result:
-    return {key: [one[key] for one in timed] for key in ("step", "forward")}
+def timed(model: nn.Module, inputs: Batch, trains: bool, steps: int, seconds: float) -> Result:
+    """At least so many steps, and steps for at least so many seconds."""
+    found, end = [], time.monotonic() + seconds
+    while len(found) < steps or time.monotonic() < end:
+        found.append(step(model, inputs, trains))
+    return {key: [one[key] for one in found] for key in ("step", "forward")}
 
 
 def saved(model: nn.Module, inputs: Batch, vocab: int, trains: bool) -> Result:
@@ -138,7 +142,7 @@ def main() -> int:
         if task["limit"]:
             result = largest(task["row"], setting, task["limit"])
         else:
-            result = work(task["row"], setting, task["steps"])
+            result = work(task["row"], setting, task["steps"], task["seconds"])
     except Exception as error:
         traceback.print_exc()
         full = out_of_memory(error)
