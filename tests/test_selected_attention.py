@@ -340,6 +340,13 @@ def test_no_tensor_of_rows_by_keys_exists(softcap):
     assert 0 < largest.bytes <= 4 * blocks._SCORES < 256 * 8192 * 4
 
 
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_rows_with_many_keys_are_taken_fewer_at_a_time(softcap, monkeypatch):
+    given = operands(2, 4, 2, 90, 200, causal=True, softcap=softcap)
+    monkeypatch.setattr(blocks, "_SCORES", 4096)  # of 64 rows that see up to 200 keys: 10 at a time
+    assert_same(given)
+
+
 def test_keys_behind_the_last_row_of_a_block_are_not_read():
     """They may be anything."""
     given = operands(1, 4, 2, 40, 200, causal=True)
