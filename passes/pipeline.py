@@ -1,20 +1,65 @@
-"""The pipeline: passes in order, on one page."""
+"""The pipeline: every pass in order, on one page. This is what runs."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from .activity import FindActivity
-from .attend import FindAttending
-from .blocks import FindBlocks
-from .canonicalize import Canonicalize
-from .ditch import Ditch
-from .program import Program
-from .shift import UnshiftLabels
-from .split import Split
-from .token_axes import FindTokenAxes
+from .analysis.activity import FindActivity
+from .analysis.blocks import FindBlocks
+from .analysis.routing import FindRoutes
+from .analysis.token_axes import FindTokenAxes
+from .attention.positional import FindPositionalAttention
+from .capture.canonicalize import Canonicalize
+from .capture.unshift_labels import UnshiftLabels
+from .graph.errors import in_pass
+from .graph.program import Program
+from .keep.frozen_rows import FindFrozenRows
+from .keep.recompute_kv import PlanKV
+from .lower.chunks import Chunk
+from .lower.split import CopyKV, Split
+from .lower.unalias import UnaliasOutputs
+from .memory.recompute import PlanRecompute
+from .plan import Plan
+from .streams.selection_plan import PlanSelection
+from .streams.trace import TraceStreams
+from .streams.two_streams import BuildStreams, PlanScoring
+
+#: The last pass that only looks at the graph.
+ANALYSED = "positional attention"
+
+
+def training(plan: Plan) -> Pipeline:
+    """What the backend does with a graph that is trained."""
+    signals, given = plan.signals, bool(plan.given)
+    return Pipeline(
+        (
+            # what the graph is
+            Canonicalize(),
+            UnshiftLabels(),  # before the axes: it removes an axis that is a slice of the token axis
+            FindActivity(),
+            FindTokenAxes(plan.passed),
+            FindRoutes(),
+            FindBlocks(),
+            FindPositionalAttention(),
+            # what is done with it
+            FindFrozenRows(),
+            PlanKV(plan.kv, plan.is_inductor, plan.strict),
+            PlanSelection(plan.selects, signals, plan.logits, plan.report_loss, plan.substitutes, given, plan.strict),
+            PlanScoring(signals, plan.logits, plan.report_loss, given),
+            # the rewritten graph
+            BuildStreams(signals, plan.logits, plan.kv_grad, plan.given, plan.is_fragment),
+            TraceStreams(),
+            # what is compiled
+            Chunk(plan.chunk_bytes),
+            UnaliasOutputs(),
+            CopyKV(),  # before the split: copies belong to the first segment
+            Split(),
+            PlanRecompute(plan.recompute, plan.kv),
+        )
+    )
 
 
 class Pass(Protocol):
@@ -30,29 +75,39 @@ class Pass(Protocol):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Passes in order. Prints itself, can stop after any pass, and checks each stage's invariant.
-
-    >>> print(analysis())
-    1. canonicalize: Dynamo's graph -> a functional pre-dispatch ATen graph that has lost nothing.
-    2. unshift labels: a loss over a slice of the tokens -> the same loss over all tokens.
-    3. activity: which values carry gradient.
-    4. token axes: for every value of the graph, which factors of which dims are the token axis and the batch.
-    5. blocks: the residual stream, the attentions, the entry of the last block, the losses.
-    6. attending: which attentions can look at keys and values as they are, by position.
-    """
+    """Passes in order. Prints itself, stops after any pass, continues a program that some passes ran on, and checks each stage's
+    invariant. An error names the pass."""
 
     passes: tuple[Pass, ...]
 
     def run(
         self, program: Program, until: str | None = None, after: Callable[[Pass, Program], None] | None = None
     ) -> Program:
-        """Run all passes, or up to and with the one named ``until``; ``after`` sees the program after each."""
+        """Run the passes that have not run on ``program`` yet, or up to and with the one named ``until``.
+
+        ``after`` sees the program after each.
+
+        Raises:
+            ValueError: no pass has the name ``until``.
+        """
         for step in self._up_to(until):
-            program = step.run(program)
-            step.check(program)
+            if step.name in program.done:
+                continue
+            with in_pass(step.name):
+                program = step.run(program)
+                step.check(program)
+            program = replace(program, done=(*program.done, step.name))
             if after is not None:
                 after(step, program)
         return program
+
+    def until(self, name: str) -> Pipeline:
+        """The passes up to and with the one of this name.
+
+        Raises:
+            ValueError: no pass has it.
+        """
+        return Pipeline(tuple(self._up_to(name)))
 
     def _up_to(self, until: str | None) -> Iterator[Pass]:
         names = [step.name for step in self.passes]
@@ -68,27 +123,6 @@ class Pipeline:
 
 
 def _describe(step: Pass) -> str:
-    """``name: first line of the module's docstring after its title``."""
-    import sys
-
-    doc = (sys.modules[type(step).__module__].__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
-    return f"{step.name}: {doc.split(': ', 1)[-1]}"
-
-
-def analysis() -> Pipeline:
-    """What is known about a graph before it is rewritten."""
-    return Pipeline(
-        (
-            Canonicalize(),
-            UnshiftLabels(),  # before the axes: it removes an axis that is a slice of the token axis
-            FindActivity(),
-            FindTokenAxes(),
-            FindBlocks(),
-            FindAttending(),
-        )
-    )
-
-
-def rewriting(ditch: Ditch) -> Pipeline:
-    """The analysis, the rewrite, and the cut into segments."""
-    return analysis() + ditch + Split()
+    """``name: first sentence of the class's docstring``."""
+    doc = (type(step).__doc__ or sys.modules[type(step).__module__].__doc__ or "").strip()
+    return f"{step.name}: {' '.join(doc.split('. ')[0].split())}".rstrip(".") + "."

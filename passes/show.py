@@ -10,12 +10,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from .audit import Audit
-from .factors import Dim
-from .program import Program
-from .rules.op import is_tensor
-from .split import Segments
-from .tags import block_of
+from .analysis.activity import Activity
+from .analysis.blocks import Blocks
+from .analysis.token_axes import TokenAxes
+from .graph.factors import Dim
+from .graph.kinds import Kind, block_of, kind_of
+from .graph.nodes import is_tensor
+from .graph.program import Program
+from .lower.split import Segments
+from .memory.saved import Audit
+from .streams.trace import Rewrite
 
 #: Arguments that say where and how a value lies in memory, not what it is.
 _PLACEMENT = ("device", "layout", "memory_format", "pin_memory")
@@ -32,12 +36,12 @@ def show(program: Program) -> str:
     >>> print(show(analysis().run(Program(gm, inputs))))  # doctest: +SKIP
     * embedding: f32[b:2, t:5, 8] = embedding(weight, ids)  # stream
     """
-    if program.audit is not None:
-        return "\n".join(_saved(program.audit))
-    if program.segments is not None:
-        return "\n".join(_segments(program.segments))
-    if program.rewrite is not None:
-        return "\n".join(_rewritten_line(node) for node in program.rewrite.module.graph.nodes)
+    if Audit in program.results:
+        return "\n".join(_saved(program[Audit]))
+    if Segments in program.results:
+        return "\n".join(_segments(program[Segments]))
+    if Rewrite in program.results:
+        return "\n".join(_rewritten_line(node) for node in program[Rewrite].module.graph.nodes)
     return "\n".join(_line(program, node) for node in program.graph.nodes)
 
 
@@ -46,9 +50,8 @@ def show_blocks(program: Program) -> list[str]:
 
     Lines are those of ``show``. The remark ``barrier`` is at rows that are put among all tokens, and at what runs over these.
     """
-    assert program.rewrite is not None
     parts: dict[int, list[fx.Node]] = {}
-    for node in program.rewrite.module.graph.nodes:
+    for node in program[Rewrite].module.graph.nodes:
         if node.op != "output":
             parts.setdefault(block_of(node.meta), []).append(node)
     return ["\n".join([_title(number, nodes), *map(_block_line, nodes)]) for number, nodes in sorted(parts.items())]
@@ -69,15 +72,15 @@ def _block_line(node: fx.Node) -> str:
 
 def _runs_in_full(node: fx.Node) -> bool:
     """True where rows were put among all tokens for this operation alone."""
-    return _stream(node) != "barrier" and any(_stream(x) == "barrier" for x in node.all_input_nodes)
+    return _stream(node) != Kind.BARRIER and any(_stream(x) == Kind.BARRIER for x in node.all_input_nodes)
 
 
 def _stream(node: fx.Node) -> str:
-    return node.meta.get("custom", {}).get("tokenseek", "seek")
+    return kind_of(node) or Kind.SEEK
 
 
 def _line(program: Program, node: fx.Node) -> str:
-    live = program.activity is not None and node in program.activity.live
+    live = Activity in program.results and node in program[Activity].live
     return _text("* " if live else "  ", node, _type(program, node), ", ".join(_remarks(program, node)))
 
 
@@ -96,41 +99,41 @@ def _text(mark: str, node: fx.Node, kind: str, remark: str) -> str:
 def _remarks(program: Program, node: fx.Node) -> Iterator[str]:
     if node.op == "placeholder":
         yield "input"
-    if program.axes and any(node is attention.node for attention in program.axes.attentions):
+    if TokenAxes in program.results and any(node is attention.node for attention in program[TokenAxes].attentions):
         yield "attention"
-    if program.blocks and node in program.blocks.stream:
+    if Blocks in program.results and node in program[Blocks].stream:
         yield "stream"
-    if program.blocks and node in [program.blocks.last_entry(program.axes, axis) for axis in program.axes.tokens]:
+    if Blocks in program.results and node in [
+        program[Blocks].last_entry(program[TokenAxes], axis) for axis in program[TokenAxes].tokens
+    ]:
         yield "the last block begins"
-    if program.activity and node in program.activity.losses:
+    if Activity in program.results and node in program[Activity].losses:
         yield "loss"
 
 
 def _type(program: Program, node: fx.Node) -> str:
-    if program.axes is None or not is_tensor(node):
+    if TokenAxes not in program.results or not is_tensor(node):
         return _plain_type(node.meta.get("val"))
-    labels, shape = program.axes.of(node), node.meta["val"].shape
+    labels, shape = program[TokenAxes].of(node), node.meta["val"].shape
     dims = [_dim(program, label, size) for label, size in zip(labels, shape, strict=True)]
     return f"{_dtype(node.meta['val'].dtype)}[{', '.join(dims)}]"
 
 
 def _dim(program: Program, label: Dim, size: Any) -> str:
     """``5``, ``t:5`` or ``(b:2 t:5)``."""
-    assert program.axes is not None
     factors: list[str] = []
     while label:
         name, axis = next(
             ((name, axis) for name, axis in _named(program) if axis and label[: len(axis)] == axis), ("", label[:1])
         )
-        factors.append(f"{name}{program.axes.space.size(axis)}")
+        factors.append(f"{name}{program[TokenAxes].space.size(axis)}")
         label = label[len(axis) :]
     named = any(":" in factor for factor in factors)
     return str(size) if not named else factors[0] if len(factors) == 1 else f"({' '.join(factors)})"
 
 
 def _named(program: Program) -> list[tuple[str, Dim]]:
-    assert program.axes is not None
-    numbered = [(axis, str(i) if i > 1 else "") for i, axis in enumerate(program.axes.tokens, 1)]
+    numbered = [(axis, str(i) if i > 1 else "") for i, axis in enumerate(program[TokenAxes].tokens, 1)]
     tokens = [(f"t{number}:", axis.token) for axis, number in numbered]
     return [*((f"b{number}:", axis.batch) for axis, number in numbered), *tokens]
 
@@ -168,10 +171,10 @@ def _argument(value: Any) -> str:
 
 def _segments(segments: Segments) -> Iterator[str]:
     """For every segment its operations, the values that it takes, and those that it gives."""
-    for number, part in enumerate(segments.parts):
-        count = len(part.run.graph.nodes) - len(part.takes) - 1
+    for number, segment in enumerate(segments.segments):
+        count = len(segment.run.graph.nodes) - len(segment.takes) - 1
         yield f"  segment {number}: {count} operations"
-        for word, values in (("takes", part.takes), ("gives", part.gives)):
+        for word, values in (("takes", segment.takes), ("gives", segment.gives)):
             yield f"    {word} {', '.join(map(_value, values))}"
 
 

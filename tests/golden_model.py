@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from tokenseek_fx.passes.audit import AuditSaved
-from tokenseek_fx.passes.ditch import Ditch
-from tokenseek_fx.passes.pipeline import Pass, Pipeline, rewriting
-from tokenseek_fx.passes.program import Program
-from tokenseek_fx.passes.select import Select
+from tokenseek_fx.passes.graph.program import Program
+from tokenseek_fx.passes.memory.audit import AuditSaved
+from tokenseek_fx.passes.pipeline import Pass, Pipeline, training
+from tokenseek_fx.passes.plan import Plan
 from tokenseek_fx.passes.show import show
+from tokenseek_fx.passes.streams.select import Select
 from tokenseek_fx.scorers import last
 
 VOCAB, WIDTH, HEADS, INNER, BATCH, TOKENS, KEPT = 11, 8, 2, 16, 2, 5, 3
@@ -56,12 +56,12 @@ class Model(nn.Module):
 
 
 def pipeline() -> Pipeline:
-    return rewriting(Ditch(Select(last(), keep_ratio=KEPT / TOKENS))) + AuditSaved()
+    return training(Plan((Select(last(), keep_ratio=KEPT / TOKENS),), recompute="none")) + AuditSaved()
 
 
 @functools.cache
 def graphs() -> dict[str, str]:
-    """The program after every pass, shown: pass name -> text."""
+    """The program after every pass that changes what is shown: pass name -> text."""
     found: dict[str, str] = {}
 
     def capture(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
@@ -70,7 +70,9 @@ def graphs() -> dict[str, str]:
         def look(step: Pass, program: Program) -> None:
             if step.name == "canonicalize":
                 _name_inputs(program, names)
-            found[step.name] = show(program)
+            text = show(program)
+            if text not in found.values():  # passes that decide change nothing that is shown
+                found[step.name] = text
 
         pipeline().run(Program(gm, tuple(inputs)), after=look)
         return gm

@@ -17,13 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from tokenseek_fx.passes.activity import FindActivity
-from tokenseek_fx.passes.factors import Axes, Dim, Space
-from tokenseek_fx.passes.geometry import Geometry
-from tokenseek_fx.passes.program import Program
+from tokenseek_fx.passes.analysis.activity import Activity, FindActivity
+from tokenseek_fx.passes.analysis.routing import Routes
+from tokenseek_fx.passes.analysis.row_index import RowIndex
+from tokenseek_fx.passes.analysis.token_axes import TokenAxes, TokenAxis, find
+from tokenseek_fx.passes.attention.positional import PositionalAttentions
+from tokenseek_fx.passes.graph.factors import Axes, Dim, Space
+from tokenseek_fx.passes.graph.program import Program
 from tokenseek_fx.passes.rules.axes import flow_of
-from tokenseek_fx.passes.streams import Barrier, Streams
-from tokenseek_fx.passes.token_axes import TokenAxes, TokenAxis, find
+from tokenseek_fx.passes.streams.ditch_stream import Barrier, DitchStream
 
 SIZES = (2, 4, 3, 5, 6, 7)
 
@@ -118,7 +120,7 @@ class OneOp:
         """The same with these axes as the token axis and the batch."""
         resolve = self.axes.space.resolve
         axes = replace(self.axes, tokens=(TokenAxis(resolve(token), resolve(batch)),))
-        return replace(self, axes=axes, program=replace(self.program, axes=axes))
+        return replace(self, axes=axes, program=self.program.with_(axes))
 
 
 def build(case: Case, n: SimpleNamespace, operands: Sequence[Tensor]) -> OneOp:
@@ -139,7 +141,7 @@ def build(case: Case, n: SimpleNamespace, operands: Sequence[Tensor]) -> OneOp:
         axes[x] = flows[x].outputs
     program = Program(fx.GraphModule(torch.nn.Module(), graph), tuple(operands))
     found = TokenAxes(space, axes, flows, ())
-    program = replace(FindActivity().run(program), axes=found)
+    program = FindActivity().run(program).with_(found, Routes(), PositionalAttentions())
     return OneOp(program, found, node, results, names)
 
 
@@ -168,7 +170,7 @@ def _results(graph: fx.Graph, node: fx.Node) -> Iterator[fx.Node]:
         yield item
 
 
-# -- rows, spelled out by coordinates, without passes/geometry.py -------------------------------------------------------
+# -- rows, spelled out by coordinates, without passes/row_index.py -------------------------------------------------------
 
 
 def coordinate(space: Space, label: Dim, needle: Dim) -> Tensor:
@@ -211,20 +213,20 @@ def selection(op: OneOp) -> Tensor:
 
 def ditch(op: OneOp, operands: Sequence[Tensor], indices: Tensor) -> tuple[dict[fx.Node, Tensor], list[Barrier]]:
     """What the ditch stream makes of the operation: its results restricted where they have rows, and its barriers."""
-    axes, barriers = op.axes, []
-    geometry = Geometry(axes, axes.main, indices, axes.space.size(axes.main.batch), axes.space.size(axes.main.token))
+    axes = op.axes
+    row_index = RowIndex(axes, axes.main, indices, axes.space.size(axes.main.batch), axes.space.size(axes.main.token))
     seek = op.values([x.detach() for x in operands])
-    streams = Streams(op.program, seek, [geometry], tuple(operands), barriers)
+    streams = DitchStream(op.program, seek, [row_index], tuple(operands))
     streams.run()
-    live = [node for node in op.results if node in op.program.activity.live]
+    live = [node for node in op.results if node in op.program[Activity].live]
     value = {n: streams.rows(n, axes.row_dim(n)) if axes.has_rows(n) else streams.full(n) for n in live}
-    return value, barriers
+    return value, streams.barriers
 
 
 def law(op: OneOp, operands: Sequence[Tensor], indices: Tensor) -> dict[fx.Node, Tensor]:
     """The definition: the operation in full on operands whose other rows are detached, then the selected rows of it."""
     values = op.values([_only(op.axes, *pair, indices) for pair in zip(op.operands, operands, strict=True)])
-    live = [node for node in op.results if node in op.program.activity.live]
+    live = [node for node in op.results if node in op.program[Activity].live]
     return {node: _selected(op.axes, node, values[node], indices) for node in live}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import tokenseek_fx
 from tokenseek_fx import Config, ConfigError, GraphNotSupported, TokenSeekWarning
-from tokenseek_fx.passes.rules.rows import ROWS_RULES
+from tokenseek_fx.passes.rows.rules import ROWS_RULES
 
 B, T, D, V = 2, 11, 12, 29
 

@@ -23,8 +23,9 @@ from zoo import build
 
 from tokenseek_fx.backend import backend
 from tokenseek_fx.config import Config
-from tokenseek_fx.passes import chunks
-from tokenseek_fx.passes.chunks import Chunk
+from tokenseek_fx.passes.lower import chunks
+from tokenseek_fx.passes.lower.chunks import Chunk
+from tokenseek_fx.passes.streams.trace import Rewrite
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 31}
 RELAXED = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
@@ -38,7 +39,7 @@ def small(monkeypatch):
 
     def recorded(self, program):
         program = run(self, program)
-        seen.append(program.rewrite.module)
+        seen.append(program[Rewrite].module)
         return program
 
     monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 600)

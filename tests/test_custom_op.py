@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from compare import by_reference, compiled, error
 from torch import Tensor, nn
 
-from tokenseek_fx.passes.ditch import Ditch
-from tokenseek_fx.passes.program import Program
+from tokenseek_fx.passes.graph.program import Program
 from tokenseek_fx.passes.rules.axes import along, elementwise, formula
 from tokenseek_fx.passes.rules.op import AXES_RULES, AxesRule, axes_rule
+from tokenseek_fx.passes.streams.trace import Rewrite, TraceStreams
 
 B, T, D, HEADS = 3, 10, 8, 2
 
@@ -155,14 +155,14 @@ def model_and_batch(kind: str) -> tuple[nn.Module, dict[str, Tensor]]:
 def barriers(monkeypatch) -> list[str]:
     """The operations that run over all tokens in whatever the test compiles."""
     found: list[str] = []
-    run = Ditch.run
+    run = TraceStreams.run
 
-    def spy(self: Ditch, program: Program) -> Program:
+    def spy(self: TraceStreams, program: Program) -> Program:
         program = run(self, program)
-        found.extend(str(barrier.node.target) for barrier in program.rewrite.barriers)
+        found.extend(str(barrier.node.target) for barrier in program[Rewrite].barriers)
         return program
 
-    monkeypatch.setattr(Ditch, "run", spy)
+    monkeypatch.setattr(TraceStreams, "run", spy)
     return found
 
 

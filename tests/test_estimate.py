@@ -17,9 +17,9 @@ import tokenseek_fx
 from tokenseek_fx import ConfigError, GraphNotSupported, StepMemory, compat, estimate, explain
 from tokenseek_fx.estimate import Estimate, bytes_of
 from tokenseek_fx.memory import Live, step_memory
-from tokenseek_fx.ops.blind import grad_blind
+from tokenseek_fx.ops.fully_masked import grad_blind
 from tokenseek_fx.ops.head import head_loss
-from tokenseek_fx.passes.chunks import CHUNK_BYTES
+from tokenseek_fx.passes.lower.chunks import CHUNK_BYTES
 
 MIB = 2**20
 DROP = {"logits": "drop"}
@@ -98,10 +98,10 @@ def test_what_is_done_where_gradient_reaches_blind_rows_counts():
     """Scores [16, 64] of a single block, which no more than its gradient tells to be made."""
     with FakeTensorMode() as mode:
         query, key = torch.empty(1, 1, 16, 4), torch.empty(1, 1, 64, 4)
-        columns, blind = torch.empty(1, 16, dtype=torch.long), torch.empty(1, 16, dtype=torch.bool)
+        columns, fully_masked = torch.empty(1, 16, dtype=torch.long), torch.empty(1, 16, dtype=torch.bool)
         with mode, Live() as live:
-            live.ignore([query, key, columns, blind])
-            grad_blind(query, query, key, key, columns, blind, True, None, 0.0)
+            live.ignore([query, key, columns, fully_masked])
+            grad_blind(query, query, key, key, columns, fully_masked, True, None, 0.0)
     assert live.peak > 16 * 64 * 4
 
 

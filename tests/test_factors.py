@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenseek_fx.passes.factors import Axes, Dim, Space
+from tokenseek_fx.passes.graph.factors import Axes, Dim, Space
 
 SIZES = st.lists(st.integers(1, 6), min_size=1, max_size=4)
 quick = settings(max_examples=40, deadline=None, database=None, derandomize=True)

@@ -7,13 +7,13 @@ import zoo
 from compare import assert_matches
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from programs import rewritten
 from test_pipeline import captured
 from test_random import RATIOS, RELAXED, Transformer, batches, configurations
 from torch import nn
 
-from tokenseek_fx.passes import Ditch, Pipeline, Select
-from tokenseek_fx.passes.frozen import made_of_rows
-from tokenseek_fx.scorers import strided
+from tokenseek_fx.passes.keep.frozen_rows import FindFrozenRows, FrozenRows
+from tokenseek_fx.passes.streams.trace import Rewrite
 
 
 @settings(max_examples=30, **RELAXED)
@@ -35,9 +35,9 @@ def tuned() -> tuple[nn.Module, dict]:
 def test_of_the_first_block_under_lora_the_residual_stream_alone_is_kept():
     """Its norm and what the frozen linears make of it are made of its rows: nothing but the seek stream reads them."""
     program = captured(*tuned())
-    made = made_of_rows(program)
+    made = FindFrozenRows().run(program)[FrozenRows].nodes
     assert sum(node.target is torch.ops.aten.linear.default for node in made) == 3
-    rewrite = Pipeline((Ditch(Select(strided(), 0.3)),)).run(program).rewrite
+    rewrite = rewritten(program, keep_ratio=0.3)[Rewrite]
     seek = {*rewrite.seek.values()}
     assert all({*rewrite.seek[node].users} <= seek for node in made if node in rewrite.seek)
 
@@ -55,4 +55,4 @@ def test_under_autocast_they_are_taken():
                 return self.model(**batch)
 
     model = Autocast()
-    assert not made_of_rows(captured(model, model.batch))
+    assert not FindFrozenRows().run(captured(model, model.batch))[FrozenRows].nodes

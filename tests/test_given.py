@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import tokenseek_fx
 from tokenseek_fx import GraphNotSupported, SelectionError, TokenSeekWarning, selecting
 from tokenseek_fx.given import Given
-from tokenseek_fx.passes.split import Segments
+from tokenseek_fx.passes.lower.split import Segments
 
 B, T = 2, 11
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from tokenseek_fx.ops import head
 from tokenseek_fx.ops.head import head_loss
-from tokenseek_fx.passes import tail
-from tokenseek_fx.passes.head import Head, find_head
+from tokenseek_fx.passes.streams import token_loss as tail
+from tokenseek_fx.passes.streams.linear_head import Head, find_head
 
 IGNORED = -100
 SIZES = st.integers(1, 9)

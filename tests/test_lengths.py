@@ -18,9 +18,9 @@ from torch._inductor.utils import fresh_cache
 
 import tokenseek_fx
 from tokenseek_fx import TokenSeekWarning
-from tokenseek_fx.passes.attend import FindAttending
-from tokenseek_fx.passes.program import Program
-from tokenseek_fx.passes.select import kept_tokens
+from tokenseek_fx.passes.attention.positional import FindPositionalAttention, PositionalAttentions
+from tokenseek_fx.passes.graph.program import Program
+from tokenseek_fx.passes.streams.select import kept_tokens
 
 #: Sizes that other dims of the models have: the reference would not know a token axis of one of them.
 TAKEN = {D, 2 * D, 3 * D, V, 3, 4}
@@ -119,8 +119,10 @@ def test_real_models_at_sizes_that_change(name, inner, dynamic):
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_attention_is_read_alike_at_lengths_that_change(name, monkeypatch):
     """Keys before their heads are repeated and masks by position, so what is kept of them is as little as at a fixed length."""
-    programs, run = list[Program](), FindAttending.run
-    monkeypatch.setattr(FindAttending, "run", lambda self, program: programs.append(run(self, program)) or programs[-1])
+    programs, run = list[Program](), FindPositionalAttention.run
+    monkeypatch.setattr(
+        FindPositionalAttention, "run", lambda self, program: programs.append(run(self, program)) or programs[-1]
+    )
     model = zoo.build(name)
     step = compile_(model)
     for length in (13, 19):
@@ -128,7 +130,7 @@ def test_attention_is_read_alike_at_lengths_that_change(name, monkeypatch):
     fixed, changing = (
         [
             (x.key.meta["val"].shape[1], x.mask.causal, x.mask.window, len(x.mask.keys), x.mask.added)
-            for x in program.attending.values()
+            for x in program[PositionalAttentions].values()
         ]
         for program in programs
     )

@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from tokenseek_fx.passes.canonicalize import Canonicalize
-from tokenseek_fx.passes.masks import Mask, read_mask
-from tokenseek_fx.passes.program import Program
-from tokenseek_fx.passes.rules.op import bind
-from tokenseek_fx.passes.token_axes import SDPA
+from tokenseek_fx.passes.attention.masks import Mask, read_mask
+from tokenseek_fx.passes.capture.canonicalize import Canonicalize
+from tokenseek_fx.passes.graph.nodes import bind
+from tokenseek_fx.passes.graph.program import Program
 
 B, H, T, E = 3, 2, 7, 4
 
@@ -144,7 +143,9 @@ def read(make) -> tuple[Mask | None, Tensor, dict[fx.Node, object]]:
 
     def look(gm, inputs):
         program = Canonicalize().run(Program(gm, tuple(inputs)))
-        (node,) = program.graph.find_nodes(op="call_function", target=SDPA)
+        (node,) = program.graph.find_nodes(
+            op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default
+        )
         found.append((program, bind(node)["attn_mask"]))
         return gm.forward
 

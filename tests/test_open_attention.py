@@ -17,11 +17,11 @@ from test_scores import assert_scores
 from test_size import graphs, shapes  # noqa: F401 (a fixture)
 from torch import Tensor, nn
 
-from tokenseek_fx.passes.activity import FindActivity
-from tokenseek_fx.passes.attend import FindAttending
-from tokenseek_fx.passes.canonicalize import Canonicalize
-from tokenseek_fx.passes.program import Program
-from tokenseek_fx.passes.token_axes import FindTokenAxes
+from tokenseek_fx.passes.analysis.activity import FindActivity
+from tokenseek_fx.passes.analysis.token_axes import FindTokenAxes, TokenAxes
+from tokenseek_fx.passes.attention.positional import FindPositionalAttention, PositionalAttentions
+from tokenseek_fx.passes.capture.canonicalize import Canonicalize
+from tokenseek_fx.passes.graph.program import Program
 
 B, T, HEADS, E, VOCAB = 3, 13, 4, 4, 11
 LEAST = torch.finfo(torch.float64).min
@@ -151,7 +151,7 @@ def by_position(model: nn.Module, batch: dict[str, Tensor]) -> tuple[int, int]:
 
     def look(gm, inputs):
         program = Canonicalize().run(Program(gm, tuple(inputs)))
-        for step in (FindTokenAxes(), FindActivity(), FindAttending()):
+        for step in (FindTokenAxes(), FindActivity(), FindPositionalAttention()):
             program = step.run(program)
         found.append(program)
         return gm.forward
@@ -159,7 +159,7 @@ def by_position(model: nn.Module, batch: dict[str, Tensor]) -> tuple[int, int]:
     torch._dynamo.reset()
     torch.compile(model, backend=look)(**batch)
     (program,) = found
-    return len(program.attending), len(program.axes.attentions)
+    return len(program[PositionalAttentions]), len(program[TokenAxes].attentions)
 
 
 every_form = given(

@@ -17,7 +17,7 @@ from one_op import Case, OneOp, build, coordinate, draw
 from operations import TABLE
 from torch import Tensor, fx
 
-from tokenseek_fx.passes.rules.op import operands_of
+from tokenseek_fx.passes.graph.nodes import operands_of
 
 aten = torch.ops.aten
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from programs import analysed, planned, rewritten
 from test_backend import B, Model, T, data
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -12,20 +13,20 @@ from tokenseek_fx import TokenSeekWarning
 from tokenseek_fx.passes import (
     AuditSaved,
     Canonicalize,
-    Ditch,
     FindActivity,
-    FindBlocks,
     FindTokenAxes,
     Pipeline,
     Program,
-    Select,
-    Split,
-    analysis,
-    rewriting,
+    training,
 )
-from tokenseek_fx.passes.errors import GraphNotSupported, InvariantBroken
-from tokenseek_fx.passes.program import module_path, source_line
-from tokenseek_fx.scorers import strided
+from tokenseek_fx.passes.analysis.activity import Activity
+from tokenseek_fx.passes.analysis.blocks import Blocks
+from tokenseek_fx.passes.analysis.token_axes import TokenAxes
+from tokenseek_fx.passes.graph.errors import GraphNotSupported, InvariantBroken
+from tokenseek_fx.passes.graph.program import module_path, source_line
+from tokenseek_fx.passes.memory.saved import Audit
+from tokenseek_fx.passes.streams.trace import Rewrite
+from tokenseek_fx.passes.streams.two_streams import TwoStreams
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +39,7 @@ def captured(model: torch.nn.Module, batch: dict) -> Program:
     found = []
 
     def look(gm, inputs):
-        found.append(analysis().run(Program(gm, tuple(inputs))))
+        found.append(analysed(Program(gm, tuple(inputs))))
         return gm
 
     torch.compile(model, backend=look, fullgraph=True)(**batch)
@@ -59,38 +60,57 @@ def eager_graph() -> Program:
 
 
 def test_prints_itself():
-    lines = str(rewriting(Ditch(Select(strided())))).splitlines()
-    names = ["canonicalize", "unshift labels", "activity", "token axes", "blocks", "attending", "ditch", "split"]
+    lines = str(training(planned())).splitlines()
+    names = [step.name for step in training(planned()).passes]
     assert [line.split(". ")[1].split(":")[0] for line in lines] == names
 
 
 def test_stops_after_any_pass_and_shows_each():
     seen = []
-    program = analysis().run(eager_graph(), until="activity", after=lambda step, _: seen.append(step.name))
-    assert seen == ["canonicalize", "unshift labels", "activity"]
-    assert program.activity is not None and program.axes is None
+    pipeline = training(planned())
+    program = pipeline.run(eager_graph(), until="activity", after=lambda step, _: seen.append(step.name))
+    assert seen == ["canonicalize", "unshift labels", "activity"] and program.done == tuple(seen)
+    assert program[Activity] is not None and program.get(TokenAxes) is None
     with pytest.raises(ValueError, match="No pass is called 'axis'; the passes are: canonicalize"):
-        analysis().run(eager_graph(), until="axis")
+        pipeline.run(eager_graph(), until="axis")
+    with pytest.raises(KeyError, match="No pass has written TokenAxes yet; passes that ran: canonicalize, unshift"):
+        program[TokenAxes]
+
+
+def test_continues_behind_the_passes_that_ran():
+    seen = []
+    program = training(planned()).run(eager_graph(), until="activity")
+    training(planned()).run(program, until="blocks", after=lambda step, _: seen.append(step.name))
+    assert seen == ["token axes", "routing", "blocks"]
 
 
 def test_one_by_one_on_a_graph_without_modules():
     program = eager_graph()
     plain = program.module(*program.inputs)
-    for step in (
-        Canonicalize(),
-        FindActivity(),
-        FindTokenAxes(),
-        FindBlocks(),
-        Ditch(Select(strided(), 1.0)),
-        Split(),
-        AuditSaved(),
-    ):
+    for step in (*training(planned(keep_ratio=1.0, recompute="none")).passes, AuditSaved()):
         program = step.run(program)
         step.check(program)
-    loss, scores, indices = program.rewrite.module(*eager_graph().inputs)
+    loss, scores, indices = program[Rewrite].module(*eager_graph().inputs)
     torch.testing.assert_close(loss, plain)
     assert scores.shape == (3, 5) and indices.tolist() == [list(range(5))] * 3
-    assert {edge.kind for edge in program.audit.edges} >= {"keys/values"}
+    assert {edge.kind for edge in program[Audit].edges} >= {"keys/values"}
+
+
+def test_the_two_streams_run_without_being_traced():
+    program = rewritten(eager_graph(), keep_ratio=0.6)
+    inputs = eager_graph().inputs
+    traced, executed = program[Rewrite].module(*inputs), program[TwoStreams].run(*inputs).flat
+    for one, other in zip(traced, executed, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_an_error_names_the_pass():
+    class Failing(FindActivity):
+        def run(self, program):
+            raise GraphNotSupported("It fails.")
+
+    with pytest.raises(GraphNotSupported, match=r"It fails\. in the pass 'activity'"):
+        Pipeline((Canonicalize(), Failing())).run(eager_graph())
 
 
 def test_a_broken_invariant_is_caught_between_passes():
@@ -98,7 +118,7 @@ def test_a_broken_invariant_is_caught_between_passes():
         def run(self, program):
             program = super().run(program)
             node = program.graph.find_nodes(op="placeholder")[0]
-            program.axes.axes[node] = (program.axes.axes[node][0][:1],)
+            program[TokenAxes].axes[node] = (program[TokenAxes].axes[node][0][:1],)
             return program
 
     with pytest.raises(InvariantBroken, match="but axes"):
@@ -143,8 +163,8 @@ def test_places_survive_every_pass():
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
     assert all(source_line(node) for node in calls)
     assert {module_path(node) for node in calls} >= {"blocks.0.qkv", "blocks.1.norm2", "lm_head"}
-    rewritten = Ditch(Select(strided())).run(program).rewrite.module.graph
-    calls = [node for node in rewritten.nodes if node.op == "call_function"]
+    graph = rewritten(program)[Rewrite].module.graph
+    calls = [node for node in graph.nodes if node.op == "call_function"]
     ditched = [
         node for node in calls if node.meta.get("custom", {}).get("tokenseek") not in (None, "select", "scoring")
     ]
@@ -154,10 +174,10 @@ def test_places_survive_every_pass():
 
 def test_blocks_by_dominators():
     program = captured(Model(layers=3), data())
-    entries = program.blocks.entries
+    entries = program[Blocks].entries
     assert len(entries) == 3 and len(set(entries)) == 3
-    assert program.blocks.last_entry(program.axes, program.axes.main) is entries[-1]
-    assert all(program.axes.has_rows(entry) and entry.meta["val"].shape == (B, T, 12) for entry in entries)
+    assert program[Blocks].last_entry(program[TokenAxes], program[TokenAxes].main) is entries[-1]
+    assert all(program[TokenAxes].has_rows(entry) and entry.meta["val"].shape == (B, T, 12) for entry in entries)
     assert [module_path(entry) for entry in entries[1:]] == ["blocks.0", "blocks.1"]
 
 
@@ -170,8 +190,8 @@ def test_heads_in_the_features_of_an_input_are_no_batch():
         return ((x + y) ** 2).sum()
 
     x, w = torch.randn(3, 5, 8), torch.randn(8, 24, requires_grad=True)
-    program = rewriting(Ditch(Select(strided()))).run(Program(make_fx(forward, pre_dispatch=True)(x, w), (x, w)))
-    assert program.rewrite.module(x, w)[-1].shape == (3, 1)
+    program = rewritten(Program(make_fx(forward, pre_dispatch=True)(x, w), (x, w)))
+    assert program[Rewrite].module(x, w)[-1].shape == (3, 1)
 
 
 def test_a_lost_edge_is_refused():

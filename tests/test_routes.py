@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from compare import assert_matches
+from programs import analysed
 from torch import Tensor, nn
 
 import tokenseek_fx
-from tokenseek_fx.passes.pipeline import analysis
-from tokenseek_fx.passes.program import Program
+from tokenseek_fx.passes.analysis.routing import Routes
+from tokenseek_fx.passes.graph.program import Program
 
 B, T, D, EXPERTS = 3, 13, 8, 4
 
@@ -106,12 +107,12 @@ def routes_of(model: nn.Module, batch: dict[str, Tensor]) -> int:
     found = []
 
     def look(gm, inputs):
-        found.append(analysis().run(Program(gm, tuple(inputs))))
+        found.append(analysed(Program(gm, tuple(inputs))))
         return gm.forward
 
     torch._dynamo.reset()
     torch.compile(model, backend=look)(**batch)
-    return len(found[0].axes.routes)
+    return len(found[0][Routes].found)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])

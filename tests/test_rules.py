@@ -16,10 +16,11 @@ from one_op import Case, OneOp, build, ditch, draw, law, rows_index, selection
 from operations import RANDOM, TABLE
 from torch._ops import HigherOrderOperator
 
-from tokenseek_fx.passes.errors import GraphNotSupported
-from tokenseek_fx.passes.factors import Dim
+from tokenseek_fx.passes.analysis.activity import Activity
+from tokenseek_fx.passes.graph.errors import GraphNotSupported
+from tokenseek_fx.passes.graph.factors import Dim
+from tokenseek_fx.passes.graph.op_sets import LABEL_LOSSES
 from tokenseek_fx.passes.rules.op import AXES_RULES
-from tokenseek_fx.passes.rules.rows import LABEL_LOSSES
 
 aten = torch.ops.aten
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -37,7 +38,7 @@ def placements(case: Case, op: OneOp) -> Iterator[tuple[str, Dim, str, Dim]]:
 
 def is_barrier(case: Case, op: OneOp, token: str, batch: str) -> bool | None:
     """What the table says; None where it says nothing: an operand has the tokens of all instances at once."""
-    live = op.program.activity.live
+    live = op.program[Activity].live
     if not any(op.axes.has_rows(node) for node in (*op.operands, op.node) if node in live):
         return False
     with_token = [term for term in case.terms if token in term]
@@ -75,7 +76,7 @@ def check_placement(case: Case, op: OneOp, operands: list[torch.Tensor], token: 
         assert case.op in LABEL_LOSSES, place
         assert not op.axes.has_rows(op.node), place
     else:
-        if op.node in op.program.activity.live:
+        if op.node in op.program[Activity].live:
             assert barrier in (None, bool(barriers)), place
 
 

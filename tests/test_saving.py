@@ -15,6 +15,7 @@ from compare import assert_matches, error, grads_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from marks import needs_float64_attention, slow
+from programs import rewritten
 from test_backend import Model, compile_eager, data
 from test_pipeline import captured
 from test_random import RATIOS, Transformer, batches, configurations
@@ -23,10 +24,10 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 
 import tokenseek_fx
-from tokenseek_fx import Config, ConfigError, TokenSeekWarning
-from tokenseek_fx.backend import check_kv
-from tokenseek_fx.passes import Ditch, Pipeline, Select, Split, context
-from tokenseek_fx.scorers import strided
+from tokenseek_fx import ConfigError, TokenSeekWarning
+from tokenseek_fx.passes.keep.kv_modes import KV_MODES
+from tokenseek_fx.passes.lower.split import Segments
+from tokenseek_fx.passes.memory import kv_storage as context
 
 RELAXED = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 B, T, D, V = 2, 13, 12, 29
@@ -58,7 +59,7 @@ class Drawing(nn.Module):
         return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
 
 
-class Attending(nn.Module):
+class PositionalAttention(nn.Module):
     """One attention without dropout, and a head."""
 
     def __init__(self) -> None:
@@ -314,7 +315,7 @@ def test_one_graph_of_any_length_gives_the_gradients_of_graphs_of_each(kv):
     found = []
     for dynamic in (True, False):
         torch._dynamo.reset()
-        model = Attending()
+        model = PositionalAttention()
         options = {"inner": "aot_eager", "scorer": "first", "strict": True, "kv": kv}
         step = torch.compile(model, backend="tokenseek", options=options, dynamic=dynamic)
         for length in (13, 17):
@@ -338,7 +339,8 @@ def test_8_bits_need_a_gpu_that_converts_them(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, has=capability: has)
         expected = pytest.raises(ConfigError, match=r"from compute capability 8\.9 on, this GPU has 8\.0")
         with expected if refused else contextlib.nullcontext():
-            check_kv(Config(kv="fp8"), torch.device("cuda"))
+            if reason := KV_MODES["fp8"].check(torch.device("cuda"), True):
+                raise ConfigError(reason)
 
 
 def test_offloading_on_a_cpu_is_refused():
@@ -418,15 +420,18 @@ def test_the_inputs_of_blocks_are_kept_where_they_take_less_than_keys_and_values
         kind: size for kind, size in report.rewritten.by_kind().items() if kind in ("keys/values", "block inputs")
     }
     assert of_all == expected
-    assert report.remade == (0 if grouped else 3) and f"made again for {report.remade} of 3 attentions" in str(report)
+    assert report.recomputed_kv == (
+        0 if grouped else 3
+    ) and f"recomputed for {report.recomputed_kv} of 3 attentions" in str(report)
     assert report.rewritten.bytes <= 1.15 * report.floor and not report.rewritten.unexplained
 
 
 def test_the_forward_of_all_tokens_hands_no_keys_and_values_to_blocks_that_make_them():
     """They are given up behind their attention, so the peak of the forward falls too."""
     for remake in (False, True):
-        program = Pipeline((Ditch(Select(strided(), 0.3), remake=remake), Split())).run(captured(Model(), data()))
-        given = [node for node in program.segments.parts[0].gives if node.meta["val"].ndim == 4]
+        kv = KV_MODES["recompute" if remake else "keep"]
+        program = rewritten(captured(Model(), data()), keep_ratio=0.3, kv=kv, until="split")
+        given = [node for node in program[Segments].segments[0].gives if node.meta["val"].ndim == 4]
         assert len(given) == (0 if remake else 4)
 
 
@@ -502,4 +507,4 @@ def test_a_latent_that_many_heads_are_made_from_is_kept_in_place_of_them():
 def test_a_single_sequence_is_looked_at_by_position_too():
     torch._dynamo.reset()
     ids = torch.zeros(1, T, dtype=torch.long)
-    assert tokenseek_fx.explain(Frozen(), ids, ids, options={"kv": "recompute", "strict": True}).remade == 1
+    assert tokenseek_fx.explain(Frozen(), ids, ids, options={"kv": "recompute", "strict": True}).recomputed_kv == 1

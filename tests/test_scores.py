@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 import tokenseek_fx
 from tokenseek_fx import reference
-from tokenseek_fx.passes import tail
-from tokenseek_fx.passes.errors import TokenSeekError
-from tokenseek_fx.passes.geometry import example_sizes
-from tokenseek_fx.passes.rules.op import hint
+from tokenseek_fx.passes.analysis.row_index import example_sizes
+from tokenseek_fx.passes.analysis.token_axes import TokenAxes
+from tokenseek_fx.passes.graph.errors import TokenSeekError
+from tokenseek_fx.passes.graph.nodes import hint
+from tokenseek_fx.passes.streams import token_loss as tail
 from tokenseek_fx.warnings import TokenSeekWarning
 
 B, T = 3, 13
@@ -264,7 +265,7 @@ def test_chunks_are_positive_and_add_up():
 @pytest.mark.slow
 def test_lengths_that_change_under_chunks(monkeypatch):
     def four(self: tail.Tail, budget: int) -> list[Any]:
-        _, length = example_sizes(self.program, self.program.axes.main)
+        _, length = example_sizes(self.program, self.program[TokenAxes].main)
         return tail.cut(length, min(4, hint(length)))
 
     monkeypatch.setattr(tail.Tail, "chunks", four)

@@ -194,7 +194,7 @@ def blind_rows(given: dict) -> Tensor:
 
 
 def least_added(
-    query, row_key, row_value, key, value, positions, *, columns=None, causal, softcap, scale, blind, scored
+    query, row_key, row_value, key, value, positions, *, columns=None, causal, softcap, scale, fully_masked, scored
 ):
     """Attention of models: the least finite number is added to scores, or takes their place."""
     at = (positions if columns is None else columns)[:, None, :, None]
@@ -203,7 +203,7 @@ def least_added(
     scores = query @ key.mT * scale
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores
     later = torch.arange(key.shape[2]) > positions[:, None, :, None]
-    hidden, least = (later & causal) | blind[:, None, :, None], torch.finfo(scores.dtype).min
+    hidden, least = (later & causal) | fully_masked[:, None, :, None], torch.finfo(scores.dtype).min
     added = torch.zeros_like(scores).masked_fill(hidden, least)
     return torch.softmax(scores + added if scored else scores.masked_fill(hidden, least), -1) @ value
 
@@ -220,7 +220,7 @@ def least_added(
 def test_blind_rows_get_the_mean_and_the_gradient_of_models(causal, softcap, scored, foreign, rows, key_heads):
     columns = rows_of(2, 4, 80) if foreign else None
     given = operands(key_heads=key_heads, rows=rows, tokens=80, columns=columns, causal=causal, softcap=softcap)
-    given |= {"scale": 0.7, "blind": blind_rows(given), "scored": scored}
+    given |= {"scale": 0.7, "fully_masked": blind_rows(given), "scored": scored}
     direction = torch.randn(2, 4, rows, 8, dtype=torch.float64)
     want = grads(least_added, given, direction)
     for function in (selected_attention, definition):
@@ -232,13 +232,13 @@ def test_blind_rows_get_the_mean_and_the_gradient_of_models(causal, softcap, sco
 def test_blind_rows_of_half_precision(dtype):
     """The tolerance is that of narrow dtypes above."""
     given = operands(1, 4, 2, 40, 200, 16, dtype=dtype, causal=True)
-    given |= {"blind": blind_rows(given), "scored": True}
+    given |= {"fully_masked": blind_rows(given), "scored": True}
     assert_same(given, tolerance=0.03 if dtype is torch.bfloat16 else 4e-3)
 
 
 def test_blind_rows_without_gradient_for_keys():
     given = operands(rows=5, tokens=9)
-    given |= {"blind": blind_rows(given), "scored": True}
+    given |= {"fully_masked": blind_rows(given), "scored": True}
     assert_same(given | {"row_key": None, "row_value": None, "positions": None})
 
 
@@ -248,7 +248,7 @@ def form_of(given: dict) -> tuple:
         "mask": None,
         "segments": None,
         "sinks": None,
-        "blind": None,
+        "fully_masked": None,
         "causal": False,
         "window": 0,
         "scale": None,
@@ -376,7 +376,7 @@ def test_results_repeat():
         ({"row_value": None}, "belong together"),
         ({"positions": None}, "need the positions"),
         ({"mask": torch.zeros(13, requires_grad=True)}, "gives it none"),
-        ({"sinks": torch.zeros(4), "blind": torch.ones(2, 5).bool()}, "give one of both"),
+        ({"sinks": torch.zeros(4), "fully_masked": torch.ones(2, 5).bool()}, "give one of both"),
     ],
 )
 def test_operands_that_do_not_fit_are_refused(wrong, message):
@@ -423,7 +423,7 @@ def test_kernels_go_through_all_blocks_of_rows_and_keys(triton_attention):
 @pytest.mark.parametrize("scored", [False, True])
 def test_kernels_leave_blind_rows_to_their_mean(triton_attention, scored):
     given = operands(2, 4, 2, 9, 40, 16, dtype=torch.float32, causal=True, softcap=2.0)
-    assert_same(given | {"blind": blind_rows(given), "scored": scored}, triton_attention, 1e-5)
+    assert_same(given | {"fully_masked": blind_rows(given), "scored": scored}, triton_attention, 1e-5)
 
 
 @pytest.mark.parametrize("by_row", [False, True])

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tokenseek_fx.passes.select import ScoreInputs, Select, Selected
+from tokenseek_fx.passes.streams.select import ScoreInputs, Select, Selected
 
 EXAMPLES = settings(max_examples=200, deadline=None, derandomize=True)
 SHARES = st.sampled_from([0.0, 0.1, 0.25, 1 / 3, 0.5, 0.75, 1.0])

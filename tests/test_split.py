@@ -11,6 +11,7 @@ import torch
 from compare import assert_matches, by_reference, compiled, error, grads_of
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from programs import rewritten
 from test_backend import D, Model, T, compile_eager, data
 from test_pipeline import captured
 from torch import Tensor, fx, nn
@@ -18,12 +19,11 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 import tokenseek_fx
-from tokenseek_fx.passes import Ditch, Pipeline, Program, Select, Split
-from tokenseek_fx.passes.ditch import Rewrite
-from tokenseek_fx.passes.errors import InvariantBroken
-from tokenseek_fx.passes.split import Segments
-from tokenseek_fx.passes.tags import BLOCK
-from tokenseek_fx.scorers import strided
+from tokenseek_fx.passes import Pipeline, Program, Split
+from tokenseek_fx.passes.graph.errors import InvariantBroken
+from tokenseek_fx.passes.graph.kinds import BLOCK
+from tokenseek_fx.passes.lower.split import Segments
+from tokenseek_fx.passes.streams.trace import Rewrite
 
 aten = torch.ops.aten
 
@@ -34,8 +34,7 @@ def _fresh_dynamo():
 
 
 def split(model: nn.Module, **options) -> Segments:
-    cut = Pipeline((Ditch(Select(strided(), 0.3), **options), Split()))
-    return cut.run(captured(model, data())).segments
+    return rewritten(captured(model, data()), keep_ratio=0.3, until="split", **options)[Segments]
 
 
 class Autocast(Model):
@@ -52,12 +51,12 @@ class Autocast(Model):
 @pytest.mark.parametrize(("layers", "count"), [(1, 3), (2, 5), (4, 7)])
 def test_the_seek_stream_the_embedding_every_block_and_the_head_are_segments(layers, count):
     """Where a single block ends is not known: the head stays with it."""
-    assert len(split(Model(layers=layers)).parts) == count
+    assert len(split(Model(layers=layers)).segments) == count
 
 
 @pytest.mark.parametrize("options", [{}, {"kv_grad": "all"}, {"logits": "drop"}])
 def test_blocks_that_are_alike_are_equal_graphs(options):
-    blocks = split(Model(layers=4), **options).parts[2:-1]
+    blocks = split(Model(layers=4), **options).segments[2:-1]
     assert len(blocks) == 4 and len({part.run.code for part in blocks}) == 1
     assert not any(BLOCK in node.meta.get("custom", {}) for part in blocks for node in part.run.graph.nodes)
 
@@ -90,19 +89,19 @@ class OneProduct(Model):
 
 
 def copies(model: nn.Module) -> int:
-    return sum(node.target is aten.clone.default for node in split(model).parts[0].gives)
+    return sum(node.target is aten.clone.default for node in split(model).segments[0].gives)
 
 
 def test_keys_and_values_that_are_parts_of_a_larger_product_are_copied_where_nothing_else_keeps_it():
-    first = split(Model()).parts[0]
+    first = split(Model()).segments[0]
     assert all(node.meta["val"].untyped_storage().nbytes() == node.meta["val"].nbytes for node in first.gives)
     assert copies(Model()) == 4 and not copies(OneProduct(whole=False)) and not copies(OneProduct(whole=True))
 
 
 def test_a_value_is_let_go_after_the_last_segment_that_takes_it():
     segments = split(Model(layers=3))
-    let_go = [key for part in segments.parts for key in part.last]
-    taken = {key for part in segments.parts for key in part.takes}
+    let_go = [key for part in segments.segments for key in part.last]
+    taken = {key for part in segments.segments for key in part.takes}
     assert len(let_go) == len({*let_go}) and {*let_go} == taken - {*segments.outputs}
 
 
@@ -141,9 +140,9 @@ def test_bodies_of_higher_order_operators_come_along():
     graph.output((inside(call(aten.mul.Tensor, first, w, block=1), 1),))
     module = fx.GraphModule(root, graph)
     inputs = (torch.randn(3), torch.randn(3, requires_grad=True))
-    program = Program(module, inputs, rewrite=Rewrite(module, inputs, (), ()))
-    segments = Pipeline((Split(),)).run(program).segments
-    assert [[*part.run._modules] for part in segments.parts] == [["body"], ["body"]]
+    program = Program(module, inputs).with_(Rewrite(module, inputs, (), ()))
+    segments = Pipeline((Split(),)).run(program)[Segments]
+    assert [[*part.run._modules] for part in segments.segments] == [["body"], ["body"]]
     assert segments(*inputs)[0].equal(module(*inputs)[0])
 
 
@@ -157,11 +156,11 @@ def test_a_segment_never_takes_what_a_later_one_gives():
     early.meta["custom"] = {BLOCK: 1}
     graph.output((early,))
     module = fx.GraphModule(nn.Module(), graph)
-    program = Program(module, (), rewrite=Rewrite(module, (torch.ones(2),), (), ()))
+    program = Program(module, ()).with_(Rewrite(module, (torch.ones(2),), (), ()))
     program = Split().run(program)
-    assert len(program.segments.parts) == 1
+    assert len(program[Segments].segments) == 1
     Split().check(program)
-    turned = replace(program, segments=replace(program.segments, placeholders=()))
+    turned = program.with_(replace(program[Segments], placeholders=()))
     with pytest.raises(InvariantBroken, match="takes a value that a later one gives"):
         Split().check(turned)
 
@@ -193,7 +192,7 @@ def test_gradients_are_those_of_the_reference(layers, tied, kept, causal, option
 
 
 def test_an_autocast_region_around_all_blocks_is_cut_with_them():
-    assert len(split(Autocast(layers=3)).parts) == 6
+    assert len(split(Autocast(layers=3)).segments) == 6
     model = Autocast(layers=3).float()
     run = compiled(model, data(), inner="aot_eager")
     expected = by_reference(model, data(), run.indices, T)

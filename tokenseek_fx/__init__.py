@@ -7,8 +7,8 @@ from .estimate import Estimate, estimate
 from .explain import Explanation, explain
 from .given import SelectionError, selecting
 from .memory import StepMemory
-from .passes.errors import GraphNotSupported, TokenSeekError
-from .passes.select import ScoreInputs, needs
+from .passes.graph.errors import GraphNotSupported, TokenSeekError
+from .passes.streams.select import ScoreInputs, needs
 from .recording import Recording, Selection, record
 from .scorers import register_scorer
 from .scoring import seek

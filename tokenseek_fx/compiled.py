@@ -11,14 +11,16 @@ from torch import Tensor, fx
 from . import recording
 from .given import Given, given
 from .outputs import without_gradient
-from .passes.errors import GraphNotSupported
-from .passes.geometry import device_of, runtime_sizes
-from .passes.parallel import parallel_dims
-from .passes.program import Program
-from .passes.rules.op import is_tensor
-from .passes.split import Segments
-from .passes.streams import weighted_losses
-from .passes.token_axes import place_in
+from .passes.analysis.activity import Activity
+from .passes.analysis.losses import weighted_losses
+from .passes.analysis.row_index import device_of, runtime_sizes
+from .passes.analysis.token_axes import TokenAxes, place_in
+from .passes.graph.errors import GraphNotSupported
+from .passes.graph.nodes import is_tensor
+from .passes.graph.program import Program
+from .passes.keep.token_parallel import parallel_dims
+from .passes.lower.split import Segments
+from .passes.streams.trace import Rewrite
 
 Compiled = Callable[..., Any]
 
@@ -32,9 +34,9 @@ class Rewritten:
 
     def __call__(self, *args: Any) -> Sequence[Any]:
         outputs = self.compiled(*args, *self.noise(args))
-        count = len(outputs) - sum(map(len, self.program.rewrite.names))
+        count = len(outputs) - sum(map(len, self.program[Rewrite].names))
         if recording.is_open():
-            first, *others = told_of(self.program, outputs[count:])
+            first, *others = selections_of(self.program, outputs[count:])
             recording.note({**first, **self.instances(args)}, *others)
         return self.marked(outputs[:count])
 
@@ -42,12 +44,12 @@ class Rewritten:
 class WithRows:
     """The compiled graph rewritten for given rows, called with the inputs of Dynamo's graph and the rows."""
 
-    def __init__(self, compiled: Compiled, program: Program, part: bool) -> None:
-        self.compiled, self.program, self.part = compiled, program, part
-        self.shape, self.instances = runtime_sizes(program, program.axes.main), fingerprints(program)
+    def __init__(self, compiled: Compiled, program: Program, is_fragment: bool) -> None:
+        self.compiled, self.program, self.is_fragment = compiled, program, is_fragment
+        self.shape, self.instances = runtime_sizes(program, program[TokenAxes].main), fingerprints(program)
         self.weighs = bool(weighted_losses(program))
-        self.marked = list if part else without_gradient(program)
-        axes = program.axes
+        self.marked = list if is_fragment else without_gradient(program)
+        axes = program[TokenAxes]
         self.inputs = [place_in(axes, node) if is_tensor(node) else None for node in program.placeholders]
         self.outputs = [place_in(axes, x) if isinstance(x, fx.Node) and is_tensor(x) else None for x in program.outputs]
 
@@ -57,7 +59,7 @@ class WithRows:
         rows = check_rows(self.program, (batch, tokens))
         self._check_passed(rows, inputs)
         rows.used, rows.weighed = True, rows.weighed or self.weighs
-        if recording.is_open() and not self.part:
+        if recording.is_open() and not self.is_fragment:
             scores = torch.zeros(batch, tokens, device=rows.indices.device).scatter(1, rows.indices, 1.0)
             recording.note({**rows.named, "scores": scores, **self.instances(inputs)})
         outputs = self.marked(self.compiled(*args))
@@ -79,13 +81,13 @@ class WithRows:
 def check_rows(program: Program, sizes: tuple[int, int]) -> Given:
     """The given rows, which fit a batch of these sizes."""
     rows = given()
-    assert rows is not None and program.activity is not None
-    rows.check_fits(*sizes, program.activity.trainable[0].meta["val"].device)
+    assert rows is not None and program[Activity] is not None
+    rows.check_fits(*sizes, program[Activity].trainable[0].meta["val"].device)
     return rows
 
 
-class AsItIs:
-    """A graph that is right as it is for any rows: along the token axis, whichever it is, it works by rows."""
+class RowWise:
+    """A row-wise graph: it needs no rewrite, whatever rows are selected."""
 
     def __init__(self, compiled: Compiled, program: Program, parallel: bool = True) -> None:
         self.compiled, self.inputs = compiled, len(program.inputs)
@@ -110,7 +112,7 @@ class KeepAll:
 
     def __init__(self, compiled: Compiled, program: Program) -> None:
         self.compiled, self.device = compiled, device_of(program)
-        self.shapes = [runtime_sizes(program, axis) for axis in program.axes.tokens]
+        self.shapes = [runtime_sizes(program, axis) for axis in program[TokenAxes].tokens]
         self.instances = fingerprints(program)
 
     def __call__(self, *args: Any) -> Any:
@@ -128,15 +130,15 @@ class KeepAll:
         return {"indices": everything, "scores": torch.ones_like(everything, dtype=torch.float32)}
 
 
-def told_of(program: Program, values: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+def selections_of(program: Program, values: Sequence[Tensor]) -> list[dict[str, Tensor]]:
     """What a rewritten graph returns of its selections, by name, for every token axis."""
     told = iter(values)
-    return [{name: next(told) for name in names} for names in program.rewrite.names]
+    return [{name: next(told) for name in names} for names in program[Rewrite].names]
 
 
 def fingerprints(program: Program) -> Callable[[Sequence[Any]], dict[str, torch.Tensor]]:
     """What names the sequences of a call by their token ids: ``{"instances": [B] int64}``, or nothing without ids."""
-    axes = program.axes
+    axes = program[TokenAxes]
     layout = (axes.main.batch, axes.main.token)
     places = [i for i, node in enumerate(program.placeholders) if is_tensor(node) and axes.of(node) == layout]
     ids = [i for i in places if not program.inputs[i].is_floating_point()]
@@ -154,8 +156,7 @@ def _hashed(ids: torch.Tensor, salt: int) -> torch.Tensor:
 
 def noise_for(program: Program, seed: int | None) -> Callable[[Sequence[Any]], tuple[torch.Tensor, ...]]:
     """What draws the noise of the scorers, uniform float32 [B, T] for each, for a call with given arguments."""
-    assert program.rewrite is not None
-    shapes = [runtime_sizes(program, program.axes.tokens[i]) for i in program.rewrite.noisy]
+    shapes = [runtime_sizes(program, program[TokenAxes].tokens[i]) for i in program[Rewrite].noisy]
     device = device_of(program)
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     return lambda args: tuple(torch.rand(shape(args), device=device, generator=generator) for shape in shapes)

@@ -9,8 +9,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeGuard
 
-from .passes.errors import ConfigError
-from .passes.select import METHODS, Scorer, method_of, needs_of
+import torch
+
+from .passes.analysis.token_axes import RowPlace
+from .passes.graph.errors import ConfigError
+from .passes.keep.kv_modes import KV_MODES
+from .passes.plan import Plan
+from .passes.streams.select import METHODS, Scorer, Select, method_of, needs_of
+from .passes.streams.signals import Signals
 from .scorers import parameters_of, scorer_named, scorer_names
 
 _INNER = ("inductor", "aot_eager", "eager")
@@ -20,7 +26,6 @@ _CHOICES = {
     "logits": _LOGITS,
     "gradient_of": ("last_block", "head"),
     "kv_grad": ("selected", "all"),
-    "kv": ("keep", "recompute", "offload", "fp8"),
 }
 _RECOMPUTE = ("none", "rows")
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -114,6 +119,7 @@ class Config:
         for name, allowed in (("select", METHODS), ("report_loss", _REPORTS), ("mode", _MODES)):
             if getattr(self, name) is not None:
                 _check_choice(name, getattr(self, name), allowed)
+        _check_choice("kv", self.kv, tuple(KV_MODES))
         if not callable(self.scorer):
             _check_choice("scorer", self.scorer, tuple(scorer_names()))
         self._check_numbers()
@@ -175,16 +181,43 @@ class Config:
             return self.scorer
         return scorer_named(self.scorer, {"alpha": self.alpha, "beta": self.beta})
 
-    @property
-    def saving(self) -> str | int | None:
-        """``recompute``, an amount of memory in bytes."""
-        return bytes_in(self.recompute) or self.recompute
+    def plan(
+        self,
+        given: Sequence[torch.Tensor] = (),
+        is_fragment: bool = False,
+        passed: Sequence[tuple[int, RowPlace]] = (),
+    ) -> Plan:
+        """What is done with a graph (``passes.Plan``). ``given``, ``is_fragment``, ``passed``: as there."""
+        layers = self.attention_layers
+        ratios = self.keep_ratio if isinstance(self.keep_ratio, Sequence) else (self.keep_ratio,)
+        return Plan(
+            selects=tuple(self._select(ratio) for ratio in ratios),
+            signals=Signals(layers if isinstance(layers, str) else tuple(layers), self.gradient_of, tuple(self.pinned)),
+            substitutes={name: scorer_named(name, {}) for name in ("attention", "gradient")},
+            logits=self.logits,
+            report_loss=self.report_loss,
+            kv_grad=self.kv_grad,
+            kv=KV_MODES[self.kv],
+            chunk_bytes=bytes_in(self.chunk_bytes),
+            recompute=bytes_in(self.recompute) or self.recompute,
+            given=tuple(given),
+            is_fragment=is_fragment,
+            passed=tuple(passed),
+            is_inductor=self.inner == "inductor",
+            strict=self.strict,
+        )
 
-    def ratio_of(self, axis: int) -> float | None:
-        """The share that is kept of the tokens of an axis; the last one given also for those that none is given for."""
-        if not isinstance(self.keep_ratio, Sequence):
-            return self.keep_ratio
-        return self.keep_ratio[min(axis, len(self.keep_ratio) - 1)]
+    def _select(self, ratio: float | None) -> Select:
+        return Select(
+            scorer=self.scoring,
+            keep_ratio=ratio,
+            keep_tokens=self.keep_tokens,
+            method=self.select,
+            mix=self.mix,
+            weight_clip=self.weight_clip,
+            labelled_first=self.labelled_first,
+            keep_label=self.keep_label,
+        )
 
     def _check_kept(self) -> None:
         ratio, count = self.keep_ratio, self.keep_tokens

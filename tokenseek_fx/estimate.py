@@ -15,16 +15,16 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from .backend import compile_rewritten, ditch, inner_compiler, keeps_all, refuse_split, trains
+from .backend import compile_segments, inner_compiler, refuse_split, trains
 from .compiled import Rewritten
 from .config import Config
 from .explain import first_graph
 from .memory import StepMemory, planned_for, step_memory
-from .passes.chunks import CHUNK_BYTES
-from .passes.errors import ConfigError, GraphNotSupported, TokenSeekError
-from .passes.pipeline import analysis
-from .passes.program import Program
-from .passes.rules.op import hint
+from .passes.graph.errors import ConfigError, GraphNotSupported, TokenSeekError
+from .passes.graph.nodes import hint
+from .passes.graph.program import Program
+from .passes.lower.chunks import CHUNK_BYTES
+from .passes.pipeline import ANALYSED, training
 from .planner import within_budget
 
 #: What accelerators are sold with, in units of 10^9 bytes. What they have beyond it is left for the driver and the allocator.
@@ -199,16 +199,17 @@ def held(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> int:
 def _steps(
     gm: fx.GraphModule, inputs: Sequence[Any], config: Config, plain: bool, set_to_none: bool
 ) -> tuple[StepMemory, StepMemory | None]:
-    program = analysis().run(Program(gm, tuple(inputs)))
+    pipeline = training(config.plan())
+    program = pipeline.run(Program(gm, tuple(inputs)), until=ANALYSED)
 
     def as_it_is() -> Any:
         return inner_compiler(config)(gm, inputs)
 
     def rewritten() -> Any:
-        ditched = ditch(config, program).run(program)
-        return Rewritten(compile_rewritten(ditched, config), ditched, None)
+        rewritten = pipeline.run(program)
+        return Rewritten(compile_segments(rewritten, config), rewritten, None)
 
-    step = step_memory(as_it_is if keeps_all(program, config) else rewritten, inputs, set_to_none)
+    step = step_memory(as_it_is if config.plan().keeps_all(program) else rewritten, inputs, set_to_none)
     return step, step_memory(as_it_is, inputs, set_to_none) if plain else None
 
 

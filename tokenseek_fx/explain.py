@@ -15,28 +15,35 @@ from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import compat
-from .backend import ditch, refuse_part, refuse_split, trains
-from .config import Config, bytes_in
-from .passes.attend import read_by
-from .passes.audit import Audit, AuditSaved, saved_edges
-from .passes.chunks import room_for_rows
-from .passes.errors import ConfigError, TokenSeekError
-from .passes.fake import fake_mode_of
-from .passes.floor import floor
-from .passes.geometry import example_sizes
-from .passes.pipeline import Pipeline, analysis
-from .passes.program import Program, module_path, source_line
-from .passes.remake import find_remade
-from .passes.select import kept_tokens
+from .backend import refuse_fragment, refuse_split, trains
+from .config import Config
+from .passes.analysis.activity import Activity
+from .passes.analysis.losses import class_factors
+from .passes.analysis.row_index import example_sizes
+from .passes.analysis.token_axes import TokenAxes
+from .passes.analysis.values import kind_of_value
+from .passes.attention.positional import PositionalAttentions, read_by
+from .passes.graph.errors import ConfigError, TokenSeekError
+from .passes.graph.fake import fake_mode_of
+from .passes.graph.kinds import Kind, kind_of, tag
+from .passes.graph.program import Program, module_path, source_line
+from .passes.keep.recompute_kv import KVRecompute
+from .passes.memory.audit import AuditSaved
+from .passes.memory.lower_bound import lower_bound
+from .passes.memory.saved import Audit, saved_edges
+from .passes.pipeline import ANALYSED, training
+from .passes.plan import Plan
 from .passes.show import show_blocks
-from .passes.split import Split
-from .passes.streams import Barrier, class_factors, kind_of
-from .passes.tags import REMADE
+from .passes.streams.ditch_stream import Barrier
+from .passes.streams.trace import Rewrite
 
 _MIB = 2**20
-#: How often what has no backward is computed in a step, by its kind: keys and values that are made again are so for the rows'
-#: forward and for their backward.
-_WITHOUT_GRADIENT = dict.fromkeys((None, "seek", "keys/values", "block inputs", "scoring", "select"), 1) | {REMADE: 2}
+#: How often values without a backward are computed in a step, by kind. Recomputed keys and values are computed for the forward of the kept
+#: rows and for their backward.
+_WITHOUT_GRADIENT = {
+    **dict.fromkeys((None, Kind.SEEK, Kind.KEYS_VALUES, Kind.BLOCK_INPUTS, Kind.SCORING, Kind.SELECT), 1),
+    Kind.RECOMPUTED: 2,
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Explanation:
     ``refusal``: why the model would be compiled as it is (the rest is then empty). ``batch``, ``tokens``, ``kept``: of the
     token axis of the loss; ``others``: (tokens, kept) of further ones. ``forwards``: predicted cost of a
     training step in units of one forward of the model (training on all tokens costs 3). ``plain``, ``rewritten``: the
-    tensors saved for backward; ``floor``: the bytes that have to be (``passes/floor.py``). ``remade``: of how many attentions keys
+    tensors saved for backward; ``floor``: the bytes that have to be (``passes/floor.py``). ``recomputed_kv``: of how many attentions keys
     and values are made again instead of kept (``None``: that was not asked for). ``graphs``: the rewritten graph as text,
     block by block (``passes.show.show_blocks``). A notebook shows it as tables.
     """
@@ -64,7 +71,7 @@ class Explanation:
     plain: Audit = field(default_factory=lambda: Audit(()))
     rewritten: Audit = field(default_factory=lambda: Audit(()))
     floor: int = 0
-    remade: int | None = None
+    recomputed_kv: int | None = None
     forwards: float = 3.0
     graphs: tuple[str, ...] = field(default=(), repr=False)
 
@@ -92,10 +99,12 @@ class Explanation:
         ]
 
     def _context(self) -> list[str]:
-        if self.remade is None:
+        if self.recomputed_kv is None:
             return []
-        kept = "" if self.remade == len(self.attentions) else ", of the others kept"
-        return [f"  keys/values   made again for {self.remade} of {_some(len(self.attentions), 'attention')}{kept}"]
+        kept = "" if self.recomputed_kv == len(self.attentions) else ", of the others kept"
+        return [
+            f"  keys/values   recomputed for {self.recomputed_kv} of {_some(len(self.attentions), 'attention')}{kept}"
+        ]
 
     def _barriers(self) -> list[str]:
         if not self.barriers:
@@ -182,47 +191,48 @@ def explain_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> 
         return Explanation("Nothing requires grad.")
     try:
         refuse_split(gm)
-        plain = analysis().run(Program(gm, tuple(inputs)))
-        refuse_part(plain, inputs)
-        rewritten = Pipeline((ditch(config, plain),)).run(plain)
-        room = room_for_rows(rewritten, bytes_in(config.chunk_bytes))
-        rewritten = Pipeline((Split(), AuditSaved(config.saving, config.kv, room))).run(rewritten)
+        plan = config.plan()
+        pipeline = training(plan) + AuditSaved(plan.kv)
+        plain = pipeline.run(Program(gm, tuple(inputs)), until=ANALYSED)
+        refuse_fragment(plain, inputs)
+        rewritten = pipeline.run(plain)
     except ConfigError:
         raise
     except TokenSeekError as error:
         return Explanation(str(error))
-    return _described(plain, rewritten, config)
+    return _described(plain, rewritten, plan)
 
 
-def _described(plain: Program, rewritten: Program, config: Config) -> Explanation:
-    assert plain.axes and plain.activity and rewritten.rewrite and rewritten.audit
-    sizes = [example_sizes(plain, axis) for axis in plain.axes.tokens]
-    kept = [int(kept_tokens(t, config.ratio_of(i), config.keep_tokens)) for i, (_, t) in enumerate(sizes)]
+def _described(plain: Program, rewritten: Program, plan: Plan) -> Explanation:
+    assert plain[TokenAxes] and plain[Activity] and rewritten[Rewrite] and rewritten[Audit]
+    sizes = [example_sizes(plain, axis) for axis in plain[TokenAxes].tokens]
+    kept = [int(plan.select_of(i).kept(t)) for i, (_, t) in enumerate(sizes)]
     lengths = [int(tokens) for _, tokens in sizes]
-    live = [node for node in plain.graph.nodes if node in plain.activity.live and node.op == "call_function"]
+    live = [node for node in plain.graph.nodes if node in plain[Activity].live and node.op == "call_function"]
     classes = class_factors(plain)
     for node in plain.graph.nodes:
-        node.meta["custom"] = {**node.meta.get("custom", {}), "tokenseek": kind_of(plain, node, classes)}
-    barriers, everything = rewritten.rewrite.barriers, saved_edges(plain.module, plain.inputs)
-    again = rewritten.audit.again
-    shares = {axis: k / t for axis, k, t in zip(plain.axes.tokens, kept, lengths, strict=True)}
+        tag(node, kind_of_value(plain, node, classes))
+    barriers, everything = rewritten[Rewrite].barriers, saved_edges(plain.module, plain.inputs)
+    recomputed = rewritten[Audit].recomputed_share
+    shares = {axis: k / t for axis, k, t in zip(plain[TokenAxes].tokens, kept, lengths, strict=True)}
     return Explanation(
         batch=int(sizes[0][0]),
         tokens=lengths[0],
         kept=kept[0],
         others=tuple(zip(lengths[1:], kept[1:], strict=True)),
-        attentions=tuple(f"{a.node.target} {source_line(a.node)}" for a in plain.axes.attentions),
-        losses=tuple(f"{n.target} {module_path(n)} {source_line(n)}" for n in plain.activity.losses),
-        ditched=sum(plain.axes.has_rows(node) for node in live) - len({b.node for b in barriers}),
+        attentions=tuple(f"{a.node.target} {source_line(a.node)}" for a in plain[TokenAxes].attentions),
+        losses=tuple(f"{n.target} {module_path(n)} {source_line(n)}" for n in plain[Activity].losses),
+        ditched=sum(plain[TokenAxes].has_rows(node) for node in live) - len({b.node for b in barriers}),
         live=len(live),
         barriers=barriers,
         plain=everything,
-        rewritten=rewritten.audit,
+        rewritten=rewritten[Audit],
         floor=round(
-            again * floor(plain, shares, config.kv) + (1 - again) * floor(plain, shares, config.kv, everything)
+            recomputed * lower_bound(plain, shares, plan.kv)
+            + (1 - recomputed) * lower_bound(plain, shares, plan.kv, everything)
         ),
-        remade=len(find_remade(plain).attentions) if config.kv == "recompute" else None,
-        forwards=_forwards(plain, rewritten, again),
+        recomputed_kv=len(rewritten[KVRecompute].attentions) if plan.kv.recomputes else None,
+        forwards=_forwards(plain, rewritten, recomputed),
         graphs=tuple(show_blocks(rewritten)),
     )
 
@@ -235,20 +245,20 @@ def _counted(lines: Sequence[str]) -> list[str]:
     return [f"{n} x {line}" if n > 1 else line for line, n in Counter(lines).items()]
 
 
-def _forwards(plain: Program, rewritten: Program, again: float) -> float:
-    """(seek + 3 x ditch + what is computed again) / forward, in floating-point operations of matrix products; attention by position is
+def _forwards(plain: Program, rewritten: Program, recomputed_share: float) -> float:
+    """(seek + 3 x ditch + what is recomputed) / forward, in floating-point operations of matrix products; attention by position is
     in neither."""
-    assert rewritten.rewrite
+    assert rewritten[Rewrite]
     forward = _flops(plain.module, plain.inputs, _for_scores(plain)).total()
-    step = flops_of_step(rewritten.rewrite.module, rewritten.rewrite.inputs, again)
+    step = flops_of_step(rewritten[Rewrite].module, rewritten[Rewrite].inputs, recomputed_share)
     return step.total() / forward if forward else 3.0
 
 
-def flops_of_step(module: fx.GraphModule, inputs: Sequence[Any], again: float = 0.0) -> Counter[str | None]:
+def flops_of_step(module: fx.GraphModule, inputs: Sequence[Any], recomputed_share: float = 0.0) -> Counter[str | None]:
     """Floating-point operations of matrix products in forward and backward of a rewritten graph, by kind (``passes/tags.py``);
-    ``again``: share of the kept rows' forward that the backward computes again."""
+    ``recomputed_share``: share of the kept rows' forward that the backward recomputes."""
     flops = _flops(module, inputs)
-    return Counter({kind: count * _WITHOUT_GRADIENT.get(kind, 3 + again) for kind, count in flops.items()})
+    return Counter({kind: count * _WITHOUT_GRADIENT.get(kind, 3 + recomputed_share) for kind, count in flops.items()})
 
 
 def _for_scores(program: Program) -> set[fx.Node]:
@@ -257,7 +267,7 @@ def _for_scores(program: Program) -> set[fx.Node]:
     for node in reversed(program.graph.nodes):
         if node in needed:
             needed.update(read_by(program, node))
-    return {node for node in program.graph.nodes if node in program.attending or node not in needed}
+    return {node for node in program.graph.nodes if node in program[PositionalAttentions] or node not in needed}
 
 
 def _flops(module: fx.GraphModule, inputs: Sequence[Any], but: Set[fx.Node] = frozenset()) -> Counter[str | None]:
@@ -269,7 +279,7 @@ def _flops(module: fx.GraphModule, inputs: Sequence[Any], but: Set[fx.Node] = fr
             with FlopCounterMode(display=False) as counter:
                 result = super().run_node(n)
             if n not in but:
-                counts[n.meta.get("custom", {}).get("tokenseek")] += counter.get_total_flops()
+                counts[kind_of(n)] += counter.get_total_flops()
             return result
 
         def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:

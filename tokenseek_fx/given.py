@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .passes.errors import TokenSeekError
-from .passes.token_axes import Place
+from .passes.analysis.token_axes import RowPlace
+from .passes.graph.errors import TokenSeekError
 from .warnings import TokenSeekWarning
 
 _given: ContextVar[Given | None] = ContextVar("tokenseek_given", default=None)
@@ -38,10 +38,10 @@ class Given:
     last: int
     used: bool = False
     weighed: bool = False
-    places: MutableMapping[Tensor, Place] = field(default_factory=WeakTensorKeyDictionary)
+    places: MutableMapping[Tensor, RowPlace] = field(default_factory=WeakTensorKeyDictionary)
     parallel: MutableMapping[Tensor, frozenset[int]] = field(default_factory=WeakTensorKeyDictionary)
 
-    def passed(self, values: Sequence[Any]) -> tuple[tuple[int, Place], ...]:
+    def passed(self, values: Sequence[Any]) -> tuple[tuple[int, RowPlace], ...]:
         """The values whose batch and token dims are known, by position."""
         return tuple((i, self.places[x]) for i, x in enumerate(values) if isinstance(x, Tensor) and x in self.places)
 

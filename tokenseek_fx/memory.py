@@ -29,8 +29,8 @@ from . import compat
 from .ops.attention_blocks import Sight
 from .ops.device import HALF
 from .ops.head import TILE_BYTES
-from .passes.audit import kind_of
-from .passes.chunks import CHUNK_BYTES
+from .passes.lower.chunks import CHUNK_BYTES
+from .passes.memory.saved import kind_of_saved
 
 _DEVICES = ("cpu", "cuda", "xpu", "mtia")
 #: Operations that Triton kernels do on a GPU, and in which dtypes: what is held there is what they give.
@@ -232,7 +232,7 @@ def _noting(call: Callable[[list], Sequence[Any]], kinds: Sequence[str], live: L
 
 def _kinds_of_outputs(module: torch.fx.GraphModule) -> list[str]:
     outputs: Any = module.graph.output_node().args[0]
-    return [kind_of(x) if isinstance(x, torch.fx.Node) else "activations" for x in outputs]
+    return [kind_of_saved(x) if isinstance(x, torch.fx.Node) else "activations" for x in outputs]
 
 
 class _NoKernels:

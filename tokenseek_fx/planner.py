@@ -10,8 +10,8 @@ from typing import Any
 from torch import fx
 
 from .config import Config, bytes_in
-from .passes.chunks import default_bytes
-from .passes.errors import GraphNotSupported
+from .passes.graph.errors import GraphNotSupported
+from .passes.lower.chunks import default_bytes
 from .warnings import TokenSeekWarning
 
 _SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)

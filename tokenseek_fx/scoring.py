@@ -10,12 +10,13 @@ import torch
 from torch import fx
 
 from . import compat, recording
-from .backend import ditch, inner_compiler, keeps_all, refuse_split, trains
-from .compiled import KeepAll, fingerprints, noise_for, told_of
+from .backend import inner_compiler, refuse_split, trains
+from .compiled import KeepAll, fingerprints, noise_for, selections_of
 from .config import Config
-from .passes.errors import GraphNotSupported, NothingToSelect, TokenSeekError
-from .passes.pipeline import analysis
-from .passes.program import Program
+from .passes.graph.errors import GraphNotSupported, NothingToSelect, TokenSeekError
+from .passes.graph.program import Program
+from .passes.pipeline import ANALYSED, training
+from .passes.streams.trace import Rewrite, TraceStreams
 from .recording import Selection
 
 
@@ -85,18 +86,19 @@ def _choosing(
     if not trains(inputs):
         raise NothingToSelect("Nothing requires grad.")
     refuse_split(gm)
-    program = analysis().run(Program(gm, tuple(inputs)))
-    if keeps_all(program, config):
+    plan = config.plan()
+    program = training(plan).run(Program(gm, tuple(inputs)), until=ANALYSED)
+    if plan.keeps_all(program):
         return KeepAll(gm, program).selection
-    program = ditch(config, program).choice(program)
+    program = (training(plan).until("two streams") + TraceStreams(choice_only=True)).run(program)
     instances, noise = fingerprints(program), noise_for(program, config.seed)
     with torch.no_grad():
-        compiled = inner_compiler(config)(program.rewrite.module, program.rewrite.inputs)
+        compiled = inner_compiler(config)(program[Rewrite].module, program[Rewrite].inputs)
 
     def choose(args: Sequence[Any]) -> list[dict[str, Any]]:
         with torch.no_grad():
             found = compiled(*args, *noise(args))
-        first, *others = told_of(program, found)
+        first, *others = selections_of(program, found)
         return [{**first, **instances(args)}, *others]
 
     return choose

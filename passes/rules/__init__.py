@@ -1,5 +1,5 @@
-"""Rule tables."""
+"""Axes rules by family. Importing the package registers them."""
 
-from . import axes, custom, rows
+from . import attention, axes, custom
 
-__all__ = ["axes", "custom", "rows"]
+__all__ = ["attention", "axes", "custom"]

@@ -7,8 +7,11 @@ import operator
 import torch
 from torch import fx
 
-from ..factors import Axes, Dim, Space, same_size
-from .op import AXES_RULES, AxesRule, Flow, Op, axes_rule, is_tensor, tensors_in
+from ..graph.factors import Axes, Dim, Space, same_size
+from ..graph.nodes import tensors_in
+from ..graph.op_sets import ELEMENTWISE_LOSSES, LABEL_LOSSES
+from ..graph.registry import aten_overloads
+from .op import AXES_RULES, AxesRule, Flow, Op, axes_rule
 
 aten = torch.ops.aten
 
@@ -37,31 +40,26 @@ def rule_for(target: object) -> AxesRule | None:
     return AXES_RULES.get(target.name(), elementwise if torch.Tag.pointwise in target.tags else None)
 
 
-def _register(names: str, rule: AxesRule) -> None:
-    for name in names.split():
-        packet, overload = name.split(".")
-        if hasattr(aten, packet) and overload in getattr(aten, packet).overloads():
-            axes_rule(getattr(getattr(aten, packet), overload), rule=rule)
-
-
 # Pointwise in fact though not by tag.
-_register(
-    "dropout.default native_dropout.default contiguous.default alias.default detach.default to.dtype to.device "
-    "to.dtype_layout _to_copy.default lift_fresh_copy.default masked_fill.Tensor "
-    "__and__.Tensor __or__.Tensor __and__.Scalar __or__.Scalar hardswish.default leaky_relu.default log_sigmoid.default "
-    "floor_divide.default rand_like.default zeros_like.default ones_like.default full_like.default bernoulli.default "
-    "bernoulli.p fill.Scalar _conj.default broadcast_tensors.default empty_like.default randn_like.default",
-    elementwise,
+axes_rule(
+    *aten_overloads(
+        "dropout.default native_dropout.default contiguous.default alias.default detach.default to.dtype to.device "
+        "to.dtype_layout _to_copy.default lift_fresh_copy.default masked_fill.Tensor "
+        "__and__.Tensor __or__.Tensor __and__.Scalar __or__.Scalar hardswish.default leaky_relu.default log_sigmoid.default "
+        "floor_divide.default rand_like.default zeros_like.default ones_like.default full_like.default bernoulli.default "
+        "bernoulli.p fill.Scalar _conj.default broadcast_tensors.default empty_like.default randn_like.default"
+    ),
+    rule=elementwise,
 )
 
 # The second operand gives its dtype and device alone.
-_register("to.other type_as.default", lambda op: op.elementwise(op.operands[:1]))
+axes_rule(*aten_overloads("to.other type_as.default"), rule=lambda op: op.elementwise(op.operands[:1]))
 
 # Contractions.
-_register("linear.default", formula("... i, o i, o -> ... o"))
-_register("mm.default", formula("i k, k j -> i j"))
-_register("bmm.default", formula("b i k, b k j -> b i j"))
-_register("embedding.default", formula("v d, ... -> ... d"))
+axes_rule(*aten_overloads("linear.default"), rule=formula("... i, o i, o -> ... o"))
+axes_rule(*aten_overloads("mm.default"), rule=formula("i k, k j -> i j"))
+axes_rule(*aten_overloads("bmm.default"), rule=formula("b i k, b k j -> b i j"))
+axes_rule(*aten_overloads("embedding.default"), rule=formula("v d, ... -> ... d"))
 
 
 @axes_rule("aten::_grouped_mm", "transformers::grouped_mm_fallback")
@@ -104,17 +102,21 @@ def convolution(op: Op) -> Flow:
     return op.mixing(range(1, rank)) if rank == weight else op.unknown()
 
 
-_register(
-    "conv1d.default conv1d.padding conv2d.default conv2d.padding conv3d.default conv3d.padding convolution.default",
-    convolution,
+axes_rule(
+    *aten_overloads(
+        "conv1d.default conv1d.padding conv2d.default conv2d.padding conv3d.default conv3d.padding convolution.default"
+    ),
+    rule=convolution,
 )
 
 
 # Images made larger or smaller: every channel on its own.
-_register(
-    "upsample_bilinear2d.vec upsample_bicubic2d.vec upsample_nearest1d.vec upsample_nearest2d.vec "
-    "upsample_linear1d.vec avg_pool2d.default max_pool2d.default adaptive_avg_pool2d.default",
-    lambda op: op.mixing(range(2, len(op.axes(op.operands[0])))),
+axes_rule(
+    *aten_overloads(
+        "upsample_bilinear2d.vec upsample_bicubic2d.vec upsample_nearest1d.vec upsample_nearest2d.vec "
+        "upsample_linear1d.vec avg_pool2d.default max_pool2d.default adaptive_avg_pool2d.default"
+    ),
+    rule=lambda op: op.mixing(range(2, len(op.axes(op.operands[0])))),
 )
 
 
@@ -129,44 +131,12 @@ def einsum(op: Op) -> Flow:
     return op.formula(", ".join(" ".join(term) for term in left.split(",")) + " -> " + " ".join(right))
 
 
-@axes_rule(aten.scaled_dot_product_attention.default)
-def attention(op: Op) -> Flow:
-    """Query rows are carried; keys and values are mixed over all positions."""
-    query, key, value = (op.axes(op[name]) for name in ("query", "key", "value"))
-    same_heads = (
-        same_size(op["query"].meta["val"].shape[-3], op["key"].meta["val"].shape[-3]) if len(query) > 2 else True
-    )
-    for left, right in [(query, key), (key, value)]:
-        for dim in range(-len(query), -2):
-            if same_heads or dim != -3:
-                op.space.equate(left[dim], right[dim])
-    op.space.equate(query[len(query) - 1], key[len(key) - 1])
-    op.space.equate(key[-2], value[-2])
-    rank = len(query)
-    carries = [{dim: dim for dim in range(rank - 1)}]
-    carries += [{dim: dim for dim in range(rank - 2) if same_heads or dim != rank - 3} for _ in range(2)]
-    if is_tensor(op["attn_mask"]):
-        carries.append(_mask_carry(op, (*query[:-1], key[-2])))
-    return Flow(((*query[:-1], value[-1]),), tuple(carries))
-
-
-def _mask_carry(op: Op, scores) -> dict[int, int]:
-    """The mask broadcasts to the scores [..., q, k]; its row dim is the query's."""
-    mask, carry = op["attn_mask"], {}
-    for dim, label in enumerate(op.axes(mask)):
-        out = dim + len(scores) - len(op.axes(mask))
-        if label and not same_size(mask.meta["val"].shape[dim], 1):
-            op.space.equate(scores[out], label)
-            carry[out] = dim
-    carry.pop(len(scores) - 1, None)
-    return carry
-
-
 # Normalisations and scans: they mix along some dims and keep the labels.
-_register(
-    "softmax.int _softmax.default log_softmax.int _log_softmax.default cumsum.default cumprod.default", along("dim")
+axes_rule(
+    *aten_overloads("softmax.int _softmax.default log_softmax.int _log_softmax.default cumsum.default cumprod.default"),
+    rule=along("dim"),
 )
-_register("logcumsumexp.default", along("dim"))
+axes_rule(*aten_overloads("logcumsumexp.default"), rule=along("dim"))
 
 
 @axes_rule(aten.layer_norm.default, aten.rms_norm.default)
@@ -189,20 +159,25 @@ def batch_norm(op: Op) -> Flow:
 
 
 # Reductions.
-_register(
-    "sum.dim_IntList mean.dim amax.default amin.default any.dim all.dim argmax.default argmin.default var.dim std.dim "
-    "var.correction std.correction logsumexp.default prod.dim_int linalg_vector_norm.default norm.ScalarOpt_dim "
-    "max.dim min.dim var_mean.correction count_nonzero.dim_IntList",
-    lambda op: op.reduce(op.dims("dim"), bool(op.arguments.get("keepdim", False))),
+axes_rule(
+    *aten_overloads(
+        "sum.dim_IntList mean.dim amax.default amin.default any.dim all.dim argmax.default argmin.default var.dim std.dim "
+        "var.correction std.correction logsumexp.default prod.dim_int linalg_vector_norm.default norm.ScalarOpt_dim "
+        "max.dim min.dim var_mean.correction count_nonzero.dim_IntList"
+    ),
+    rule=lambda op: op.reduce(op.dims("dim"), bool(op.arguments.get("keepdim", False))),
 )
-_register(
-    "sum.default mean.default any.default all.default max.default min.default prod.default",
-    lambda op: op.reduce(range(len(op.axes(op.operands[0])))),
+axes_rule(
+    *aten_overloads("sum.default mean.default any.default all.default max.default min.default prod.default"),
+    rule=lambda op: op.reduce(range(len(op.axes(op.operands[0])))),
 )
 
 # Layout.
-_register("view.default reshape.default _unsafe_view.default flatten.using_ints unflatten.int view.dtype", Op.regroup)
-_register("squeeze.default squeeze.dim squeeze.dims unsqueeze.default", Op.regroup)
+axes_rule(
+    *aten_overloads("view.default reshape.default _unsafe_view.default flatten.using_ints unflatten.int view.dtype"),
+    rule=Op.regroup,
+)
+axes_rule(*aten_overloads("squeeze.default squeeze.dim squeeze.dims unsqueeze.default"), rule=Op.regroup)
 
 
 @axes_rule(aten.transpose.int)
@@ -213,8 +188,8 @@ def transpose(op: Op) -> Flow:
     return op.permute(order)
 
 
-_register("permute.default", lambda op: op.permute(op.dims("dims")))
-_register("t.default numpy_T.default mT.default", lambda op: op.permute(_last_two_swapped(op)))
+axes_rule(*aten_overloads("permute.default"), rule=lambda op: op.permute(op.dims("dims")))
+axes_rule(*aten_overloads("t.default numpy_T.default mT.default"), rule=lambda op: op.permute(_last_two_swapped(op)))
 
 
 def _last_two_swapped(op: Op) -> list[int]:
@@ -248,10 +223,11 @@ def slice_(op: Op) -> Flow:
     return op.along([] if whole else [dim])
 
 
-_register(
-    "split.Tensor split_with_sizes.default chunk.default tensor_split.sections", lambda op: op.along(op.dims("dim"))
+axes_rule(
+    *aten_overloads("split.Tensor split_with_sizes.default chunk.default tensor_split.sections"),
+    rule=lambda op: op.along(op.dims("dim")),
 )
-_register("argsort.default argsort.stable", lambda op: op.along(op.dims("dim")))
+axes_rule(*aten_overloads("argsort.default argsort.stable"), rule=lambda op: op.along(op.dims("dim")))
 
 
 def ordered(op: Op) -> Flow:
@@ -260,12 +236,12 @@ def ordered(op: Op) -> Flow:
     return Flow((flow.outputs[0],) * len(flow.outputs), flow.carries)
 
 
-_register("topk.default sort.default sort.stable", ordered)
-_register("glu.default", lambda op: op.along(op.dims("dim")))
-_register("flip.default roll.default", lambda op: op.along(op.dims("dims")))
-_register("index_select.default repeat_interleave.self_int", lambda op: _along_optional(op))
-_register("select.int", lambda op: op.reduce(op.dims("dim")))
-_register("unbind.int", lambda op: op.reduce(op.dims("dim")))
+axes_rule(*aten_overloads("topk.default sort.default sort.stable"), rule=ordered)
+axes_rule(*aten_overloads("glu.default"), rule=lambda op: op.along(op.dims("dim")))
+axes_rule(*aten_overloads("flip.default roll.default"), rule=lambda op: op.along(op.dims("dims")))
+axes_rule(*aten_overloads("index_select.default repeat_interleave.self_int"), rule=lambda op: _along_optional(op))
+axes_rule(*aten_overloads("select.int"), rule=lambda op: op.reduce(op.dims("dim")))
+axes_rule(*aten_overloads("unbind.int"), rule=lambda op: op.reduce(op.dims("dim")))
 
 
 @axes_rule(aten.index.Tensor)
@@ -380,7 +356,7 @@ def one_hot(op: Op) -> Flow:
     return op.permute([*range(len(op.axes(op.operands[0]))), None])
 
 
-@axes_rule(aten.cross_entropy_loss.default, aten.nll_loss_nd.default)
+@axes_rule(*LABEL_LOSSES)
 def cross_entropy(op: Op) -> Flow:
     """Logits [N..., C] or [N, C, ...] and targets [N, ...], or probabilities like the logits: the positions are one axis, classes are
     contracted."""
@@ -397,14 +373,7 @@ def cross_entropy(op: Op) -> Flow:
     return Flow((out,), (carry, carry if soft else {i: i for i in range(len(out))}, *({} for _ in op.operands[2:])))
 
 
-@axes_rule(
-    aten.mse_loss.default,
-    aten.l1_loss.default,
-    aten.smooth_l1_loss.default,
-    aten.huber_loss.default,
-    aten.binary_cross_entropy.default,
-    aten.binary_cross_entropy_with_logits.default,
-)
+@axes_rule(*ELEMENTWISE_LOSSES)
 def elementwise_loss(op: Op) -> Flow:
     a, b = op.operands[:2]
     if op["reduction"] == 0:

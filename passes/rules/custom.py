@@ -8,7 +8,6 @@ that reads or has been given the number of the tokens.
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,21 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
-from torch.fx import traceback as fx_traceback
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils import _pytree as pytree
 
-from ..canonicalize import CUSTOM_FUNCTION, Canonicalize, fresh_like, record_opaque
-from ..errors import GraphNotSupported
-from ..factors import Axes, Space
-from ..fake import fake_mode_of
-from ..program import Program, attribute
+from ..capture.canonicalize import CUSTOM_FUNCTION, Canonicalize, fresh_like
+from ..graph.errors import GraphNotSupported
+from ..graph.factors import Axes, Space
+from ..graph.nodes import is_tensor, operands_of, tensors_in
+from ..graph.program import Program, attribute
 from .axes import flow_of
-from .op import Carry, Flow, Op, axes_rule, is_tensor, operands_of, tensors_in
-from .rows import restricts, rows_rule
+from .op import Carry, Flow, Op, axes_rule
 
 if TYPE_CHECKING:
-    from ..call import Call
+    pass
 
 #: The dim along which a value is cut to its rows; the values that are not in it are whole.
 RowDims = dict[fx.Node, int]
@@ -144,34 +140,3 @@ def _returns_rows(forward: Body, backward: Body, count: int, to: int, dims: RowD
     return found is not None and all(
         gradient is None or (operand in dims and found.get(gradient) == dims[operand]) for operand, gradient in pairs
     )
-
-
-@rows_rule(CUSTOM_FUNCTION)
-def custom_function_on_rows(call: Call) -> Any:
-    """The same two bodies on the rows."""
-    if not restricts(call):
-        return NotImplemented
-    example = _run_fake(call)
-    shapes = [call.geometry.row_shape(x.shape, call.dim) for x in call.streams.seek[call.node]]
-    if example is None or [list(x.shape) for x in example] != shapes:
-        return NotImplemented
-    bodies, operands = call.args[:2], call.args[2:]
-    return record_opaque(call.target, (*map(_tagged, bodies), *operands), call.kwargs, example)
-
-
-def _tagged(body: fx.GraphModule) -> fx.GraphModule:
-    """A copy whose operations carry the kind of value that is being traced, for the audit of saved tensors."""
-    graph, kind = copy.deepcopy(body.graph), fx_traceback.current_meta.get("custom", {})
-    for node in graph.nodes:
-        node.meta["custom"] = {**node.meta.get("custom", {}), **kind}
-    return fx.GraphModule(body, graph)
-
-
-def _run_fake(call: Call) -> Sequence[torch.Tensor] | None:
-    """The results on the rows, run for their shapes; ``None`` for a body that was traced for all tokens' shapes."""
-    body, _, *args = call.args
-    with disable_proxy_modes_tracing(), fake_mode_of(args), torch.no_grad():
-        try:
-            return body(*(fresh_like(arg, args) for arg in args))[0]
-        except (RuntimeError, ValueError):
-            return None

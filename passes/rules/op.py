@@ -6,17 +6,15 @@ An axes rule says how the axes of the operands become the axes of the result: la
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
-from ..factors import Axes, Dim, Space, same_size
+from ..graph.factors import Axes, Dim, Space, same_size
+from ..graph.nodes import bind, operands_of, tensors_in
+from ..graph.registry import Registry
 
 #: out dim -> operand dim, for the dims along which a row of the result depends on the same row of the operand alone.
 Carry = dict[int, int]
@@ -37,7 +35,7 @@ class Flow:
 
 
 AxesRule = Callable[["Op"], Flow]
-AXES_RULES: dict[Any, AxesRule] = {}
+AXES_RULES: Registry[AxesRule] = Registry("axes rule")
 
 
 def axes_rule(*targets: Any, rule: AxesRule | None = None) -> Any:
@@ -47,46 +45,10 @@ def axes_rule(*targets: Any, rule: AxesRule | None = None) -> Any:
     """
 
     def register(function: AxesRule) -> AxesRule:
-        AXES_RULES.update(dict.fromkeys(targets, function))
+        AXES_RULES.register(targets, function)
         return function
 
     return register(rule) if rule is not None else register
-
-
-def tensors_in(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-
-
-def is_tensor(node: Any) -> bool:
-    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
-
-
-def bind(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a node by their schema names, defaults filled in (positional ones as "0", "1" without a schema)."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return {**{str(i): arg for i, arg in enumerate(node.args)}, **node.kwargs}
-    schema = node.target._schema.arguments
-    bound = {arg.name: arg.default_value for arg in schema}
-    bound.update(zip((arg.name for arg in schema), node.args, strict=False))
-    return {**bound, **node.kwargs}
-
-
-def made_by(node: fx.Node) -> fx.Node:
-    """The operation that a value is a result of."""
-    return node.args[0] if node.target is operator.getitem else node  # type: ignore[return-value]
-
-
-def is_random(node: fx.Node) -> bool:
-    """True for an operation that draws (an attention without dropout does not, nor does dropout of nothing)."""
-    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
-        return False
-    given = bind(node)
-    return given.get("dropout_p", given.get("p")) != 0 and given.get("train") is not False
-
-
-def bind_values(node: fx.Node, values: Mapping[fx.Node, Any]) -> dict[str, Any]:
-    """The same with values in place of nodes."""
-    return {name: values[arg] if isinstance(arg, fx.Node) else arg for name, arg in bind(node).items()}
 
 
 class Op:
@@ -217,18 +179,3 @@ class Op:
         for node, carry in zip(self.operands, carries, strict=False):
             sizes = node.meta["val"].shape
             yield {out: dim for out, dim in carry.items() if same_size(sizes[dim], shape[out])}
-
-
-def operands_of(node: fx.Node) -> list[fx.Node]:
-    """The tensor operands of a node in argument order, repeated ones repeated."""
-    return [leaf for leaf in pytree.arg_tree_leaves(*node.args, **node.kwargs) if is_tensor(leaf)]
-
-
-def bytes_hint(node: fx.Node) -> int:
-    """Bytes of a node's example values; symbolic sizes count as those of the example inputs."""
-    return sum(math.prod(map(hint, x.shape)) * x.element_size() for x in tensors_in(node.meta["val"]))
-
-
-def hint(size: Any) -> int:
-    """A size as a number; a symbolic one as it is in the example inputs."""
-    return size if isinstance(size, int) else size.node.hint

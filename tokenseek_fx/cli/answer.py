@@ -19,7 +19,7 @@ import typer
 from rich.console import Console, RenderableType
 from rich.markup import escape
 
-from ..passes.errors import ConfigError, TokenSeekError
+from ..passes.graph.errors import ConfigError, TokenSeekError
 
 INTERRUPTED = 130
 _LINES = 20  # of the message of an error that isn't ours

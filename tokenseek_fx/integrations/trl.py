@@ -83,20 +83,20 @@ def _traced(
     def traced(*args: Any, labels: Tensor, **kwargs: Any) -> tuple[Tensor | None, dict[str, Tensor]]:
         output = forward(*args, **kwargs, **({"labels": labels} if summed else {}))
         with torch.set_grad_enabled(not summed):
-            return output.loss if summed else None, {} if asked is None else told_of(output.logits, labels, asked)
+            return output.loss if summed else None, {} if asked is None else selections_of(output.logits, labels, asked)
 
     return traced
 
 
 def unknown(loss: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """``told_of`` without logits: every labelled token has the mean log-probability; entropy and accuracy are NaN, not a number that
+    """``selections_of`` without logits: every labelled token has the mean log-probability; entropy and accuracy are NaN, not a number that
     would be wrong."""
     mask = labels[:, 1:] != IGNORED
     nan = torch.full(mask.shape, torch.nan, device=mask.device)
     return {"log_probs": -loss.detach() * mask, "entropy": nan, "is_top1": nan, "label_mask": mask}
 
 
-def told_of(logits: Tensor, labels: Tensor, asked: Collection[str]) -> dict[str, Tensor]:
+def selections_of(logits: Tensor, labels: Tensor, asked: Collection[str]) -> dict[str, Tensor]:
     """Of every token that has a next one, [B, T - 1] and 0 where that has no label: its ``log_probs``, ``label_mask``, and of the other
     fields of TRL's ``FusedCausalLMOutput`` those ``asked`` for. ``logits``: [B, T, V]."""
     labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)

@@ -14,6 +14,8 @@ from ..backend import Trained, compile_graph
 from ..compiled import Rewritten
 from ..config import Config
 from ..explain import flops_of_step
+from ..passes.memory.recompute import RecomputePlan
+from ..passes.streams.trace import Rewrite
 from ..peak import forget_peak, peak_bytes
 from ..recording import Recording, Selection, record
 from ..variants import Variants
@@ -105,13 +107,13 @@ def scoring_share(trained: Trained, args: Sequence[Any]) -> float | None:
     own = trained.own
     chosen = [compiled for _, compiled in own.known] if isinstance(own, Variants) else [own]
     rewritten = next((compiled for compiled in reversed(chosen) if isinstance(compiled, Rewritten)), None)
-    if rewritten is None or rewritten.program.rewrite is None:
+    if rewritten is None or rewritten.program[Rewrite] is None:
         return None
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in args]
     with mode:  # real noise would move the state of the generator
         fakes += rewritten.noise(fakes)
-    flops = flops_of_step(rewritten.program.rewrite.module, fakes, rewritten.compiled.again)
+    flops = flops_of_step(rewritten.program[Rewrite].module, fakes, rewritten.program[RecomputePlan].share)
     return sum(flops[kind] for kind in _CHOOSING) / (flops.total() or 1)
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from . import attention_blocks as blocks
 from .attention_blocks import Sight, lse_like, rows_like
-from .blind import fill, grad_blind
 from .device import runs_triton
+from .fully_masked import fill, grad_blind
 
 #: What the kernels take: wider heads have no room in the registers of a GPU.
 WIDEST = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
@@ -43,7 +43,7 @@ def selected_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
-    blind: Tensor | None = None,
+    fully_masked: Tensor | None = None,
     scored: bool = False,
     return_lse: bool = False,
 ) -> Any:
@@ -58,19 +58,30 @@ def selected_attention(
     - ``causal``: the row at position p sees key j where j <= p; ``window`` > 0: where also abs(p - j) < window.
     - ``scale``: of the scores; None: 1 / sqrt(E). ``softcap`` > 0: scores become softcap tanh(scores / softcap).
     - ``sinks`` [H]: a score by head that takes part in the softmax and has no value.
-    - ``blind`` bool [B, k]: rows that see nothing and get the mean of all values (see ``ops.blind``); where ``scored``, their scores, capped and
+    - ``fully_masked`` bool [B, k]: rows that see nothing and get the mean of all values (see ``ops.fully_masked``); where ``scored``, their scores, capped and
       scaled but not hidden, have the gradient of a softmax in which all shares are 1 / S. Not with ``sinks``.
     - ``return_lse``: give (out, the log-sum-exp of the scores [B, H, k], in float32 at least, without gradient).
 
     H is a multiple of Hkv (grouped heads). Another row that sees nothing is 0. Half precision is accumulated in float32.
     Raises ``ValueError`` for operands that do not fit together.
     """
-    _check(query, row_key, row_value, key, value, positions, columns, mask, segments, causal, window, sinks, blind)
+    _check(
+        query, row_key, row_value, key, value, positions, columns, mask, segments, causal, window, sinks, fully_masked
+    )
     columns = None if row_key is None else positions if columns is None else columns
     mask = None if mask is None else mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-    operands, hidden = (query, row_key, row_value, key, value, positions, columns), (mask, segments, sinks, blind)
+    operands, hidden = (
+        (query, row_key, row_value, key, value, positions, columns),
+        (mask, segments, sinks, fully_masked),
+    )
     out, lse = _operator(query, value)(*operands, *hidden, causal, window, scale, softcap, scored)
     return (out, lse) if return_lse else out
+
+
+def is_selected_attention(target: Any) -> bool:
+    """Whether a graph's operation is selected attention, in blocks of ATen operations or as a Triton kernel."""
+    names = ("tokenseek_fx::selected_attention", "tokenseek_fx::selected_attention_triton")
+    return isinstance(target, torch._ops.OpOverload) and target._schema.name in names
 
 
 def _operator(query: Tensor, value: Tensor) -> Any:
@@ -83,7 +94,7 @@ def _operator(query: Tensor, value: Tensor) -> Any:
 
 
 def _check(
-    query, row_key, row_value, key, value, positions, columns, mask, segments, causal, window, sinks, blind
+    query, row_key, row_value, key, value, positions, columns, mask, segments, causal, window, sinks, fully_masked
 ) -> None:
     if query.shape[1] % key.shape[1]:
         raise ValueError(f"{query.shape[1]} query heads cannot share {key.shape[1]} key heads.")
@@ -99,15 +110,15 @@ def _check(
         raise ValueError("causal, window, segments and row_key need the positions of the rows.")
     if mask is not None and mask.requires_grad:
         raise ValueError("The mask requires gradient, and selected attention gives it none.")
-    if blind is not None and sinks is not None:
+    if fully_masked is not None and sinks is not None:
         raise ValueError(
-            "Sinks get all of the softmax of a row that sees nothing, so no row is blind: give one of both."
+            "Sinks get all of the softmax of a row that sees nothing, so no row is fully_masked: give one of both."
         )
 
 
 def definition(
     query, row_key, row_value, key, value, positions, *, columns=None, mask=None, segments=None, causal=False, window=0,
-    scale=None, softcap=0.0, sinks=None, blind=None, scored=False,
+    scale=None, softcap=0.0, sinks=None, fully_masked=None, scored=False,
 ) -> Tensor:  # fmt: skip
     """What ``selected_attention`` computes, with its gradient by autograd: dense, for tests."""
     if row_key is not None:
@@ -132,22 +143,22 @@ def definition(
     scores = torch.cat([scores, sink[:, None, None].expand(*scores.shape[:-1], 1)], -1)
     nothing = (scores == -torch.inf).all(-1, keepdim=True)
     shares = torch.softmax(scores.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)[..., :-1]
-    if blind is not None:
+    if fully_masked is not None:
         alike = torch.softmax(unhidden - unhidden.detach(), -1)
-        shares = torch.where(blind[:, None, :, None], alike, shares)
+        shares = torch.where(fully_masked[:, None, :, None], alike, shares)
     return (shares @ v).to(query.dtype)
 
 
 @torch.library.custom_op("tokenseek_fx::selected_attention", mutates_args=())
 def _forward(
     query: Tensor, row_key: Tensor | None, row_value: Tensor | None, key: Tensor, value: Tensor, positions: Tensor | None,
-    columns: Tensor | None, mask: Tensor | None, segments: Tensor | None, sinks: Tensor | None, blind: Tensor | None,
+    columns: Tensor | None, mask: Tensor | None, segments: Tensor | None, sinks: Tensor | None, fully_masked: Tensor | None,
     causal: bool, window: int, scale: float | None, softcap: float, scored: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     sight = Sight.of(query, key, positions, mask, segments, causal, window, scale, softcap)
     out, lse = blocks.forward(query, key, value, sinks, sight)
-    if blind is not None:
-        fill(out, value, blind)
+    if fully_masked is not None:
+        fill(out, value, fully_masked)
     return out, lse
 
 
@@ -183,24 +194,24 @@ def _fake_grad_keys(grad, delta, lse, query, key, value, positions, columns, *re
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    query, _, _, key, value, positions, columns, mask, segments, sinks, blind, *ctx.form, ctx.scored = inputs
+    query, _, _, key, value, positions, columns, mask, segments, sinks, fully_masked, *ctx.form, ctx.scored = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, positions, columns, mask, segments, sinks, blind, *output)
+    ctx.save_for_backward(query, key, value, positions, columns, mask, segments, sinks, fully_masked, *output)
 
 
 def register(forward: Any, grad_query: Any, grad_keys: Any) -> None:
     """Give operators of these meanings their fakes, and ``forward`` its gradient by the other two."""
 
     def backward(ctx, grad, _):
-        query, key, value, positions, columns, mask, segments, sinks, blind, out, lse = ctx.saved_tensors
+        query, key, value, positions, columns, mask, segments, sinks, fully_masked, out, lse = ctx.saved_tensors
         needs, grads = ctx.needs_input_grad, [None] * 16
         if grad is None:
             return tuple(grads)
         of_blind: Any = None
-        if blind is not None:
-            of_blind = grad_blind(grad, query, key, value, columns, blind, ctx.scored, *ctx.form[-2:])
-            grad = grad.masked_fill(blind[:, None, :, None], 0)
+        if fully_masked is not None:
+            of_blind = grad_blind(grad, query, key, value, columns, fully_masked, ctx.scored, *ctx.form[-2:])
+            grad = grad.masked_fill(fully_masked[:, None, :, None], 0)
         delta = (grad.to(lse.dtype) * out).sum(-1)
         operands, hidden = (grad, delta, lse, query, key, value, positions), (mask, segments, *ctx.form)
         if needs[0]:

@@ -19,7 +19,7 @@ from torch.library import triton_op
 from ..compat import wrap_kernel
 from .attention import register
 from .attention_blocks import lse_like, rows_like
-from .blind import fill
+from .fully_masked import fill
 from .static import NUMBER, Variant
 
 #: log2(e) and its inverse: softmax is taken in powers of 2.
@@ -368,7 +368,7 @@ def grad_keys_kernel(
 @triton_op("tokenseek_fx::selected_attention_triton", mutates_args=())
 def forward(
     query: Tensor, row_key: Tensor | None, row_value: Tensor | None, key: Tensor, value: Tensor, positions: Tensor | None,
-    columns: Tensor | None, mask: Tensor | None, segments: Tensor | None, sinks: Tensor | None, blind: Tensor | None,
+    columns: Tensor | None, mask: Tensor | None, segments: Tensor | None, sinks: Tensor | None, fully_masked: Tensor | None,
     causal: bool, window: int, scale: float | None, softcap: float, scored: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``selected_attention`` by ``forward_kernel``: see ``attention.WIDEST``."""
@@ -381,8 +381,8 @@ def forward(
         *_strides(query, key, value, out), *_mask_strides(mask, query, key),
         *_sizes(query, key, window, scale, softcap), **options, **tile,
     )  # fmt: skip
-    if blind is not None:
-        fill(out, value, blind)
+    if fully_masked is not None:
+        fill(out, value, fully_masked)
     return out, lse
 
 

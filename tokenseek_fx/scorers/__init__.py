@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
-from ..passes.select import Scorer
+from ..passes.streams.select import Scorer
 from .attention import attention
 from .ends import first, last
 from .gradient import gradient

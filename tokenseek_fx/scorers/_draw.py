@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..passes.select import ScoreInputs, Scorer, Select
+from ..passes.streams.select import ScoreInputs, Scorer, Select
 
 
 def toy(batch: int = 3, tokens: int = 60) -> ScoreInputs:

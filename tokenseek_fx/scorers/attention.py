@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..passes.select import ScoreInputs, Scorer, needs
+from ..passes.streams.select import ScoreInputs, Scorer, needs
 from ._draw import draw
 
 

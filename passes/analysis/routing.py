@@ -1,0 +1,236 @@
+"""Routing: regions that sort the rows of tokens (by expert, say) and bring every result back to its row.
+
+Sorting mixes tokens, yet each row of what comes back depends on its own row alone. It is proved for a region by following the
+order from the sort on. Along the sorted axis S every value is one of
+
+- the *keys*, sorted, or the *order*: for each place of S the row that stands there (divided by k: the token of the row, where
+  a token has k rows);
+- *sorted*: row s depends on the row that the order names alone. Made by indexing rows by the order, and kept by whatever
+  works on S row by row, a grouped product with the ends of the groups of keys included;
+- the *places*: for each row its place in S. Sorted values indexed by the places are rows again: the way out.
+
+Where all that the sort leads to fits, the region runs on any rows as it does on all. Else it stays a barrier.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..graph.factors import Dim, same_size
+from ..graph.nodes import bind, is_tensor, operands_of
+from ..graph.program import Program
+from .token_axes import TokenAxes
+
+aten = torch.ops.aten
+_SORTS = (aten.sort.default, aten.sort.stable)
+_CASTS = (aten._to_copy.default, aten.to.dtype, aten.clone.default, aten.detach.default)
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
+_BLANKS = (aten.empty_like.default, aten.zeros_like.default)
+#: Products of groups of rows: the operand with the rows and the one with the ends of the groups.
+GROUPED = {"aten::_grouped_mm": ("self", "offs"), "transformers::grouped_mm_fallback": ("input", "offs")}
+
+
+@dataclass(frozen=True)
+class Route:
+    """A region that runs on the rows of the kept tokens by itself: its nodes, and those of them in which rows come back."""
+
+    nodes: frozenset[fx.Node]
+    exits: frozenset[fx.Node]
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """The tensors that it reads."""
+        read = dict.fromkeys(x for node in self.nodes for x in node.all_input_nodes if is_tensor(x))
+        return tuple(sorted(x for x in read if x not in self.nodes))
+
+
+@dataclass(frozen=True)
+class Routes:
+    """The proved routes of a graph, in order."""
+
+    found: tuple[Route, ...] = ()
+
+    def to(self, node: fx.Node) -> Route | None:
+        """The route from which rows come back in ``node``."""
+        return next((route for route in self.found if node in route.exits), None)
+
+    def by_node(self, exits: Collection[fx.Node]) -> dict[fx.Node, Route]:
+        """The nodes of the routes that end in any of ``exits``, with their route."""
+        return {node: route for route in self.found if not route.exits.isdisjoint(exits) for node in route.nodes}
+
+
+@dataclass(frozen=True)
+class FindRoutes:
+    """Prove which regions bring sorted rows back. Reads ``TokenAxes``; writes ``Routes``."""
+
+    name: str = "routing"
+
+    def run(self, program: Program) -> Program:
+        axes, sorts = program[TokenAxes], (node for node in program.graph.nodes if node.target in _SORTS)
+        return program.with_(Routes(tuple(route for node in sorts for route in _route(node, axes))))
+
+    def check(self, program: Program) -> None:
+        """Nothing to verify: a region that is not proved is executed as a barrier."""
+
+
+@dataclass
+class _Proof:
+    """What is known of the nodes that a sort leads to. ``rows``: the axis that is sorted; ``roles``: what each value is."""
+
+    axes: TokenAxes
+    sort: fx.Node
+    rows: Dim
+    sorted_axis: Dim
+    roles: dict[fx.Node, str] = field(default_factory=dict)
+
+    def role_of(self, node: fx.Node) -> str | None:
+        """What a node is, given what its operands are; None: it can't be told."""
+        roles = [self.roles.get(arg) for arg in node.all_input_nodes]
+        rules = (
+            self._part_of_sort,
+            self._cast,
+            self._token_of,
+            self._indexed,
+            self._groups,
+            self._placed,
+            self._by_row,
+        )
+        return next((role for rule in rules if (role := rule(node, roles))), None)
+
+    def _part_of_sort(self, node: fx.Node, roles: list) -> str | None:
+        return ("keys", "order")[node.args[1]] if node.args and node.args[0] is self.sort else None
+
+    def _cast(self, node: fx.Node, roles: list) -> str | None:
+        if node.target in _BLANKS and roles[0] == "order":
+            return "blank"
+        return roles[0] if node.target in _CASTS and roles[0] != "sorted" else None
+
+    def _token_of(self, node: fx.Node, roles: list) -> str | None:
+        """``order // k``, for rows that are k of every token."""
+        given = bind(node)
+        by = given.get("other")
+        rounds = node.target is aten.floor_divide.default or given.get("rounding_mode") == "floor"
+        if not (rounds and roles == ["order"] and isinstance(by, int) and self.rows):
+            return None
+        return f"order // {by}"
+
+    def _indexed(self, node: fx.Node, roles: list) -> str | None:
+        if node.target is not aten.index.Tensor or len(node.args[1]) != 1:
+            return None
+        source, where = node.args[0], self.roles.get(node.args[1][0])
+        labels = self.axes.of(source)
+        if where == "places" and self.roles.get(source) == "sorted":
+            return "out"
+        if where == "keys" and source not in self.roles and not self._has_tokens(source):
+            return "sorted"
+        if source in self.roles or where is None or not where.startswith("order"):
+            return None
+        by = int(where.removeprefix("order").removeprefix(" // ") or 1)
+        rows = self.rows if by == 1 else self._without_last(by)
+        return "sorted" if rows and labels[0] == rows and not self._has_tokens(source, start=1) else None
+
+    def _groups(self, node: fx.Node, roles: list) -> str | None:
+        if roles == ["keys"] and self._counts_every_key(node):
+            return "counts"
+        if node.target is aten.cumsum.default and roles == ["counts"]:
+            return "ends"
+        names = GROUPED.get(node.target.name()) if isinstance(node.target, torch._ops.OpOverload) else None
+        if names is None:
+            return None
+        rows, ends = (self.roles.get(bind(node)[name]) for name in names)
+        weights = [arg for arg in node.all_input_nodes if arg not in self.roles]
+        grouped = (rows, ends) == ("sorted", "ends") and not any(map(self._has_tokens, weights))
+        return "sorted" if grouped else None
+
+    def _counts_every_key(self, node: fx.Node) -> bool:
+        """Counts of the keys 0, 1, 2, ...: one below would shift all groups, so they must be positions that an operation found."""
+        given = bind(node)
+        whole = node.target is aten.histc.default and given["min"] == 0 and given["max"] == given["bins"] - 1
+        return (whole or node.target is aten.bincount.default) and _are_positions(self.sort.args[0])
+
+    def _placed(self, node: fx.Node, roles: list) -> str | None:
+        """``blank[order] = arange``: the places."""
+        if node.target is not aten.index_put.default or roles[:2] != ["blank", "order"]:
+            return None
+        numbers = node.args[2]
+        counts = numbers.target is aten.arange.default and self._is_sorted_size(numbers.args[0])
+        return "places" if counts and len(node.args) == 3 else None
+
+    def _by_row(self, node: fx.Node, roles: list) -> str | None:
+        """Work on sorted rows, each on its own: the sorted axis is carried from every operand that has it."""
+        if not is_tensor(node) and not isinstance(node.meta.get("val"), (tuple, list)):
+            return None
+        if {*roles} - {"sorted", None} or "sorted" not in roles:
+            return None
+        labels = self.axes.of(node)
+        dims = [i for i, label in enumerate(labels) if label == self._sorted_axis]
+        if len(dims) != 1:
+            return None
+        for i, arg in enumerate(operands_of(node)):
+            known = self.roles.get(arg) == "sorted"
+            if not known and self._has_tokens(arg):
+                return None
+            if known and self.axes.carried(node, i, dims[0]) is None:
+                return None
+        return "sorted"
+
+    @property
+    def _sorted_axis(self) -> Dim:
+        return self.axes.space.resolve(self.sorted_axis)
+
+    def _has_tokens(self, node: fx.Node, start: int = 0) -> bool:
+        return any(self.axes.axis_at(label) is not None for label in self.axes.of(node)[start:])
+
+    def _is_sorted_size(self, size: Any) -> bool:
+        size = size.meta["val"] if isinstance(size, fx.Node) else size
+        return same_size(size, self.axes.space.size(self.rows))
+
+    def _without_last(self, by: int) -> Dim | None:
+        """The rows' axis without its innermost ``by``: that of the tokens."""
+        inner = [n for n in range(1, len(self.rows)) if same_size(self.axes.space.size(self.rows[n:]), by)]
+        return self.rows[: inner[0]] if inner else None
+
+
+def _are_positions(node: Any) -> bool:
+    """True for the indices of a top-k or an argmax."""
+    while node.target in (*_CASTS, *_VIEWS):
+        node = node.args[0]
+    of_topk = node.target is operator.getitem and node.args[0].target is aten.topk.default and node.args[1] == 1
+    return of_topk or node.target is aten.argmax.default
+
+
+def _in_order(axes: TokenAxes, rows: Dim, out: Dim) -> bool:
+    """True where what comes back has the tokens in the places in which the sorted rows had them."""
+    axis = axes.axis_at(rows)
+    assert axis is not None
+    last = max(i for i, factor in enumerate(rows) if factor in (*axis.token, *axis.batch))
+    return out[: last + 1] == rows[: last + 1]
+
+
+def _route(sort: fx.Node, axes: TokenAxes) -> Iterator[Route]:
+    """The region that a sort of the rows of tokens leads to, if it is proved."""
+    (label, *rest) = axes.of(sort.args[0])
+    order = next((user for user in sort.users if user.args[1] == 1), None)
+    if rest or order is None or axes.axis_at(label) is None:
+        return
+    proof = _Proof(axes, sort, label, axes.of(order)[0])
+    region, exits = {sort}, set()
+    for node in sort.graph.nodes:
+        if node is sort or not region.intersection(node.all_input_nodes):
+            continue
+        role = proof.role_of(node)
+        if role is None or (role == "out" and not _in_order(axes, label, axes.of(node)[0])):
+            return
+        if role == "out":
+            exits.add(node)
+        else:
+            proof.roles[node] = role
+            region.add(node)
+    numbers = {node.all_input_nodes[-1] for node in region if node.target is aten.index_put.default}
+    yield Route(frozenset({*region, *exits, *numbers}), frozenset(exits))

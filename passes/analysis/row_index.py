@@ -1,0 +1,174 @@
+"""Where rows stand: gathering the selected rows of a value, and putting them back, by the factors of its dims."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..graph.errors import GraphNotSupported
+from ..graph.factors import Axes, Dim
+from ..graph.nodes import is_tensor
+from ..graph.program import Program
+from .token_axes import TokenAxes, TokenAxis, find
+
+
+@dataclass(frozen=True)
+class RowIndex:
+    """The selection ``indices`` ([B, k] int64; [1, k] for one instance) of one token axis, with the sizes of batch and token
+    axis, and the ``weights`` of the rows in the loss ([B, k]; ``None``: all alike)."""
+
+    axes: TokenAxes
+    axis: TokenAxis
+    indices: torch.Tensor
+    batch: Any
+    tokens: Any
+    weights: torch.Tensor | None = None
+
+    @property
+    def kept(self) -> Any:
+        return self.indices.shape[1]
+
+    def take(self, value: torch.Tensor, labels: Axes, dim: int) -> torch.Tensor:
+        """The selected rows of ``value`` along ``dim``."""
+        sizes, index, at = self._factored(value, labels, dim)
+        rows = torch.gather(value.reshape(sizes), at, index)
+        return rows.reshape(self.row_shape(value.shape, dim))
+
+    def put(self, value: torch.Tensor, rows: torch.Tensor, labels: Axes, dim: int) -> torch.Tensor:
+        """``value`` with the selected rows along ``dim`` replaced by ``rows``."""
+        sizes, index, at = self._factored(value, labels, dim)
+        merged = torch.scatter(value.reshape(sizes), at, index, rows.reshape(index.shape).to(value.dtype))
+        return merged.reshape(value.shape)
+
+    def row_shape(self, shape: Any, dim: int) -> list:
+        """``shape`` with the token axis of ``dim`` cut to the kept rows."""
+        return [size // self.tokens * self.kept if i == dim else size for i, size in enumerate(shape)]
+
+    def weights_of(self, shape: Sequence[Any], labels: Axes, dim: int) -> torch.Tensor:
+        """The weight of every entry of the rows along ``dim`` of a value whose full shape is ``shape``."""
+        assert self.weights is not None
+        return self.like(self.weights, self.row_shape(shape, dim), labels)
+
+    def like(self, by_token: torch.Tensor, shape: Sequence[Any], labels: Axes) -> torch.Tensor:
+        """``by_token`` ([B, n]: of all tokens or of the rows) spread to a value of ``shape``, its first token dim."""
+        dim = next(i for i, label in enumerate(labels) if find(self.axis.token, label) is not None)
+        pieces, tokens = self.cut(shape, labels, dim), by_token.shape[1]
+        kinds = [kind for kind, _ in pieces]
+        by_token = by_token.t() if "batch" in kinds[kinds.index("token") :] else by_token
+        sizes = {"batch": self.batch, "token": tokens}
+        spread = by_token.reshape([sizes.get(kind, 1) for kind in kinds])
+        return spread.expand([sizes.get(kind, size) for kind, size in pieces]).reshape(shape)
+
+    def by_token(self, value: torch.Tensor, labels: Axes, dim: int, tokens: Any = None) -> torch.Tensor:
+        """``value`` as [B, T]: its other entries summed (of bools: any). ``tokens``: the rows it has, if not all."""
+        pieces = self.cut(value.shape, labels, dim)
+        kinds = [kind for kind, _ in pieces]
+        known = tokens is not None
+        value = value.reshape([tokens if kind == "token" and known else size for kind, size in pieces])
+        others = [i for i, kind in enumerate(kinds) if not kind]
+        if others:
+            value = value.any(others) if value.dtype is torch.bool else value.sum(others)
+        if "batch" not in kinds:
+            return value.expand(self.batch, -1)
+        return value if kinds.index("batch") < kinds.index("token") else value.t()
+
+    def join(self, chunks: Sequence[torch.Tensor], labels: Axes, dim: int, shape: Sequence[Any]) -> torch.Tensor:
+        """The value of a given shape whose rows along ``dim`` are those of ``chunks``, one after the other."""
+        pieces = self.cut(shape, labels, dim)
+        at = [kind for kind, _ in pieces].index("token")
+        parts = [chunk.reshape([-1 if i == at else size for i, (_, size) in enumerate(pieces)]) for chunk in chunks]
+        return torch.cat(parts, at).reshape(shape)
+
+    def cut(self, shape: Sequence[Any], labels: Axes, dim: int) -> list[tuple[str, Any]]:
+        """Every dim cut at its batch factor, and ``dim`` at its token factor: ("batch" | "token" | "", size)."""
+        return [piece for i, label in enumerate(labels) for piece in self._pieces(label, shape[i], i == dim)]
+
+    def _factored(self, value: torch.Tensor, labels: Axes, dim: int) -> tuple[list, torch.Tensor, int]:
+        """Sizes of ``value`` with batch and token axis as dims of their own, the gather index, and the token's place."""
+        pieces = self.cut(value.shape, labels, dim)
+        kinds, sizes = [kind for kind, _ in pieces], [size for _, size in pieces]
+        if kinds.count("batch") > 1:
+            raise GraphNotSupported("A value has the batch axis twice (it compares instances), its rows have no owner.")
+        at = kinds.index("token")
+        index = self.indices
+        if "batch" in kinds:
+            index = index if kinds.index("batch") < at else index.t()
+        elif self.axis.batch:
+            raise GraphNotSupported("A value has token rows but no batch axis to select them by.")
+        shape = [self.batch if kind == "batch" else self.kept if kind == "token" else 1 for kind in kinds]
+        full = [self.kept if kind == "token" else size for kind, size in pieces]
+        return sizes, index.reshape(shape).expand(full), at
+
+    def _pieces(self, label: Dim, size: Any, has_rows: bool) -> list[tuple[str, Any]]:
+        """Cut one dim at its batch and (where ``has_rows``) token factors; a dim with neither stays whole."""
+        batch, token = self.axis.batch, self.axis.token
+        if find(batch, label) is None and not has_rows:
+            return [("", size)]
+        pieces: list[tuple[str, Any]] = []
+        while label:
+            if batch and label[: len(batch)] == batch:
+                pieces.append(("batch", self.batch))
+                label = label[len(batch) :]
+            elif label[: len(token)] == token:
+                pieces.append(("token" if has_rows else "", self.tokens))
+                label = label[len(token) :]
+            else:
+                pieces.append(("", self.axes.space.size(label[:1])))
+                label = label[1:]
+        return pieces
+
+
+def sizes_of(program: Program, axis: TokenAxis, values: Mapping[fx.Node, Any]) -> tuple[Any, Any]:
+    """The sizes of a token axis and its batch (1: one instance), batch first, read off ``values`` that have them as dims."""
+    return tuple(_read(place, values) for place in _places(program, axis))  # type: ignore[return-value]
+
+
+def example_sizes(program: Program, axis: TokenAxis) -> tuple[Any, Any]:
+    """The sizes of the batch and the token axis of the example inputs."""
+    return sizes_of(program, axis, {node: node.meta.get("val") for node in program.graph.nodes})
+
+
+def runtime_sizes(program: Program, axis: TokenAxis) -> Callable[[Sequence[Any]], tuple[int, int]]:
+    """What reads the sizes of the batch and the token axis off the inputs of a call."""
+    places = [_input_place(program, place) for place in _places(program, axis)]
+    example = example_sizes(program, axis)
+    return lambda args: tuple(  # type: ignore[return-value]
+        size if place is None else args[place[0]].shape[place[1]] for place, size in zip(places, example, strict=True)
+    )
+
+
+def device_of(program: Program) -> torch.device:
+    return program[TokenAxes].attentions[0].node.meta["val"].device
+
+
+_SizeSource = tuple[fx.Node, int] | None
+
+
+def _places(program: Program, axis: TokenAxis) -> tuple[_SizeSource, _SizeSource]:
+    """Where the batch and the token axis stand alone as a dim of a value, inputs first (None: no batch)."""
+    return _place(program, axis.batch) if axis.batch else None, _place(program, axis.token)
+
+
+def _place(program: Program, label: Dim) -> _SizeSource:
+    for node in filter(is_tensor, program.graph.nodes):
+        for dim, other in enumerate(program[TokenAxes].of(node)):
+            if other == label:
+                return node, dim
+    raise GraphNotSupported("The batch or the token axis never stands alone as a dim of a value.")
+
+
+def _read(place: _SizeSource, values: Mapping[fx.Node, Any]) -> Any:
+    return 1 if place is None else values[place[0]].shape[place[1]]
+
+
+def _input_place(program: Program, place: _SizeSource) -> tuple[int, int] | None:
+    """``place`` as (position of the input, dim); None where the size is a constant."""
+    if place is None or isinstance(_read(place, {place[0]: place[0].meta["val"]}), int):
+        return None
+    if place[0].op != "placeholder":
+        raise GraphNotSupported("A dynamic batch or sequence length is not a dim of any input.")
+    return program.placeholders.index(place[0]), place[1]

@@ -1,0 +1,313 @@
+"""Token axes: for every value of the graph, which factors of which dims are a token axis and its batch.
+
+Found like a type is inferred: every dim gets a variable, the axes rule of each operation equates variables
+(``factors.Space``), and attention names the class "token": the position axis of its queries. So the axis is found from any
+entry point, and never from a dim that happens to have the same size; and an encoder-decoder has two, because nothing equates
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from ..graph.errors import GraphNotSupported, InvariantBroken, NoAttention, NothingToSelect
+from ..graph.factors import Axes, Dim, Space, same_size
+from ..graph.nodes import is_tensor, operands_of
+from ..graph.op_sets import CONTRACTIONS, LABEL_LOSSES, SOFTMAX
+from ..graph.program import Program
+from ..rules.attention import attention_op
+from ..rules.axes import flow_of
+from ..rules.op import Flow
+
+aten = torch.ops.aten
+_WANTED = (
+    "Token selection needs a transformer whose attention can be traced: scaled_dot_product_attention, or matmul and softmax "
+    '(transformers: attn_implementation="sdpa" or "eager").'
+)
+#: The batch dim (``None``: one instance) and the token dim of a value.
+RowPlace = tuple[int | None, int]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention.
+
+    ``node``: the attention operation, or the softmax of an eager attention. ``weights``: the attention weights [*leading, query,
+    key] (of an attention operation: the node itself), without the columns of attention sinks. ``out``: their product with the
+    values.
+    """
+
+    node: fx.Node
+    leading: Axes
+    query: Dim
+    key: Dim
+    weights: fx.Node
+    out: fx.Node
+
+
+@dataclass(frozen=True)
+class TokenAxis:
+    """The positions ``token`` of every instance of ``batch`` (``()``: one instance)."""
+
+    token: Dim
+    batch: Dim = ()
+
+    def batch_dim_of(self, labels: Axes) -> int | None:
+        return next((i for i, dim in enumerate(labels) if find(self.batch, dim) is not None), None)
+
+
+@dataclass(frozen=True)
+class TokenAxes:
+    """Axes of every value, and which of them are token axes: ``tokens``, first the one that the loss runs over.
+
+    ``pooling``: the scores of a single query over tokens (attention pooling): these are keys, so they have no rows.
+    """
+
+    space: Space
+    axes: dict[fx.Node, tuple[Axes, ...]]
+    flows: dict[fx.Node, Flow]
+    attentions: tuple[Attention, ...]
+    tokens: tuple[TokenAxis, ...] = ()
+    pooling: frozenset[fx.Node] = frozenset()
+
+    @property
+    def main(self) -> TokenAxis:
+        return self.tokens[0]
+
+    def of(self, node: fx.Node) -> Axes:
+        """The axes of a value in root factors (of its first tensor, where it has several)."""
+        return self.resolved(self.axes[node][0])
+
+    def axis_at(self, label: Dim) -> TokenAxis | None:
+        """The token axis that a dim holds."""
+        return next((axis for axis in self.tokens if find(axis.token, label) is not None), None)
+
+    def token_dims(self, node: fx.Node) -> list[int]:
+        if node in self.pooling:
+            return []
+        return [i for i, dim in enumerate(self.of(node)) if self.axis_at(dim) is not None]
+
+    def row_dim(self, node: fx.Node) -> int | None:
+        """The dim whose rows are tokens: the first that holds a token axis (of a score matrix: the query's)."""
+        return next(iter(self.token_dims(node)), None)
+
+    def axis_of(self, node: fx.Node) -> TokenAxis | None:
+        """The token axis of a value's rows."""
+        dim = self.row_dim(node)
+        return None if dim is None else self.axis_at(self.of(node)[dim])
+
+    def keys_of(self, attention: Attention) -> TokenAxis | None:
+        """The token axis that an attention looks at."""
+        return self.axis_at(self.space.resolve(attention.key))
+
+    def queries_of(self, attention: Attention) -> TokenAxis | None:
+        return self.axis_at(self.space.resolve(attention.query))
+
+    def resolved(self, axes: Axes) -> Axes:
+        return tuple(self.space.resolve(dim) for dim in axes)
+
+    def has_rows(self, node: fx.Node) -> bool:
+        """True when every instance has rows of its own in this value: it can be restricted to the selected ones."""
+        axis = self.axis_of(node)
+        return axis is not None and (not axis.batch or axis.batch_dim_of(self.of(node)) is not None)
+
+    def has_rows_of(self, axis: TokenAxis, node: fx.Node) -> bool:
+        """The same, and the rows are those of this token axis."""
+        return self.axis_of(node) == axis and self.has_rows(node)
+
+    def carried(self, node: fx.Node, operand: int, dim: int) -> int | None:
+        """The dim of an operand that goes, row by row, to dim ``dim`` of the result; None: broadcast or mixed there."""
+        flow = self.flows[node]
+        if not flow.regrouped:
+            return flow.carries[operand].get(dim)
+        return self._regrouped_dim(operands_of(node)[operand], node, dim) if operand == 0 else None
+
+    def _regrouped_dim(self, source: fx.Node, node: fx.Node, dim: int) -> int | None:
+        before, after = self.of(source), self.of(node)
+        axis = self.axis_at(after[dim])
+        wanted = axis.token if axis is not None else after[dim]
+        if sum(before, ()) != sum(after, ()):
+            return None
+        start = len(sum(after[:dim], ())) + (find(wanted, after[dim]) or 0)
+        ends = [len(sum(before[: i + 1], ())) for i in range(len(before))]
+        found = next((i for i, end in enumerate(ends) if start < end), None)
+        return found if found is not None and find(wanted, before[found]) is not None else None
+
+
+@dataclass(frozen=True)
+class FindTokenAxes:
+    """Infer the axes of every value and name the token axes. Reads ``module``; writes ``axes``.
+
+    ``passed``: the batch dim (``None``: one instance) and the token dim of inputs, by position, where they are known from
+    another part of the model; they name the token axis of a graph without attention.
+    """
+
+    passed: tuple[tuple[int, RowPlace], ...] = ()
+    name: str = "token axes"
+
+    def run(self, program: Program) -> Program:
+        found = inferred(program)
+        named = _passed(program, found, self.passed) if self.passed else replace(found, tokens=_tokens(program, found))
+        return program.with_(named)
+
+    def check(self, program: Program) -> None:
+        """Every value has as many labelled dims as it has dims, and factor sizes multiply to its sizes."""
+        for node in filter(is_tensor, program.graph.nodes):
+            shape, axes = node.meta["val"].shape, program[TokenAxes].of(node)
+            sizes_agree = len(shape) == len(axes) and all(
+                same_size(size, 1)
+                or not torch.fx.experimental.symbolic_shapes.statically_known_true(
+                    program[TokenAxes].space.size(dim) != size
+                )
+                for dim, size in zip(axes, shape, strict=True)
+            )
+            if not sizes_agree:
+                raise InvariantBroken(f"{node.name}: shape {tuple(shape)} but axes {axes}")
+
+
+def inferred(program: Program) -> TokenAxes:
+    """The axes of every value and the attentions; no axis has a name yet."""
+    space, axes, flows = Space(), {}, {}
+    for node in program.graph.nodes:
+        flow = flow_of(node, space, axes)
+        axes[node], flows[node] = flow.outputs, flow
+    found = TokenAxes(space, axes, flows, ())
+    every = tuple(_attentions(program.graph, found))
+    single = [a for a in every if not space.resolve(a.query) and space.resolve(a.key)]
+    queries = {space.resolve(a.query) for a in every}
+    pooling = [a for a in single if space.resolve(a.key) in queries and attention_op(a.node) is None]
+    scores = (node for a in pooling for node in _scores(a, found))
+    between_tokens = tuple(a for a in every if a not in single)
+    return replace(found, attentions=between_tokens or every, pooling=frozenset(scores))
+
+
+def place_in(axes: TokenAxes, node: fx.Node) -> RowPlace | None:
+    """Where the batch and the token axis are dims of their own; ``None``: they are not."""
+    labels, dim, axis = axes.of(node), axes.row_dim(node), axes.axis_of(node)
+    if dim is None or axis is None or not axes.has_rows(node) or labels[dim] != axis.token:
+        return None
+    batch = axis.batch_dim_of(labels)
+    return (batch, dim) if batch is None or labels[batch] == axis.batch else None
+
+
+def _passed(program: Program, found: TokenAxes, passed: tuple[tuple[int, RowPlace], ...]) -> TokenAxes:
+    """Named by the inputs."""
+    nodes = program.placeholders
+    index, (batch, token) = passed[0]
+    labels = found.of(nodes[index])
+    if not labels[token]:
+        raise NothingToSelect("The sequence has a single token.")
+    found = replace(found, tokens=(TokenAxis(labels[token], () if batch is None else labels[batch]),))
+    if any(place_in(found, nodes[i]) != place for i, place in passed):
+        raise GraphNotSupported("The token axis of this part of the model is not the one of the parts before it.")
+    return found
+
+
+def find(needle: Dim, dim: Dim) -> int | None:
+    """Where the factors ``needle`` stand, in order and together, in ``dim``."""
+    n = len(needle)
+    return next((i for i in range(len(dim) - n + 1) if n and dim[i : i + n] == needle), None)
+
+
+def _attentions(graph: fx.Graph, found: TokenAxes) -> Iterator[Attention]:
+    for node in graph.nodes:
+        operation = attention_op(node)
+        if operation is not None:
+            query, key = found.axes[operation.query][0], found.axes[operation.key][0]
+            yield Attention(node, query[:-2], query[-2], key[-2], node, node)
+        elif node.target in SOFTMAX and (reached := _contracted_with_values(node, found)) is not None:
+            weights, out = reached
+            dims = found.axes[weights][0]
+            yield Attention(node, dims[:-2], dims[-2], dims[-1], weights, out)
+
+
+def _contracted_with_values(node: fx.Node, found: TokenAxes) -> tuple[fx.Node, fx.Node] | None:
+    """(attention weights, product with the values) of a softmax over the last dim; ``None``: it is no attention."""
+    rank = node.meta["val"].ndim
+    return _contracted(node, node, found) if rank >= 3 and node.args[1] % rank == rank - 1 else None
+
+
+def _contracted(node: fx.Node, weights: fx.Node, found: TokenAxes) -> tuple[fx.Node, fx.Node] | None:
+    """Follow the softmax to its product with the values; return (attention weights, product).
+
+    On the way are operations that keep the last two dims, and slices of the last dim (the columns of sinks are cut off).
+    """
+    for user in node.users:
+        if user.target in CONTRACTIONS and _left_operand(user) is node:
+            return weights, user
+        kept = is_tensor(user) and len(operands_of(user)) == 1 and found.of(user)[-2:] == found.of(node)[-2:]
+        cut = user.target is aten.slice.Tensor and found.of(user)[:-1] == found.of(node)[:-1]
+        reached = _contracted(user, weights if kept else user, found) if kept or cut else None
+        if reached is not None:
+            return reached
+    return None
+
+
+def _scores(attention: Attention, found: TokenAxes) -> set[fx.Node]:
+    """The values between the product with the keys and that with the values."""
+    key, scores, pending = found.space.resolve(attention.key), set(), [attention.node]
+    while pending:
+        node = pending.pop()
+        scores.add(node)
+        near = [user for user in node.users if user.target not in CONTRACTIONS]
+        near += [] if node.target in CONTRACTIONS else operands_of(node)
+        pending += [other for other in near if is_tensor(other) and other not in scores and key in found.of(other)]
+    return scores
+
+
+def _left_operand(node: fx.Node) -> fx.Node:
+    return operands_of(node)[0]
+
+
+def _tokens(program: Program, found: TokenAxes) -> tuple[TokenAxis, ...]:
+    """The axes of the queries of all attentions, first that of the loss, or else of the last attention."""
+    if not found.attentions:
+        raise NoAttention("No attention was found in the graph.", _WANTED)
+    queries = {found.space.resolve(a.query): a for a in reversed(found.attentions)}
+    queries.pop((), None)
+    if not queries:
+        raise NothingToSelect("The sequence has a single token.")
+    axes = [TokenAxis(token, _batch(program, found, token, attention)) for token, attention in queries.items()]
+    for axis in axes:
+        _refuse_windows(axis, queries, found)
+    trained = {factor for node in program.graph.nodes for factor in _rows_of_loss(node, found)}
+    return tuple(sorted(axes, key=lambda axis: not trained & {*axis.token}))
+
+
+def _rows_of_loss(node: fx.Node, found: TokenAxes) -> Dim:
+    """The factors of the positions that a loss over labels runs over."""
+    return sum(found.of(operands_of(node)[1]), ()) if node.target in LABEL_LOSSES else ()
+
+
+def _refuse_windows(axis: TokenAxis, queries: dict[Dim, Attention], found: TokenAxes) -> None:
+    """Attention within windows (or along rows of an image): what it runs over is a part of the positions of a sequence."""
+    attention = queries[axis.token]
+    beside = {f for dim in found.resolved(attention.leading) for f in dim} - {*axis.batch}
+    beside.update(f for token in queries if token != axis.token for f in token)
+    dims = (dim for values in found.axes.values() for labels in values for dim in found.resolved(labels))
+    if any(beside & {*dim} and {*axis.token} & {*dim} for dim in dims):
+        raise GraphNotSupported(
+            "Attention runs within windows of the tokens, so its rows are not those of the sequences.",
+            "Selection over windows is not defined.",
+            attention.node,
+        )
+
+
+def _batch(program: Program, found: TokenAxes, token: Dim, attention: Attention) -> Dim:
+    """The batch: the leading factors of attention that also belong to the data the model is called with: of the inputs that
+    are no parameters those that hold the token axis, or, where these have none (images), the first dim of the others."""
+    leading = [f for dim in attention.leading for f in found.space.resolve(dim)]
+    inputs = zip(program.placeholders, program.inputs, strict=True)
+    given = [found.of(node) for node, value in inputs if not isinstance(value, torch.nn.Parameter)]
+    having = [dim for axes in given if any(find(token, dim) is not None for dim in axes) for dim in axes]
+    first = [axes[0] for axes in given if len(axes) > 1]
+    for dims in (having, first):
+        # a dim that also holds something else is a feature dim (heads x head dim), not a batch
+        pure = {f for dim in dims if set(dim) <= {*leading, *token} for f in dim}
+        if batch := tuple(f for f in leading if f in pure and f not in token):
+            return batch
+    return ()

@@ -1,0 +1,29 @@
+"""Values: what a value of a program is, for reports and for the streams."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ..graph.kinds import Kind
+from ..graph.nodes import is_tensor
+from ..graph.op_sets import LAYOUT
+from ..graph.program import Program
+from ..rules.attention import read_across
+from .token_axes import TokenAxes
+
+
+def kind_of_value(program: Program, node: fx.Node, classes: set[int]) -> Kind:
+    """What a value is, for reports: logits (it has one of the ``classes`` factors), scores (two token axes), keys/values,
+    or activations."""
+    if not is_tensor(node):
+        return Kind.ACTIVATIONS
+    if classes & set(sum(program[TokenAxes].of(node), ())):
+        return Kind.LOGITS
+    if len(program[TokenAxes].token_dims(node)) > 1:
+        return Kind.SCORES
+    return Kind.KEYS_VALUES if feeds_attention(node) else Kind.ACTIVATIONS
+
+
+def feeds_attention(node: fx.Node) -> bool:
+    """True when attention reads the value at all positions: its keys or values, or the right side of its products."""
+    return any(node in read_across(user) or (user.target in LAYOUT and feeds_attention(user)) for user in node.users)

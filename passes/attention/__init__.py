@@ -1,0 +1,1 @@
+"""Attention by position: masks, eager attention, attention received."""

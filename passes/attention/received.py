@@ -1,0 +1,75 @@
+"""Attention received: for every token, the attention that it gets from all queries of its sequence (TokenSeek's I1).
+
+    I1[b, j] = sum over heads h and queries i of softmax(Q K^T scale + mask)[b, h, i, j]
+
+Queries that may look at nothing (rows of padding) count for nothing. The operator works in blocks, so no
+``[B, H, T, T]`` tensor exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from ...ops.received import HIDDEN, received, sees_nothing
+from ..analysis.row_index import RowIndex
+from ..analysis.token_axes import Attention
+from ..rules.attention import attention_op
+from .positional import PositionalAttention
+
+
+def received_in(
+    attention: Attention, positional: PositionalAttention | None, values: Mapping[fx.Node, Any], row_index: RowIndex
+) -> Tensor:
+    """I1 of one attention, [B, T], from the seek stream's values; by position where it can be."""
+    node, axes = attention.node, row_index.axes
+    if positional is not None:
+        labels = (*axes.of(positional.query)[:-2], axes.of(positional.key)[-2])
+        return row_index.by_token(positional.received(values), labels, len(labels) - 1)
+    given = attention_op(node)
+    if given is not None:
+        mask = None if given.mask is None else values[given.mask]
+        total = received(
+            values[given.query], values[given.key], mask, given.is_causal, given.scale, None, None, given.softcap
+        )
+        labels = (*axes.of(given.query)[:-2], axes.of(given.key)[-2])
+        return row_index.by_token(total, labels, len(labels) - 1)
+    weights = values[attention.weights].masked_fill(sees_nothing(values[node.args[0]]), 0.0)
+    weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    labels = axes.of(attention.weights)
+    return row_index.by_token(weights, labels, len(labels) - 1)
+
+
+def attended_in(
+    attention: Attention, positional: PositionalAttention | None, values: Mapping[fx.Node, Any], row_index: RowIndex
+) -> Tensor | None:
+    """True for tokens that any query may look at (bool [B, T]), i.e. that are no padding; ``None``: all."""
+    node, axes = attention.node, row_index.axes
+    if positional is not None:
+        return _attended_by_position(positional, values, row_index)
+    given = attention_op(node)
+    if given is None:
+        seen = (values[attention.weights] > 0) & ~sees_nothing(values[node.args[0]])
+        labels = axes.of(attention.weights)
+        return row_index.by_token(seen, labels, len(labels) - 1)
+    mask = given.mask
+    if mask is None or axes.of(mask)[-1] != row_index.axis.token:
+        return None
+    visible = values[mask] if values[mask].dtype is torch.bool else values[mask] > HIDDEN
+    return row_index.by_token(visible, axes.of(mask), len(axes.of(mask)) - 1)
+
+
+def _attended_by_position(
+    positional: PositionalAttention, values: Mapping[fx.Node, Any], row_index: RowIndex
+) -> Tensor | None:
+    """Every token may look at itself, so all but the keys that are hidden from all queries."""
+    visible = positional.mask.visible(values)
+    if visible is None:
+        return None
+    visible = visible if visible.dtype is torch.bool else visible > HIDDEN
+    labels = row_index.axes.of(positional.key)
+    shape = (values[positional.key].shape[0], *visible.shape[1:])
+    return row_index.by_token(visible.expand(shape), (labels[0], (), (), labels[2]), 3)

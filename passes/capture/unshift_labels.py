@@ -1,0 +1,112 @@
+"""Unshift labels: a loss over a slice of the tokens -> the same loss over all tokens.
+
+``cross_entropy(logits[:, a:b], labels)`` is ``cross_entropy(logits, padded labels)`` where the positions outside the slice
+are ignored. So a hand-written next-token loss keeps the token axis of its logits, as transformers' own does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..graph.emit import emit
+from ..graph.factors import same_size
+from ..graph.nodes import bind
+from ..graph.op_sets import LABEL_LOSSES
+from ..graph.program import Program
+
+aten = torch.ops.aten
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_SAME_SHAPE = (aten.clone.default, aten.contiguous.default, aten._to_copy.default, aten.to.dtype)
+
+
+@dataclass(frozen=True)
+class UnshiftLabels:
+    """Push a slice of the token axis from the logits of a loss to its labels. Rewrites ``module``."""
+
+    name: str = "unshift labels"
+
+    def run(self, program: Program) -> Program:
+        losses = [node for node in program.graph.nodes if node.target in LABEL_LOSSES]
+        unshifted = [_unshift(node) for node in losses]
+        if not any(unshifted):
+            return program
+        module = fx.GraphModule(program.module, program.graph)
+        module.graph.eliminate_dead_code()
+        return replace(program, module=module)
+
+    def check(self, program: Program) -> None:
+        program.graph.lint()
+
+
+def _unshift(loss: fx.Node) -> bool:
+    arguments = bind(loss)
+    logits, target = arguments["self"], arguments["target"]
+    chain, cut = _chain_to_slice(logits) if logits.meta["val"].ndim == 2 else ([], None)
+    if cut is None or arguments["reduction"] == 0 or target.meta["val"].is_floating_point():
+        return False
+    whole, (start, missing) = cut.args[0], _range(cut)
+    with loss.graph.inserting_before(loss):
+        rows = emit(loss, aten.reshape.default, target, [-1, _size(loss, cut)])
+        padded = emit(loss, aten.constant_pad_nd.default, rows, [start, missing], arguments["ignore_index"])
+        labels = emit(loss, aten.reshape.default, padded, [-1])
+        for step in reversed(chain):
+            how = (-1, *step.args[2:]) if step.target is aten.slice.Tensor else step.args[1:]
+            whole = emit(step, step.target, whole, *how, **step.kwargs)
+        whole = emit(loss, aten.reshape.default, whole, [-1, logits.meta["val"].shape[-1]])
+        loss.replace_input_with(logits, whole)
+        loss.replace_input_with(target, labels)
+    return True
+
+
+def _chain_to_slice(node: Any) -> tuple[list[fx.Node], fx.Node | None]:
+    """Copies, casts and slices of the classes between the logits ``[B * T', C]`` of a loss and a slice ``x[:, a:b]``; that, or None."""
+    chain: list[fx.Node] = []
+    classes = node.meta["val"].shape[-1]
+    while isinstance(node, fx.Node) and node.op == "call_function":
+        if node.target in _SAME_SHAPE:
+            chain.append(node)
+        elif _is_class_slice(node):
+            chain.append(node)
+            classes = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
+        elif node.target is aten.slice.Tensor and not same_size(_rows(node), _rows(node.args[0])):
+            return chain, node if _is_token_slice(node) else None
+        elif node.target is not aten.slice.Tensor and not (
+            node.target in _VIEWS and same_size(node.meta["val"].shape[-1], classes)
+        ):
+            break
+        node = node.args[0]
+    return chain, None
+
+
+def _is_class_slice(node: fx.Node) -> bool:
+    """Of the last dim."""
+    return node.target is aten.slice.Tensor and bind(node)["dim"] in (-1, node.meta["val"].ndim - 1)
+
+
+def _rows(node: fx.Node) -> Any:
+    shape = node.meta["val"].shape
+    return shape[1] if len(shape) == 3 else shape[0]
+
+
+def _is_token_slice(cut: fx.Node) -> bool:
+    arguments = bind(cut)
+    return cut.meta["val"].ndim == 3 and arguments["dim"] in (1, -2) and arguments["step"] == 1
+
+
+def _range(cut: fx.Node) -> tuple[int, Any]:
+    """Positions before and after the slice."""
+    arguments = bind(cut)
+    whole, part = cut.args[0].meta["val"].shape[1], cut.meta["val"].shape[1]
+    start = arguments["start"] or 0
+    start = start + whole if start < 0 else start
+    return start, int(whole - part - start)
+
+
+def _size(loss: fx.Node, cut: fx.Node) -> Any:
+    """The length of the slice, as a number or a node."""
+    size = cut.meta["val"].shape[1]
+    return size if isinstance(size, int) else emit(loss, aten.sym_size.int, cut, 1)

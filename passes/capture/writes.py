@@ -1,0 +1,70 @@
+"""Writes: what a model's forward writes to, and which writes have no functional form.
+
+Autograd does not see what is written under ``torch.no_grad``, through ``detach()`` or ``.data``: the value changes, its gradient stays
+that of what was there. Made functional, such a write would be differentiated, or would cut the gradient.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from ..graph.errors import GraphNotSupported
+from ..graph.program import Program
+from ..graph.strides import memory_of
+
+_IN_PLACE = {
+    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
+    operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul, operator.ilshift, operator.irshift,
+}  # fmt: skip
+#: Named like writes; they change no value.
+_HARMLESS = {"requires_grad_", "detach_"}
+
+
+def written_by(node: fx.Node) -> fx.Node | None:
+    """What an operation of Dynamo's graph writes to; ``None``: it writes nothing."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    if isinstance(node.kwargs.get("out"), fx.Node):
+        return node.kwargs["out"]  # type: ignore[return-value]
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    named = name.endswith("_") and not name.endswith("__") and name not in _HARMLESS
+    schema = getattr(node.target, "_schema", None)
+    writes = named or node.target in _IN_PLACE or node.kwargs.get("inplace") is True
+    target = node.args[0] if node.args and (writes or (schema and schema.is_mutable)) else None
+    return target if isinstance(target, fx.Node) else None
+
+
+def refuse_hidden_write(node: fx.Node, grad_enabled: bool, live: set[int]) -> None:
+    """Raise ``GraphNotSupported`` where a node writes to a value that carries gradient, and autograd does not see it. ``live``: the memory of
+    such values before the node; what it gives is added.
+
+    Dynamo's examples tell what requires grad and what shares memory; a graph without them is taken to have no such write.
+    """
+    target = written_by(node)
+    value = None if target is None else target.meta.get("example_value")
+    if isinstance(value, Tensor) and not (grad_enabled and value.requires_grad) and memory_of(value) in live:
+        raise GraphNotSupported(
+            "The forward writes to a value that carries gradient where autograd does not see it (under no_grad, or "
+            "through detach() or .data).",
+            "Write the new value as an expression: torch.where, or x + (new - x).detach() for a gradient as before.",
+            node,
+        )
+    if node.op != "placeholder":  # a parameter that is written to is refused by its update
+        values = pytree.tree_leaves(node.meta.get("example_value"))
+        live.update(memory_of(x) for x in values if isinstance(x, Tensor) and x.requires_grad)
+
+
+def refuse_aliases(program: Program, writes: Sequence[int]) -> None:
+    """Raise ``GraphNotSupported`` where an input that is written to shares memory with another."""
+    memory = {i: memory_of(x) for i, x in enumerate(program.inputs) if isinstance(x, Tensor)}
+    for i in writes:
+        if sum(place == memory[i] for place in memory.values()) > 1:
+            raise GraphNotSupported(
+                "The forward writes to a buffer that shares its memory with another one.",
+                "Keep one of them, and take the other from it in the forward.",
+                program.placeholders[i],
+            )

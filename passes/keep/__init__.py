@@ -1,0 +1,1 @@
+"""What the two streams keep or recompute beside the kept rows."""

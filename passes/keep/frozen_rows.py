@@ -1,0 +1,71 @@
+"""Frozen rows: which values without gradient are recomputed on the kept rows instead of gathered from the seek stream.
+
+A value without gradient is the seek stream's, and the kept rows are gathered from it, so it exists for all tokens until rows are
+selected. Under LoRA these are, in the first block, the residual stream, its norm, and the result of every frozen linear.
+The rows of the residual stream are enough: the others are computed from them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from ..analysis.activity import Activity
+from ..analysis.token_axes import TokenAxes
+from ..attention.positional import PositionalAttentions
+from ..capture.canonicalize import is_autocast
+from ..graph.program import Program
+from ..rules.axes import rule_for
+from .token_parallel import is_parallel, reads
+
+
+@dataclass(frozen=True)
+class FrozenRows:
+    """``nodes``: the values without gradient that are computed on the kept rows."""
+
+    nodes: frozenset[fx.Node] = frozenset()
+
+
+@dataclass(frozen=True)
+class FindFrozenRows:
+    """Find them from the rows that are gathered anyway. None under autocast, whose regions enclose the operations of all tokens.
+
+    Reads ``Activity``, ``TokenAxes``, ``PositionalAttentions``; writes ``FrozenRows``.
+    """
+
+    name: str = "frozen rows"
+
+    def run(self, program: Program) -> Program:
+        if any(is_autocast(node) for node in program.graph.nodes):
+            return program.with_(FrozenRows())
+        live, axes = program[Activity].live, program[TokenAxes]
+        read = [(x, carried) for node in live for x, carried in reads(program, node)]
+        gathered = {x for x, carried in read if carried and x not in live and axes.has_rows(x)}
+        found: set[fx.Node] = set()
+        for node in program.graph.nodes:  # token ids and token types are small
+            if node in gathered and node.meta["val"].is_floating_point():
+                found |= _computed(program, node, gathered - {node}) or set()
+        return program.with_(FrozenRows(frozenset(found)))
+
+    def check(self, program: Program) -> None:
+        """None of them carries gradient."""
+        assert program[FrozenRows].nodes.isdisjoint(program[Activity].live)
+
+
+def _computed(program: Program, node: fx.Node, gathered: set[fx.Node]) -> set[fx.Node] | None:
+    """The operations from gathered rows to ``node``; None where something else is needed."""
+    found, todo = set[fx.Node](), [node]
+    while todo:
+        node = todo.pop()
+        if node in found or node in gathered:
+            continue
+        sources = [x for x, carried in reads(program, node) if carried]
+        if (
+            not (sources and rule_for(node.target) and is_parallel(program, node))
+            or node in program[PositionalAttentions]
+        ):
+            return None
+        found.add(node)
+        todo += sources
+    return found

@@ -1,0 +1,1 @@
+"""The rewritten graph in chunks and segments."""

@@ -1,0 +1,237 @@
+"""Split: the rewritten graph in segments, to be compiled one by one and run in order.
+
+The first holds what carries no gradient: the seek stream and the selection. Then comes one for every block of the ditch
+stream, so that autograd calls their backwards one after the other: the gradients of a block are accumulated, and its keys and
+values freed, before the next one's exist. Blocks that are alike give graphs that are alike, names included. Keys and values
+that are segments of one product with the queries are copied: as views they would keep the queries of all tokens.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import TracingContext, detect_fake_mode, tracing
+from torch.fx.experimental.symbolic_shapes import free_symbols
+
+from ..graph.emit import emit
+from ..graph.errors import InvariantBroken
+from ..graph.fake import fake_mode_of
+from ..graph.kinds import block_of, without_block
+from ..graph.nodes import bytes_hint, hint, is_tensor
+from ..graph.program import Program
+from ..graph.strides import copied_in_order, order_in_memory
+from ..graph.symbolic_sizes import canonical_symint, places_of_symbols
+from ..streams.trace import Rewrite
+
+Run = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """``run(*takes) -> gives``: nodes of the whole graph, and symbols of sizes. ``last``: what no later segment takes."""
+
+    run: Run
+    takes: tuple[Any, ...]
+    gives: tuple[fx.Node, ...]
+    last: frozenset
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A graph in segments. Called with its inputs (``inputs`` are examples of them) it gives its ``outputs``.
+
+    ``sizes``: where the symbols that segments take are found, the number of an input and its dim (``None``: it is a number).
+    """
+
+    inputs: tuple[Any, ...]
+    placeholders: tuple[fx.Node, ...]
+    sizes: dict[sympy.Symbol, tuple[int, int | None]]
+    segments: tuple[Segment, ...]
+    outputs: tuple[Any, ...]
+
+    def __call__(self, *args: Any) -> tuple[Any, ...]:
+        return self._each(lambda segment, taken: segment.run(*taken), args)
+
+    def on_examples(self, look: Callable[[Segment, list, Sequence[Any]], None]) -> None:
+        """Call ``look(segment, examples of what it takes, examples of what it gives)`` for every segment, under a tracing context of its own."""
+        mode = detect_fake_mode(self.inputs)
+
+        def run(segment: Segment, taken: list) -> Sequence[Any]:
+            taken = [canonical_symint(x) for x in taken]
+            # the dispatcher: composite operations in Python; in C++ some can't take symbolic sizes
+            with fake_mode_of(self.inputs), enable_python_dispatcher():
+                given = segment.run(*taken)
+            with tracing(TracingContext(mode)):
+                look(segment, taken, given)
+            return given
+
+        self._each(run, self.inputs)
+
+    def compiled(self, compile: Callable[[int, Any, Sequence[Any]], Run]) -> Segments:
+        """The same with every segment, given with its number, compiled for its examples. What it gives has their layout, with which the next
+        ones are compiled: Inductor may choose another."""
+        segments: list[Segment] = []
+
+        def look(segment: Segment, taken: list, given: Sequence[Any]) -> None:
+            segments.append(replace(segment, run=_laid_out(compile(len(segments), segment.run, taken), given)))
+
+        self.on_examples(look)
+        return replace(self, segments=tuple(segments))
+
+    def _each(self, run: Callable[[Segment, list], Sequence[Any]], args: Sequence[Any]) -> tuple[Any, ...]:
+        """Run segment after segment; what no later one takes is let go."""
+        values: dict[Any, Any] = dict(zip(self.placeholders, args, strict=True))
+        values |= {s: args[i] if dim is None else args[i].shape[dim] for s, (i, dim) in self.sizes.items()}
+        for segment in self.segments:
+            taken = [values[key] for key in segment.takes]
+            for key in segment.last:
+                del values[key]
+            values.update(zip(segment.gives, run(segment, taken), strict=True))
+        return tuple(values[out] if isinstance(out, fx.Node) else out for out in self.outputs)
+
+
+def _laid_out(run: Run, examples: Sequence[Any]) -> Run:
+    """``run`` with results whose dims are in the order in memory of ``examples``, and dense, where these are."""
+    orders = [_dense_order(x) if isinstance(x, Tensor) else None for x in examples]
+
+    def laid_out(*args: Any) -> list[Any]:
+        return [x if order is None else _in_order(x, order) for x, order in zip(run(*args), orders, strict=True)]
+
+    return laid_out
+
+
+def _dense_order(x: Tensor) -> list[int] | None:
+    """The dims of an example from the outermost in memory; ``None`` where it has gaps."""
+    sizes, strides = ([*map(hint, numbers)] for numbers in (x.shape, x.stride()))
+    order = order_in_memory(x)
+    inside = [prod(sizes[dim] for dim in order[i + 1 :]) for i in range(x.ndim)]
+    is_dense = all(strides[dim] == inner for dim, inner in zip(order, inside, strict=True) if sizes[dim] != 1)
+    return order if is_dense else None
+
+
+def _in_order(x: Tensor, order: list[int]) -> Tensor:
+    return x if x.permute(order).is_contiguous() else copied_in_order(x, order)
+
+
+@dataclass(frozen=True)
+class CopyKV:
+    """Copy what the blocks of the ditch stream read of the seek stream, where a larger value would be kept for it: keys and values
+    that are views of one product with the queries would keep the queries of all tokens. Reads and writes ``Rewrite``."""
+
+    name: str = "kv copies"
+
+    def run(self, program: Program) -> Program:
+        rewrite = program[Rewrite].copied()
+        _copy_views(rewrite.module.graph)
+        rewrite.module.recompile()
+        return program.with_(rewrite)
+
+    def check(self, program: Program) -> None:
+        """The graph is well-formed."""
+        program[Rewrite].module.graph.lint()
+
+
+@dataclass(frozen=True)
+class Split:
+    """Cut the rewritten graph where blocks of the ditch stream end. Reads ``rewrite``; writes ``segments``."""
+
+    name: str = "split"
+
+    def run(self, program: Program) -> Program:
+        module, inputs = program[Rewrite].module, program[Rewrite].inputs
+        returned: Any = module.graph.output_node().args[0]
+        outputs = tuple(returned)
+        sizes = places_of_symbols(inputs)
+        segments, wanted = list[Segment](), set(outputs)
+        for nodes in reversed(_blocks(module.graph)):
+            segments.insert(0, _segment(module, nodes, sizes, wanted))
+            wanted |= {*segments[0].takes}
+        placeholders = tuple(module.graph.find_nodes(op="placeholder"))
+        return program.with_(Segments(inputs, placeholders, sizes, tuple(segments), outputs))
+
+    def check(self, program: Program) -> None:
+        """Every segment is well-formed and takes what is there when it runs."""
+        there = {*program[Segments].placeholders, *program[Segments].sizes}
+        for segment in program[Segments].segments:
+            assert isinstance(segment.run, fx.GraphModule)
+            segment.run.graph.lint()
+            if not there >= {*segment.takes}:
+                raise InvariantBroken("A segment of the rewritten graph takes a value that a later one gives.")
+            there |= {*segment.gives}
+
+
+def _blocks(graph: fx.Graph) -> list[list[fx.Node]]:
+    """The operations of every segment: a node belongs to the block that it was traced in, or to that of what it gets, where
+    this is later."""
+    numbers: dict[fx.Node, int] = {}
+    found: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op not in ("placeholder", "get_attr", "output"):
+            own = 0 if node.target is operator.getitem else block_of(node.meta)
+            numbers[node] = max([own, *(numbers.get(arg, 0) for arg in node.all_input_nodes)])
+            found.setdefault(numbers[node], []).append(node)
+    return [found[number] for number in sorted(found)]
+
+
+def _copy_views(graph: fx.Graph) -> None:
+    """Give blocks of the ditch stream copies of what they read of the seek stream, where all of a larger value would be kept."""
+    read: dict[Any, list[fx.Node]] = {}
+    kept = {_storage(node) for node in (*graph.find_nodes(op="placeholder"), *graph.output_node().all_input_nodes)}
+    for node in graph.nodes:
+        if is_tensor(node) and not block_of(node.meta) and any(block_of(user.meta) for user in node.users):
+            read.setdefault(_storage(node), []).append(node)
+    for storage, nodes in read.items():
+        if storage not in kept and sum(map(bytes_hint, nodes)) < hint(storage.nbytes()):
+            for node in nodes:
+                _copy_for_blocks(node)
+
+
+def _storage(node: fx.Node) -> Any:
+    return node.meta["val"].untyped_storage() if is_tensor(node) else None
+
+
+def _copy_for_blocks(node: fx.Node) -> None:
+    with node.graph.inserting_after(node):
+        copy = emit(node, torch.ops.aten.clone.default, node, memory_format=torch.contiguous_format)
+    node.replace_all_uses_with(copy, lambda user: bool(block_of(user.meta)))
+
+
+def _segment(module: fx.GraphModule, nodes: list[fx.Node], sizes: dict, wanted: set) -> Segment:
+    """``nodes`` as a graph of their own that gives what is ``wanted`` behind them."""
+    nodes = [*_numbers_read(nodes), *nodes]
+    read = dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if arg not in {*nodes})
+    takes = [node for node in read if node.op != "get_attr"]
+    symbols = dict.fromkeys(
+        s for node in takes for s in sorted(free_symbols(node.meta.get("val")), key=str) if s in sizes
+    )
+    gives = tuple(node for node in nodes if node in wanted)
+    graph = fx.Graph()
+    inputs = {key: graph.placeholder(f"input_{i}") for i, key in enumerate((*symbols, *takes))}
+    copies = inputs | {node: graph.get_attr(node.target) for node in read if node.op == "get_attr"}
+    for node in nodes:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), copies.__getitem__)
+        copies[node] = graph.create_node(node.op, node.target, args, kwargs)
+    for node in (*takes, *nodes):
+        copies[node].meta = without_block(node.meta)
+    graph.output(tuple(copies[node] for node in gives))
+    return Segment(fx.GraphModule(module, graph), tuple(inputs), gives, frozenset(inputs) - wanted)
+
+
+def _numbers_read(nodes: list[fx.Node]) -> list[fx.Node]:
+    """What makes the floats that ``nodes`` read, which no compiled graph can give: each segment makes them anew."""
+    found: dict[fx.Node, None] = {}
+    waiting = [arg for node in nodes for arg in node.all_input_nodes if arg not in {*nodes}]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node.meta.get("val"), torch.SymFloat) and node.op == "call_function":
+            found[node] = None
+            waiting += node.all_input_nodes
+    return [*reversed(found)]

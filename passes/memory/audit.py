@@ -1,0 +1,26 @@
+"""Saved-tensor audit: every segment of the rewritten graph is partitioned, and what it saves is listed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..graph.program import Program
+from ..keep.kv_modes import KEEP, KVMode
+from ..lower.split import Segments
+from .recompute import RecomputePlan
+from .saved import saved_in
+
+
+@dataclass(frozen=True)
+class AuditSaved:
+    """Reads ``Segments`` and, where it is there, ``RecomputePlan`` (else nothing is recomputed); writes ``Audit``."""
+
+    kv: KVMode = KEEP
+    name: str = "saved tensors"
+
+    def run(self, program: Program) -> Program:
+        plan = program.get(RecomputePlan)
+        return program.with_(saved_in(program[Segments], 0 if plan is None else plan.segments, self.kv))
+
+    def check(self, program: Program) -> None:
+        """Nothing is refused: a full-length activation is reported (``Audit.unexplained``), it is not wrong."""

@@ -1,0 +1,85 @@
+"""Recompute plan: of how many segments the backward recomputes the forward."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from torch import fx
+
+from ...ops.attention import is_selected_attention
+from ..graph.errors import ConfigError
+from ..graph.nodes import bytes_hint
+from ..graph.op_sets import MATMULS
+from ..graph.program import Program
+from ..keep.kv_modes import KEEP, KVMode
+from ..lower.chunks import ChunkedPrefill
+from ..lower.split import Segment, Segments
+from ..rules.attention import attention_op
+from .saved import saved_in
+
+
+@dataclass(frozen=True)
+class RecomputePlan:
+    """The first ``segments`` of ``of`` segments are recomputed in backward."""
+
+    segments: int
+    of: int
+
+    @property
+    def share(self) -> float:
+        """The share of the segments that is recomputed."""
+        return self.segments / self.of
+
+
+@dataclass(frozen=True)
+class PlanRecompute:
+    """Choose the segments. The first are recomputed, since their values are held the longest.
+
+    ``recompute``: "none" or "rows" (all segments), or the bytes that may be saved at most. ``None``: every segment except the last
+    ones whose matrix products and attentions fit into the bytes that chunked prefill leaves to spare. Reads ``Segments``,
+    ``ChunkedPrefill``; writes ``RecomputePlan``.
+
+    Raises:
+        ConfigError: more is saved even where every segment is recomputed.
+    """
+
+    recompute: str | int | None = None
+    kv: KVMode = KEEP
+    name: str = "recompute plan"
+
+    def run(self, program: Program) -> Program:
+        segments, spare = program[Segments], program[ChunkedPrefill].spare_bytes
+        return program.with_(RecomputePlan(self._count(segments, spare), len(segments.segments)))
+
+    def check(self, program: Program) -> None:
+        """No more segments are recomputed than there are."""
+        plan = program[RecomputePlan]
+        assert 0 <= plan.segments <= plan.of
+
+    def _count(self, segments: Segments, spare_bytes: int) -> int:
+        every = len(segments.segments)
+        if self.recompute is None:
+            return every - _fitting(segments.segments[1:], spare_bytes)
+        if isinstance(self.recompute, str):
+            return every if self.recompute == "rows" else 0
+        key = lambda count: -saved_in(segments, count, self.kv).bytes  # noqa: E731
+        count = bisect_left(range(every + 1), -self.recompute, key=key)
+        if count > every:
+            raise ConfigError(
+                f"recompute={self.recompute}: {saved_in(segments, every, self.kv).bytes} bytes are saved for backward even where "
+                "every block is recomputed. Allow so many, or keep fewer tokens."
+            )
+        return count
+
+
+def _fitting(segments: Sequence[Segment], spare_bytes: int) -> int:
+    """How many of the last segments keep less than ``spare_bytes``: the results of their matrix products and attentions."""
+    sizes = [sum(bytes_hint(node) for node in segment.run.graph.nodes if _is_saved(node)) for segment in segments]
+    return sum(total < spare_bytes for total in accumulate(reversed(sizes)))
+
+
+def _is_saved(node: fx.Node) -> bool:
+    return node.target in MATMULS or attention_op(node) is not None or is_selected_attention(node.target)

@@ -1,0 +1,156 @@
+"""Saved tensors: what autograd keeps between forward and backward, edge by edge, on the partitioned graph.
+
+The nodes of a graph carry a kind that survives AOTAutograd (``graph/kinds.py``), so an edge of the
+partitioned graph is explained by the operation that it comes from, not by its size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import TracingContext, detect_fake_mode, tracing
+
+from ..graph.kinds import Kind, Mark, kind_of, mark_of
+from ..graph.nodes import is_tensor, made_by
+from ..graph.program import where
+from ..keep.kv_modes import KEEP, KVMode
+from ..lower.split import Segment, Segments
+from .partition import Partition, partition_of, partitioning
+
+#: Kinds of edges that hold all tokens on purpose.
+EXPLAINED = frozenset(Kind) - {Kind.SEEK, Kind.ACTIVATIONS}
+
+
+@dataclass(frozen=True)
+class Edge:
+    """One tensor saved for backward."""
+
+    name: str
+    kind: str
+    shape: tuple
+    dtype: torch.dtype
+    place: str
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(int(size) for size in self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Audit:
+    """The saved edges of a partitioned forward graph; ``recomputed_share``: the share of its segments that backward recomputes."""
+
+    edges: tuple[Edge, ...]
+    recomputed_share: float = 0.0
+
+    @property
+    def bytes(self) -> int:
+        return sum(edge.bytes for edge in self.edges)
+
+    def by_kind(self) -> dict[str, int]:
+        """Bytes by kind: rows, keys/values, logits, barrier, scores, activations."""
+        counts: Counter[str] = Counter()
+        for edge in self.edges:
+            counts[edge.kind] += edge.bytes
+        return dict(counts)
+
+    @property
+    def unexplained(self) -> tuple[Edge, ...]:
+        """Floating-point edges of a rewritten graph that come from the seek stream: activations of all tokens."""
+        return tuple(edge for edge in self.edges if edge.kind not in EXPLAINED and edge.dtype.is_floating_point)
+
+
+def saved_in(segments: Segments, recomputed: int, kv: KVMode = KEEP) -> Audit:
+    """What segments save, where the first ``recomputed`` of them are recomputed in backward.
+
+    What waits in host memory does not count.
+    """
+    found: dict[Any, Edge | None] = dict.fromkeys(segments.placeholders)
+    numbers = {segment: number for number, segment in enumerate(segments.segments)}
+
+    def look(segment: Segment, taken: list, _: Sequence[Any]) -> None:
+        forward = partitioned(segment.run, taken, partition_of(segment.run, taken, numbers[segment] < recomputed, kv))
+        given = dict(zip(forward.outputs, segment.gives, strict=True))
+        takes = dict(zip(forward.inputs, _distinct(segment.takes, taken), strict=False))
+        for node in forward.saved:
+            base = _base(node)
+            if mark_of(node) is Mark.ON_HOST:
+                continue
+            key = _base(takes.get(base, given.get(base, base)))
+            found.setdefault(key, _edge(takes.get(base, node)))
+
+    segments.on_examples(look)
+    return Audit(tuple(edge for edge in found.values() if edge is not None), recomputed / len(segments.segments))
+
+
+def saved_edges(module: fx.GraphModule, inputs: Sequence[Any]) -> Audit:
+    """What Inductor's partitioner saves for the backward of ``module``; parameters and inputs are not counted."""
+    with tracing(TracingContext.try_get() or TracingContext(detect_fake_mode(inputs))):
+        forward = partitioned(module, inputs, Partition())
+    bases = {_base(node): node for node in forward.saved}
+    return Audit(tuple(_edge(node) for base, node in bases.items() if base not in forward.inputs))
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a partitioned forward graph takes (no tensor twice), gives and saves; each without the views around it."""
+
+    inputs: list[fx.Node]
+    outputs: list[Any]
+    saved: list[fx.Node]
+
+
+def partitioned(module: fx.GraphModule, inputs: Sequence[Any], partition: Partition) -> Forward:
+    """What a partition makes of the forward of ``module``."""
+    found: list[Forward] = []
+
+    def look(graph: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        metadata = TracingContext.get().fw_metadata
+        if not kwargs.get("is_backward", False) and not found and metadata is not None:
+            outputs: Any = graph.graph.output_node().args[0]
+            given = outputs[metadata.num_mutated_inp_runtime_indices :][: metadata.num_outputs]
+            saved = [node for node in dict.fromkeys(outputs[metadata.num_forward :]) if is_tensor(node)]
+            found.append(Forward(graph.graph.find_nodes(op="placeholder"), [_base(x) for x in given], saved))
+        return graph.forward
+
+    from torch._inductor.compile_fx import compile_fx
+
+    # a cached graph would not be shown to ``look``
+    with partitioning(partition), torch._functorch.config.patch(enable_autograd_cache=False):
+        compile_fx(copy.deepcopy(module), list(inputs), inner_compile=look)
+    return found[0]
+
+
+def _base(node: Any) -> Any:
+    """What a view is one of."""
+    while isinstance(node, fx.Node):
+        made = made_by(node)
+        if not isinstance(made.target, torch._ops.OpOverload) or not made.target.is_view:
+            break
+        node = made.args[0]
+    return node
+
+
+def _distinct(keys: Sequence[Any], values: Sequence[Any]) -> list[Any]:
+    """The keys without those whose tensor is that of an earlier one."""
+    return [*{id(x) if isinstance(x, torch.Tensor) else key: key for key, x in zip(keys, values, strict=True)}.values()]
+
+
+def _edge(node: fx.Node) -> Edge:
+    """A view keeps all that it is one of."""
+    value = _base(node).meta["val"]
+    return Edge(node.name, kind_of_saved(node), tuple(value.shape), value.dtype, where(node))
+
+
+def kind_of_saved(node: fx.Node) -> str:
+    """What a saved value is counted as; of a value of the seek stream, the kind of what reads it."""
+    readers = (node, *node.users)
+    if any(mark_of(reader) is Mark.RECOMPUTED for reader in readers):
+        return Kind.BLOCK_INPUTS
+    return next(filter(None, map(kind_of, readers)), Kind.ACTIVATIONS)

@@ -1,0 +1,127 @@
+"""Row rules of losses: the loss of the kept rows at the scale of the full loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..graph.errors import GraphNotSupported
+from ..graph.factors import same_size
+from ..graph.op_sets import ELEMENTWISE_LOSSES, LABEL_LOSSES, MEAN, NONE, SUM
+from .row_op import RowOp
+from .rules import rerun, rows_rule
+
+
+@rows_rule(*LABEL_LOSSES)
+def label_loss(call: RowOp) -> Any:
+    """The loss of the kept labelled positions at the scale of the full loss; 0 where no kept position has a label."""
+    classes = min(1, call.rank(0) - 1)
+    if call.streams.axes.row_dim(call.operands[0]) == classes:  # the tokens are the classes: each needs all of them
+        return NotImplemented
+    if call["reduction"] not in (MEAN, SUM) or call["target"].is_floating_point():
+        return elementwise_loss(call)
+    if call.row_index.weights is not None:
+        return _weighted_label_loss(call)
+    target, total, dtype = call.own_rows(1), _total_loss(call), call.node.meta["val"].dtype
+    if call["reduction"] == MEAN:
+        return (total / divisor(target, call["ignore_index"], call["weight"])).to(dtype)
+    kept, labelled = (_labelled(t, call["ignore_index"], None) for t in (target, call.full(1)))
+    return (total * (labelled / torch.where(kept > 0, kept, 1)).to(total.dtype)).to(dtype)
+
+
+def _total_loss(call: RowOp) -> Any:
+    """The sum of the losses of the rows."""
+    head = call.streams.head_of(call.node)
+    if head is not None:
+        return head.losses(call.streams).sum()
+    options = call.arguments_but("self", "target", "reduction")
+    logits = _no_narrower_than_float(call.own_rows(0))
+    return call.target(self=logits, target=call.own_rows(1), reduction=SUM, **options)
+
+
+def _weighted_label_loss(call: RowOp) -> Any:
+    """Sum of w_i l_i over the kept labelled positions; a mean divides it by all labelled positions, kept or not."""
+    if call.streams.axes.row_dim(call.operands[1]) is None:
+        return NotImplemented
+    losses = token_losses(call)
+    total, dtype = (losses * _weights(call, 1)).sum(), call.node.meta["val"].dtype
+    if call["reduction"] == SUM:
+        return total.to(dtype)
+    return (total / divisor(call["target"], call["ignore_index"], call["weight"])).to(dtype)
+
+
+def token_losses(call: RowOp) -> Any:
+    """The loss of every row of a label loss, in the layout of its target, 0 where there is no label."""
+    head = call.streams.head_of(call.node)
+    if head is not None:
+        return head.losses(call.streams)
+    options = call.arguments_but("self", "target", "reduction")
+    return call.target(
+        self=_no_narrower_than_float(call.own_rows(0)), target=call.own_rows(1), reduction=NONE, **options
+    )
+
+
+def divisor(target: torch.Tensor, ignore_index: int, weight: torch.Tensor | None) -> torch.Tensor:
+    """What a mean label loss divides by; 1 where no position has a label, so that the loss is 0."""
+    labelled = _labelled(target, ignore_index, weight)
+    return torch.where(labelled > 0, labelled, 1)
+
+
+def _weights(call: RowOp, operand: int) -> torch.Tensor:
+    """The weights of the rows, laid out as the rows of an operand."""
+    axes, node = call.streams.axes, call.operands[operand]
+    dim = axes.row_dim(node)
+    assert dim is not None
+    return call.row_index.weights_of(call.streams.seek[node].shape, axes.of(node), dim)
+
+
+def _no_narrower_than_float(x: torch.Tensor) -> torch.Tensor:
+    """A sum over many positions overflows in half precision; its mean, made of it before it is rounded, does not."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _labelled(target: torch.Tensor, ignore_index: int, weight: torch.Tensor | None) -> torch.Tensor:
+    """How many positions have a label (by class weight, where given): what a mean loss divides by."""
+    has_label = target != ignore_index
+    return has_label.sum() if weight is None else (weight[torch.where(has_label, target, 0)] * has_label).sum()
+
+
+@rows_rule(*ELEMENTWISE_LOSSES)
+def elementwise_loss(call: RowOp) -> Any:
+    """A loss without labels: every kept position counts."""
+    if call["reduction"] not in (MEAN, SUM):
+        return _refuse_weights(call) or rerun(call)
+    if any(_is_by_token(call, weight) for weight in call.operands[2:]):
+        raise GraphNotSupported("A loss is weighted by token inside its own call.", "Multiply it outside.", call.node)
+    if call.row_index.weights is not None and call.streams.axes.row_dim(call.operands[0]) is not None:
+        return _weighted_elementwise_loss(call)
+    options = call.arguments_but("self", "target")
+    scale = 1 if call["reduction"] == MEAN else call.row_index.tokens / call.row_index.kept
+    return call.target(self=call.own_rows(0), target=call.own_rows(1), **options) * scale
+
+
+def _is_by_token(call: RowOp, weight: fx.Node) -> bool:
+    """True where a weight of a loss has more than one entry along the tokens of its input."""
+    dim, shape = call.streams.axes.row_dim(call.operands[0]), weight.meta["val"].shape
+    at = -1 if dim is None else dim - call.rank(0) + len(shape)
+    return at >= 0 and not same_size(shape[at], 1)
+
+
+def _weighted_elementwise_loss(call: RowOp) -> Any:
+    """Sum of w_i l_i over the kept rows; a mean divides it by the number of all elements."""
+    options = call.arguments_but("self", "target", "reduction")
+    losses = call.target(self=call.own_rows(0), target=call.own_rows(1), reduction=NONE, **options)
+    total = (losses * _weights(call, 0)).sum()
+    total = total / call.streams.seek[call.operands[0]].numel() if call["reduction"] == MEAN else total
+    return total.to(losses.dtype)
+
+
+def _refuse_weights(call: RowOp) -> None:
+    if call.row_index.weights is not None and call.carries_rows:
+        raise GraphNotSupported(
+            "The loss of every token is reduced outside of its own call, so sampled tokens have no place for a weight.",
+            'Let the loss reduce (mean or sum), or choose with select="topk".',
+            call.node,
+        )

@@ -1,0 +1,185 @@
+"""Row op: one operation of the ditch stream as a row rule sees it, its operands restricted to the kept rows or in full."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from ..analysis.row_index import RowIndex
+from ..analysis.token_axes import TokenAxes
+from ..graph.factors import Axes, Dim
+from ..graph.nodes import bind, is_tensor, operands_of
+from ..graph.program import Program
+
+
+class LabelHead(Protocol):
+    """A linear head and its loss over labels, computed together."""
+
+    def losses(self, streams: Streams) -> Tensor: ...
+
+
+class Streams(Protocol):
+    """What a row rule may ask of the two streams."""
+
+    program: Program
+    axes: TokenAxes
+    seek: Mapping[fx.Node, Any]
+    """Values for all tokens, without gradient."""
+    live: Collection[fx.Node]
+    """The nodes that are executed on the kept rows."""
+    looked_at: Mapping[fx.Node, Any]
+    """What attentions by position read for all tokens."""
+    first_alike: Mapping[fx.Node, fx.Node]
+
+    def full(self, node: fx.Node) -> Any: ...
+
+    def rows(self, node: fx.Node, dim: int) -> Tensor: ...
+
+    def context(self, node: fx.Node) -> Any: ...
+
+    def keeps_live(self, node: fx.Node) -> bool: ...
+
+    def row_index_of(self, node: fx.Node) -> RowIndex: ...
+
+    def head_of(self, loss: fx.Node) -> LabelHead | None: ...
+
+    def once(self, key: Any, compute: Callable[[], Tensor]) -> Tensor: ...
+
+    def aligned_rows(self, value: Any, labels: Axes, dim: int, like: Axes, result: Tensor, rank: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class RowOp:
+    """One operation. ``dim``: the dim of its result whose rows are tokens (None: the result has no rows)."""
+
+    node: fx.Node
+    streams: Streams
+    dim: int | None
+
+    @property
+    def target(self) -> Any:
+        return self.node.target
+
+    @cached_property
+    def row_index(self) -> RowIndex:
+        """That of the token axis of its rows (of a result without rows: of its first operand with rows)."""
+        having = (node for node in (self.node, *self.operands) if self.streams.axes.axis_of(node) is not None)
+        return self.streams.row_index_of(next(having))
+
+    @cached_property
+    def operands(self) -> list[fx.Node]:
+        return operands_of(self.node)
+
+    def __getitem__(self, name: str) -> Any:
+        """An argument by its schema name; a tensor in full."""
+        return self._mapped(bind(self.node)[name], self.streams.full)
+
+    def arguments_but(self, *names: str) -> dict[str, Any]:
+        """The arguments by schema name, but those that the rule gives itself; tensors in full."""
+        return {name: self[name] for name in bind(self.node) if name not in names}
+
+    def rank(self, operand: int) -> int:
+        return self.operands[operand].meta["val"].ndim
+
+    @property
+    def shape(self) -> list:
+        """The shape of the result restricted to its rows."""
+        assert self.dim is not None
+        return self.row_index.row_shape(self.streams.seek[self.node].shape, self.dim)
+
+    @property
+    def carries_rows(self) -> bool:
+        """True when a row of the result depends on the same row of some operand, and on the others in full."""
+        return any(self.carried(i) is not None for i in range(len(self.operands)))
+
+    def full(self, operand: int) -> Tensor:
+        return self.streams.full(self.operands[operand])
+
+    def rows(self, operand: int) -> Tensor:
+        """The operand restricted where it carries the row of the result, else all that the row reads."""
+        dim = self.carried(operand)
+        return self.context(operand) if dim is None else self._restricted(operand, dim)
+
+    def context(self, operand: int) -> Tensor:
+        """An operand that a row reads at all positions: keys, values."""
+        return self.streams.context(self.operands[operand])
+
+    def own_rows(self, operand: int) -> Tensor:
+        """The operand restricted along its own row dim: for results without rows (losses)."""
+        node = self.operands[operand]
+        dim = self.streams.axes.row_dim(node)
+        return self.streams.full(node) if dim is None else self.streams.rows(node, dim)
+
+    @property
+    def args(self) -> tuple:
+        return self._call_arguments[0]
+
+    @property
+    def kwargs(self) -> dict:
+        return self._call_arguments[1]
+
+    @property
+    def in_full(self) -> tuple[tuple, dict]:
+        """The arguments of the call with every operand in full."""
+        return self._mapped((self.node.args, self.node.kwargs), self.streams.full)
+
+    @property
+    def in_context(self) -> tuple[tuple, dict]:
+        """The arguments of the call with every operand as the rows read it."""
+        return self._mapped((self.node.args, self.node.kwargs), self.streams.context)
+
+    # -- how operands are restricted ----------------------------------------------------------------------------------
+
+    @cached_property
+    def _call_arguments(self) -> tuple[tuple, dict]:
+        counter = iter(range(len(self.operands)))
+        return self._mapped((self.node.args, self.node.kwargs), lambda _: self.rows(next(counter)))
+
+    def _mapped(self, value: Any, tensor: Callable[[fx.Node], Any]) -> Any:
+        def leaf(arg: Any) -> Any:
+            if not isinstance(arg, fx.Node):
+                return arg
+            return tensor(arg) if is_tensor(arg) else self.streams.seek[arg]
+
+        return pytree.tree_map(leaf, value)
+
+    def carried(self, operand: int) -> int | None:
+        """The operand's dim that carries the token rows of the result."""
+        if self.dim is None:
+            return None
+        axes, node = self.streams.axes, self.operands[operand]
+        dim = axes.carried(self.node, operand, self.dim)
+        return dim if dim is not None and dim in axes.token_dims(node) else None
+
+    def _restricted(self, operand: int, dim: int) -> Tensor:
+        streams, node = self.streams, self.operands[operand]
+        if node in streams.live:
+            return self._rows_of(node, dim)
+        return streams.once(
+            (streams.first_alike[node], dim, *self.place_of_batch(self.node)), lambda: self._rows_of(node, dim)
+        )
+
+    def place_of_batch(self, node: fx.Node) -> tuple:
+        """What rows that all instances share depend on: they get the batch axis where ``node`` has it."""
+        labels = self.streams.axes.of(node)
+        at = self.row_index.axis.batch_dim_of(labels)
+        return (len(labels), at, None if at is None else labels[at])
+
+    def _rows_of(self, node: fx.Node, dim: int) -> torch.Tensor:
+        streams, labels = self.streams, self.streams.axes.of(self.node)
+        if streams.axes.has_rows(node):
+            return streams.rows(node, dim)
+        return streams.aligned_rows(
+            streams.full(node), streams.axes.of(node), dim, labels, streams.seek[self.node], len(labels)
+        )
+
+
+def pad_left(labels: tuple[Dim, ...], rank: int) -> tuple[Dim, ...]:
+    """``labels`` with empty ones in front, ``rank`` in all."""
+    return ((),) * (rank - len(labels)) + labels

@@ -1,0 +1,1 @@
+"""The two streams: scores, selection, the kept rows."""

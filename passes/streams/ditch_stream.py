@@ -1,0 +1,376 @@
+"""Ditch stream: live operations re-executed on selected rows, beside their values for all tokens.
+
+Every value is known in one of three ways: its selected *rows*; *whole*, where it has no rows; or *in full*, the rows put
+into the seek stream's value. What a row looks at as a whole (keys and values: its *context*) is the full value, or, with
+``kv_grad="all"``, computed anew for all tokens from the full input of its block, so that its own projections stay live.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import ChainMap
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from ..analysis.activity import Activity
+from ..analysis.blocks import Blocks
+from ..analysis.losses import class_factors
+from ..analysis.routing import Routes
+from ..analysis.row_index import RowIndex
+from ..analysis.token_axes import TokenAxes
+from ..analysis.values import feeds_attention, kind_of_value
+from ..capture.canonicalize import ENTER_AUTOCAST, EXIT_AUTOCAST, Retrace, is_autocast, record_opaque
+from ..graph.errors import GraphNotSupported, InvariantBroken, located
+from ..graph.factors import Axes
+from ..graph.kinds import Kind, Mark, in_block, tagged
+from ..graph.nodes import bytes_hint, is_tensor, operands_of
+from ..graph.op_sets import LABEL_LOSSES, LAYOUT, LOSSES
+from ..graph.program import Program, attribute, where
+from ..keep.frozen_rows import FrozenRows
+from ..keep.live_kv import live_kv
+from ..keep.recompute_kv import KVRecompute, Value, cast_by
+from ..rows import row_rule_for
+from ..rows.row_op import RowOp, pad_left
+from ..rows.rules import rerun
+from ..rules.axes import rule_for
+from .linear_head import Head, find_head
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """An operation that the ditch stream runs over all tokens: why, where, and the bytes of its full operands."""
+
+    node: fx.Node
+    reason: str
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.node.target} at {where(self.node)}: {self.reason} ({self.bytes / 2**20:.1f} MiB in full)"
+
+
+class DitchStream:
+    """The ditch stream beside the seek stream: for every live node its selected rows, or (without rows) its whole value."""
+
+    def __init__(
+        self,
+        program: Program,
+        seek: Mapping[fx.Node, Any],
+        row_indices: Sequence[RowIndex],
+        inputs: tuple,
+        kv_grad: str = "selected",
+        cast: Mapping[Value, torch.Tensor] | None = None,
+    ) -> None:
+        self.program, self.axes = program, program[TokenAxes]
+        #: What is executed on the rows.
+        self.live = program[Activity].live | program[Activity].drawn
+        self.seek, self.barriers = seek, list[Barrier]()
+        self._row_indices = {row_index.axis: row_index for row_index in row_indices}
+        self._inputs = dict(zip(program.placeholders, inputs, strict=True))
+        self._rows: dict[fx.Node, Any] = {}
+        self._whole: dict[fx.Node, Any] = {}
+        self._merged: dict[fx.Node, torch.Tensor] = {}
+        self._context: dict[fx.Node, Any] = {}
+        self._known: dict[Any, torch.Tensor] = {}
+        self.first_alike = first_alike(program.graph)
+        self._in_context = live_kv(program) if kv_grad == "all" else frozenset()
+        self._frozen_rows = found.nodes if (found := program.get(FrozenRows)) else frozenset()
+        self._to_recompute = plan.nodes if (plan := program.get(KVRecompute)) else frozenset()
+        self._recomputed, self._cast = dict[fx.Node, Any](), cast or {}
+        #: What attentions by position read: the seek stream's values, or the keys and values that are recomputed.
+        self.looked_at = ChainMap(self._recomputed, seek)  # type: ignore[arg-type]
+        self._switches = Retrace(program.module)
+
+    def run(self) -> None:
+        classes = class_factors(self.program)
+        routed = self.program[Routes].by_node(self.live)
+        block, blocks = 1, self.program.get(Blocks)
+        ends = () if blocks is None else blocks.ends
+        for node in self.program.graph.nodes:
+            with in_block(block):
+                self._run_node(node, classes, routed)
+            if node in ends:
+                self._reenter_autocast(block)
+                block += 1
+
+    def _run_node(self, node: fx.Node, classes: set[int], routed: Collection[fx.Node]) -> None:
+        if node in self._to_recompute:
+            with tagged(Kind.RECOMPUTED, node, Mark.RECOMPUTED):
+                self._recomputed[node] = self._recompute(node)
+        if is_autocast(node):
+            args, kwargs = self._switches.fetch_args_kwargs_from_env(node)
+            self._switches.env[node] = self._switches.call_function(node.target, args, kwargs)
+        elif node in routed:
+            with tagged(Kind.ROWS, node), located(node):
+                self._rows[node] = self._in_route(node, routed)
+        elif node in self.live:
+            kind = kind_of_value(self.program, node, classes)
+            kind = Kind.ROWS if kind in (Kind.ACTIVATIONS, Kind.KEYS_VALUES) else kind
+            with tagged(kind, node), located(node):
+                self._compute(node)
+                if node in self._in_context and self.axes.has_rows(node):
+                    self._context[node] = self._for_all_tokens(node)
+
+    def _reenter_autocast(self, block: int) -> None:
+        """Leave the open regions at the end of a block and enter them in the next: none lies in two."""
+        switch, known = self._switches.call_function, self._switches.env
+        entered = [
+            node for node in known if node.target is ENTER_AUTOCAST and not any(map(known.__contains__, node.users))
+        ]
+        with in_block(block):
+            for node in reversed(entered):
+                switch(EXIT_AUTOCAST, (known[node],), {})
+        with in_block(block + 1):
+            known.update({node: switch(ENTER_AUTOCAST, node.args, {}) for node in entered})
+
+    def context(self, node: fx.Node) -> Any:
+        """What rows look at: the full value, or the one computed anew for all tokens."""
+        return self._context[node] if node in self._context else self.full(node)
+
+    def keeps_live(self, node: fx.Node) -> bool:
+        """True where rows look at this value live in all tokens (``kv_grad="all"``)."""
+        return node in self._in_context
+
+    def full(self, node: fx.Node) -> Any:
+        """The value for all tokens: live in the selected rows, the seek stream's elsewhere."""
+        if node not in self.live:
+            return self.seek[node]
+        if node in self._whole:
+            return self._whole[node]
+        if node not in self._merged:
+            kind = self._kind_in_full(node)
+            with tagged(kind, node, Mark.KEYS_VALUES if kind is Kind.KEYS_VALUES else None):
+                self._merged[node] = self._merge(node)
+        return self._merged[node]
+
+    def rows(self, node: fx.Node, dim: int) -> torch.Tensor:
+        """The selected rows of a value along one of its token dims."""
+        if node in self._rows and dim == self.axes.row_dim(node):
+            return self._rows[node]
+        if node in self._frozen_rows and dim == self.axes.row_dim(node):
+            self._operation(node)
+            return self._rows[node]
+        labels, axis = self.axes.of(node), self.axes.axis_at(self.axes.of(node)[dim])
+        if self.keeps_live(node):
+            return self.take(self.context(node), labels, dim)
+        if node in self.live and node in self._rows and axis is not None and labels[dim] == axis.token:
+            return self._rows_across(node, labels, dim)
+        return self.take(self.full(node), labels, dim)
+
+    def _rows_across(self, node: fx.Node, labels: Axes, dim: int) -> torch.Tensor:
+        """Rows along ``dim`` of a value that is live in rows along another dim (what keys alone give to scores). They are taken of both
+        streams before these are put together, so that no block holds the value for all tokens of both dims."""
+        with in_block(0):
+            value = self.take(self.seek[node], labels, dim)
+        return self.row_index_of(node).put(
+            value, self.take(self._rows[node], labels, dim), labels, self.axes.row_dim(node)
+        )
+
+    def take(self, value: torch.Tensor, labels: Axes, dim: int) -> torch.Tensor:
+        """The selected rows of a value with axes ``labels`` along ``dim``."""
+        axis = self.axes.axis_at(labels[dim])
+        assert axis is not None
+        return self._row_indices[axis].take(value, labels, dim)
+
+    def row_index_of(self, node: fx.Node) -> RowIndex:
+        """The selection of the token axis that the rows of a node are of."""
+        axis = self.axes.axis_of(node)
+        assert axis is not None
+        return self._row_indices[axis]
+
+    def head_of(self, loss: fx.Node) -> Head | None:
+        """The linear head that leads to a loss over labels, where that is all that does, and nothing is rounded before the loss."""
+        having = {node for node in self.program.graph.nodes if is_tensor(node) and self.axes.has_rows(node)}
+        head = find_head(loss, having & self.live, having)
+        return head if head is not None and head.dtype.itemsize >= head.product.itemsize else None
+
+    def once(self, key: Any, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A value that carries no gradient and is the same wherever it is asked for: computed the first time."""
+        if key not in self._known:
+            with in_block(0):
+                self._known[key] = compute()
+        return self._known[key]
+
+    def aligned_rows(
+        self, value: Any, labels: Axes, dim: int, like: Axes, result: torch.Tensor, rank: int
+    ) -> torch.Tensor:
+        """Rows of a value that all instances share, where it meets a result with axes ``like``: it gets a batch dim."""
+        axis = self.axes.axis_at(labels[dim])
+        assert axis is not None
+        if not axis.batch or axis.batch_dim_of(labels) is not None:
+            return self.take(value, labels, dim)
+        padded = pad_left(labels, rank)
+        value = value.reshape((1,) * (rank - len(labels)) + tuple(value.shape))
+        at = axis.batch_dim_of(like)
+        if at is None or padded[at]:
+            raise GraphNotSupported("A value that all instances share meets per-instance rows at a dim that is taken.")
+        value = value.expand([result.shape[at] if i == at else size for i, size in enumerate(value.shape)])
+        padded = tuple(like[at] if i == at else label for i, label in enumerate(padded))
+        return self.take(value, padded, dim + rank - len(labels))
+
+    def _kind_in_full(self, node: fx.Node) -> Kind:
+        if self._in_context and node in self.program[Blocks].stream:
+            return Kind.BLOCK_INPUTS
+        return Kind.KEYS_VALUES if feeds_attention(node) else Kind.BARRIER
+
+    def _recompute(self, node: fx.Node) -> Any:
+        """A value of the seek stream once more, without gradient."""
+
+        def known(x: fx.Node) -> Any:
+            source = (x, cast_by(node, x))
+            return self._cast[source] if source in self._cast else self._without_grad(x)
+
+        args, kwargs = fx.map_arg((node.args, node.kwargs), known)
+        return node.target(*args, **kwargs)
+
+    def _without_grad(self, node: fx.Node) -> Any:
+        if node in self._recomputed or node.op != "placeholder":
+            return self.looked_at[node]
+        value = self._inputs[node]
+        return value.detach() if isinstance(value, torch.Tensor) and value.requires_grad else value
+
+    def _for_all_tokens(self, node: fx.Node) -> Any:
+        if node.target is operator.getitem:
+            return self._context[node.args[0]][node.args[1]]
+        return _applied(node, *RowOp(node, self, None).in_context)
+
+    # -- one node -----------------------------------------------------------------------------------------------------
+
+    def _compute(self, node: fx.Node) -> None:
+        if node.op != "call_function":
+            self._source(node)
+        elif node.target is operator.getitem:
+            self._getitem(node)
+        else:
+            self._operation(node)
+
+    def _source(self, node: fx.Node) -> None:
+        value = self._inputs[node] if node.op == "placeholder" else attribute(self.program.module, str(node.target))
+        if self.axes.has_rows(node):
+            self._rows[node] = self.take(value, self.axes.of(node), self.axes.row_dim(node))
+        else:
+            self._whole[node] = value
+
+    def _in_route(self, node: fx.Node, routed: Collection[fx.Node]) -> Any:
+        """A step of a region that sorts rows, on the kept ones: what it gets from outside is restricted to them."""
+
+        def restricted(arg: Any) -> Any:
+            if not isinstance(arg, fx.Node) or arg in routed:
+                return self._rows[arg] if isinstance(arg, fx.Node) else arg
+            dim = self.axes.row_dim(arg) if is_tensor(arg) else None
+            return self.full(arg) if dim is None else self.rows(arg, dim)
+
+        if node.target is aten.arange.default:  # the numbers of all rows
+            (places,) = (user for user in node.users if user in routed)
+            return torch.arange(self._rows[places.args[0]].shape[0], device=node.meta["val"].device)
+        args, kwargs = pytree.tree_map(restricted, (node.args, node.kwargs))
+        return node.target(*args, **kwargs)
+
+    def _getitem(self, node: fx.Node) -> None:
+        source, index = node.args
+        results = self._rows[source] if source in self._rows else self._whole[source]
+        (self._rows if self.axes.has_rows(node) else self._whole)[node] = results[index]
+
+    def _operation(self, node: fx.Node) -> None:
+        has_rows = self.axes.has_rows(node)
+        call = RowOp(node, self, self.axes.row_dim(node) if has_rows else None)
+        result = self._restricted(call) if self._meets_rows(node) else NotImplemented
+        if result is NotImplemented:
+            result = self._in_full(call)
+            if has_rows:
+                result = self._take_each(node, result)
+        elif has_rows:
+            self._check_shape(call, result)
+        (self._rows if has_rows else self._whole)[node] = result
+
+    def _meets_rows(self, node: fx.Node) -> bool:
+        """False for operations on parameters and values without rows alone (they run as they are, in full)."""
+        return self.axes.has_rows(node) or any(self.axes.has_rows(arg) for arg in operands_of(node) if arg in self.live)
+
+    def _restricted(self, call: RowOp) -> Any:
+        rule = row_rule_for(call.node)
+        if rule is None and call.dim is None:
+            return NotImplemented
+        return (rule or rerun)(call)
+
+    def _in_full(self, call: RowOp) -> Any:
+        node = call.node
+        if node.target in LOSSES:
+            self._refuse_partial_loss(node)
+        if self._meets_rows(node):
+            self._report(node)
+        return _applied(node, *(call.in_context if node in self._in_context else call.in_full))
+
+    def _refuse_partial_loss(self, node: fx.Node) -> None:
+        """A loss per instance, or over what a decoder makes of the tokens (an image), is an ordinary loss; one over some part of
+        the tokens has no kept share."""
+        axes, operand = self.axes, self.axes.of(node.args[0])
+        positions = operand[:1] + operand[2:] if node.target in LABEL_LOSSES else ()
+        batches = {f for axis in axes.tokens for f in axis.batch}
+        parts = {f for axis in axes.tokens for f in axes.space.parts_of(axis.token)}
+        if set(sum(positions, ())) - batches - axes.space.mixtures or set(sum(operand, ())) & parts:
+            raise GraphNotSupported(
+                "The loss runs over positions that are neither all tokens nor one per sequence (a part of the tokens "
+                "chosen before the loss), so its kept share is not defined.",
+                "Give all tokens to the loss and mark the others with ignore_index in the labels.",
+                node,
+            )
+
+    def _report(self, node: fx.Node) -> None:
+        reason = "it mixes tokens" if rule_for(node.target) else "the operation has no rule"
+        merged = [arg for arg in dict.fromkeys(operands_of(node)) if arg in self.live and self.axes.has_rows(arg)]
+        self.barriers.append(Barrier(node, reason, sum(bytes_hint(arg) for arg in merged)))
+
+    def _take_each(self, node: fx.Node, result: Any) -> Any:
+        if isinstance(result, torch.Tensor):
+            return self.take(result, self.axes.of(node), self.axes.row_dim(node))
+        return tuple(
+            self._taken(x, self.axes.resolved(axes)) for x, axes in zip(result, self.axes.axes[node], strict=True)
+        )
+
+    def _taken(self, value: Any, labels: Axes) -> Any:
+        """One result of several; it may have no rows (statistics)."""
+        dim = next((i for i, label in enumerate(labels) if self.axes.axis_at(label) is not None), None)
+        return value if dim is None or not isinstance(value, torch.Tensor) else self.take(value, labels, dim)
+
+    def _check_shape(self, call: RowOp, result: Any) -> None:
+        """The rows of a result have the shape of its rows (a rule that lies about an axis would broadcast silently)."""
+        if isinstance(result, torch.Tensor) and list(result.shape) != call.shape:
+            raise InvariantBroken(
+                f"{call.node.target} on the selected rows gave shape {list(result.shape)}, its axes say {call.shape} "
+                f"(at {where(call.node)})."
+            )
+
+    def _merge(self, node: fx.Node) -> torch.Tensor:
+        if node.target in LAYOUT and len(operands_of(node)) == 1:
+            return _applied(node, *RowOp(node, self, None).in_full)
+        dim = self.axes.row_dim(node)
+        return self.row_index_of(node).put(self.seek[node], self._rows[node], self.axes.of(node), dim)
+
+
+def _applied(node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """The operation of a node on other values of all tokens; a higher-order one stays one node."""
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return record_opaque(node.target, args, kwargs, node.meta["val"])
+    if node.target is torch.ops.aten.view.default:  # other strides than the model's own may need a copy
+        return args[0].reshape(args[1])
+    return node.target(*args, **kwargs)
+
+
+def first_alike(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """For every node the first that computes the same of the same (what is random: itself)."""
+    known: dict[Any, fx.Node] = {}
+    found: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded not in node.target.tags:
+            key = (node.target, str(fx.map_arg((node.args, node.kwargs), found.__getitem__)))
+            found[node] = known.setdefault(key, node)
+        else:
+            found[node] = node
+    return found

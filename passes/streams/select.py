@@ -1,0 +1,253 @@
+"""Select: what is known of the tokens -> scores -> the sorted indices (and weights) of the kept rows of every instance.
+
+Two ways of choosing k rows (``Select.method``):
+
+- ``"topk"`` (TokenSeek): those with the highest scores.
+- ``"sample"``: k rows drawn without replacement with probability by score, by the Gumbel top-k trick: the k largest keys
+  ``log p + G`` with ``p = (1 - mix) softmax(score) + mix / #labelled``. A kept row is weighted by ``1 / pi``,
+  ``pi = P(key > kappa) = 1 - exp(-p exp(-kappa))`` with kappa the threshold that its key had to pass, all other keys given:
+  the weighted loss is unbiased (Kool et al. 2019, "Stochastic beams and where to find them", section 4.1; priority sampling).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ..graph.errors import ConfigError
+from ..graph.registry import Registry
+
+#: ``scorer(inputs) -> scores [B, T]``
+Scorer = Callable[["ScoreInputs"], Tensor]
+#: What a scorer can ask for with ``needs``, by name (``signals.py``).
+SIGNALS: Registry[Any] = Registry("signal")
+#: The ways of choosing rows.
+METHODS = ("topk", "sample")
+_TRACED = (
+    "It is called once, on tensors without values: what it doesn't ask for with tokenseek_fx.needs is None, it can't branch "
+    "on a value, and makes its tensors itself."
+)
+_EXPECTED = "Expected are float scores [B, T] = [inputs.batch, inputs.tokens] on inputs.device."
+_FIELDS = ("attention", "gradient", "loss", "noise")
+_PINNED, _RESERVED, _TOKEN, _PADDING = 3, 2, 1, 0
+
+
+@dataclass(frozen=True)
+class ScoreInputs:
+    """What a scorer sees of ``batch`` instances of ``tokens`` tokens, of which ``kept`` will be kept. All tensors [B, T].
+
+    Only what the scorer asks for (``needs``) is computed, the rest is ``None``: ``attention``: attention that a token receives,
+    summed over queries and heads (I1). ``gradient``: sum over the hidden dim of the loss's absolute gradient at the token (I2).
+    ``loss``: loss of the token, 0 without a label. ``noise``: float32, uniform in [0, 1). Known without asking (``None``: all
+    tokens): ``labelled``: bool, the token has a label. ``attended``: bool, it is no padding. ``pinned``: bool, always kept. ``further``: signals that were
+    registered outside this package, by name.
+    """
+
+    batch: Any
+    tokens: Any
+    device: torch.device
+    kept: Any = None
+    noise: Tensor | None = None
+    attention: Tensor | None = None
+    gradient: Tensor | None = None
+    loss: Tensor | None = None
+    labelled: Tensor | None = None
+    attended: Tensor | None = None
+    pinned: Tensor | None = None
+    further: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __getitem__(self, signal: str) -> Tensor:
+        """A signal by its name. Raises ``KeyError`` for one that was not asked for with ``needs``."""
+        found = self.further.get(signal, getattr(self, signal, None) if signal in _FIELDS else None)
+        if found is None:
+            raise KeyError(f"The signal {signal!r} was not asked for: @needs({signal!r}).")
+        return found
+
+    def with_signals(self, signals: Mapping[str, Tensor | None]) -> ScoreInputs:
+        """The same with signals by name; those of this package are fields."""
+        own = {name: x for name, x in signals.items() if name in _FIELDS}
+        further = {name: x for name, x in signals.items() if name not in _FIELDS and x is not None}
+        return replace(self, **own, further={**self.further, **further})
+
+    def mask(self, name: str) -> Tensor:
+        """A bool field [B, T]; all True (of ``pinned``: all False) where it is ``None``."""
+        found = getattr(self, name)
+        if found is not None:
+            return found
+        return torch.full((self.batch, self.tokens), name != "pinned", dtype=torch.bool, device=self.device)
+
+
+class Selected(NamedTuple):
+    """``scores``: float [B, T], -inf for padding. ``indices``: int64 [B, k], sorted. ``weights``: float [B, k] of the kept
+    rows in the loss (``None``: all alike)."""
+
+    scores: Tensor
+    indices: Tensor
+    weights: Tensor | None = None
+
+
+def needs(*signals: str, select: str = "topk") -> Callable[[Scorer], Scorer]:
+    """State what a scorer reads of its inputs, of ``SIGNALS``; nothing else is computed for it. ``select``: what its scores are
+    made for, ranks ("topk") or logarithms of chances ("sample").
+
+    >>> @needs("attention")
+    ... def score(inputs):
+    ...     return inputs.attention
+    """
+    if any(map(callable, signals)):
+        raise ValueError('needs takes the names of signals: write @needs("loss"), or @needs() for none.')
+    if unknown := set(signals) - set(SIGNALS):
+        raise ValueError(f"A scorer can't need {', '.join(sorted(unknown))}; it can need {', '.join(SIGNALS)}.")
+    if select not in METHODS:
+        raise ValueError(f"select={select!r}: expected one of {', '.join(map(repr, METHODS))}.")
+
+    def state(scorer: Scorer) -> Scorer:
+        scorer.needs, scorer.select = frozenset(signals), select  # type: ignore[attr-defined]
+        return scorer
+
+    return state
+
+
+def _unlike_scores(scores: Any, inputs: ScoreInputs) -> str:
+    """What a scorer returned, where it is no float tensor [B, T]."""
+    if not isinstance(scores, Tensor):
+        return f"no tensor ({type(scores).__name__})"
+    shape = [inputs.batch, inputs.tokens]
+    if scores.ndim != 2 or any(statically_known_true(a != b) for a, b in zip(scores.shape, shape, strict=True)):
+        return f"scores of shape {list(scores.shape)} for [B, T] = {shape}"
+    if not scores.is_floating_point():
+        return f"scores of {scores.dtype}"
+    return f"scores on {scores.device}" if scores.device != inputs.device else ""
+
+
+def needs_of(scorer: Scorer) -> frozenset[str]:
+    """The signals that a scorer stated with ``needs``."""
+    return getattr(scorer, "needs", frozenset())
+
+
+def method_of(scorer: Scorer) -> str:
+    """The way of choosing that a scorer stated with ``needs``."""
+    return getattr(scorer, "select", "topk")
+
+
+def kept_tokens(tokens: Any, keep_ratio: float | None = None, keep: int | None = None) -> Any:
+    """k = ceil(keep_ratio * T), computed exactly for the decimal the user wrote, or ``keep`` where T is larger.
+
+    >>> kept_tokens(1024, 0.1), kept_tokens(100, 0.07), kept_tokens(8, keep=16)
+    (103, 7, 8)
+    """
+    if keep is not None:
+        return torch.sym_min(keep, tokens)
+    ratio = Fraction(repr(float(keep_ratio)))
+    return (tokens * ratio.numerator + ratio.denominator - 1) // ratio.denominator
+
+
+@dataclass(frozen=True)
+class Select:
+    """How scores become rows.
+
+    ``method``: "topk" or "sample", ``mix`` and ``weight_clip`` (largest weight) are for "sample". ``labelled_first``: share of
+    the k rows that go to labelled tokens first. ``keep_label``: at least one labelled token is kept where there is one.
+    Pinned tokens come before all others, padding after all others; ties go to the earlier position.
+    """
+
+    scorer: Scorer
+    keep_ratio: float | None = 0.1
+    keep_tokens: int | None = None
+    method: str | None = "topk"
+    mix: float = 0.1
+    weight_clip: float = 100.0
+    labelled_first: float = 0.0
+    keep_label: bool = True
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What is to be computed for this selection."""
+        return needs_of(self.scorer) | ({"noise"} if self.method == "sample" else set())
+
+    def kept(self, tokens: Any) -> Any:
+        return kept_tokens(tokens, self.keep_ratio, self.keep_tokens)
+
+    def __call__(self, inputs: ScoreInputs) -> Selected:
+        """Score and choose. ``scorer`` sees ``noise`` for "topk" only: for "sample" the draw itself is random."""
+        inputs = replace(inputs, kept=self.kept(inputs.tokens))
+        sampled = self.method == "sample"
+        scores = self._scores(replace(inputs, noise=None) if sampled else inputs)
+        scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        scores = scores.masked_fill(~inputs.mask("attended"), -torch.inf)
+        if not sampled:
+            order, _ = self._order(scores, inputs)
+            return Selected(scores, order[:, : inputs.kept].sort(-1).values)
+        chances = self._log_chances(scores, inputs)
+        assert inputs.noise is not None
+        keys = chances - torch.log(-torch.log(inputs.noise))
+        order, levels = self._order(keys, inputs)
+        indices = order[:, : inputs.kept].sort(-1).values
+        weights = self._weights(chances, keys, order, levels, inputs).gather(1, indices)
+        return Selected(scores, indices, weights)
+
+    def _scores(self, inputs: ScoreInputs) -> Tensor:
+        """What the scorer returns, or ``ConfigError``."""
+        try:
+            scores = self.scorer(inputs)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error) else repr(error)
+            raise ConfigError(f"The scorer failed ({reason}). {_TRACED}") from error
+        if wrong := _unlike_scores(scores, inputs):
+            raise ConfigError(f"The scorer returned {wrong}. {_EXPECTED}")
+        return scores
+
+    def _log_chances(self, scores: Tensor, inputs: ScoreInputs) -> Tensor:
+        """log p of the draw, up to a constant; -inf for padding."""
+        fair = inputs.mask("labelled") & inputs.mask("attended")
+        fair = torch.where(fair.any(-1, keepdim=True), fair, inputs.mask("attended"))
+        uniform = fair.to(scores.dtype) / fair.sum(-1, keepdim=True).clamp(min=1)
+        chosen = torch.softmax(scores, -1).nan_to_num(nan=0.0)
+        return torch.log((1 - self.mix) * chosen + self.mix * uniform)
+
+    def _order(self, keys: Tensor, inputs: ScoreInputs) -> tuple[Tensor, Tensor]:
+        """Positions from the first to be kept to the last, and the level of each: pinned, reserved for labels, token,
+        padding; within a level by key, then by position."""
+        order = keys.sort(dim=-1, descending=True, stable=True).indices
+        pinned, attended, labelled = (inputs.mask(name).gather(1, order) for name in ("pinned", "attended", "labelled"))
+        levels = torch.where(pinned, _PINNED, torch.where(attended, _TOKEN, _PADDING))
+        if inputs.labelled is not None:
+            free = labelled & (levels == _TOKEN)
+            levels = torch.where(free & (free.cumsum(-1) <= self._reserved(pinned, inputs.kept)), _RESERVED, levels)
+        levels, again = levels.sort(dim=-1, descending=True, stable=True)
+        return order.gather(1, again), levels
+
+    def _reserved(self, pinned: Tensor, kept: Any) -> Tensor:
+        """Rows that labelled tokens get first, [B, 1]."""
+        pins = pinned.sum(-1, keepdim=True)
+        share = (kept_tokens(kept, self.labelled_first) - pins).clamp(min=int(self.keep_label))
+        return torch.minimum(share, (kept - pins).clamp(min=0))
+
+    def _weights(self, chances: Tensor, keys: Tensor, order: Tensor, levels: Tensor, inputs: ScoreInputs) -> Tensor:
+        """1 / pi for labelled tokens that are drawn, at most ``weight_clip``; 1 for the rest."""
+        labelled = inputs.mask("labelled")
+        kappa = self._threshold(keys.gather(1, order), levels, labelled.gather(1, order), inputs.kept)
+        chance = -torch.expm1(-torch.exp(chances - kappa))
+        chance = torch.where(torch.isneginf(kappa), 1.0, chance)
+        drawn = labelled & ~inputs.mask("pinned")
+        return torch.where(drawn, (1 / chance).clamp(max=self.weight_clip), 1.0)
+
+    def _threshold(self, keys: Tensor, levels: Tensor, labelled: Tensor, kept: Any) -> Tensor:
+        """The key below which a kept labelled token would not have been kept, [B, 1]; all given in order of choice.
+
+        It is the best key left out; only where all kept labelled tokens hold reserved rows do they compete among
+        themselves, with the best labelled key left out. -inf: every one is kept anyway.
+        """
+        nothing = torch.full_like(keys[:, :1], -torch.inf)
+        left_out = torch.cat([keys.masked_fill(levels == _PADDING, -torch.inf)[:, kept:], nothing], -1)
+        their_labels = torch.cat([labelled[:, kept:], torch.ones_like(labelled[:, :1])], -1)
+        best = left_out.amax(-1, keepdim=True)
+        best_labelled = left_out.masked_fill(~their_labels, -torch.inf).amax(-1, keepdim=True)
+        open_to_all = (labelled & (levels == _TOKEN))[:, :kept].any(-1, keepdim=True)
+        return torch.where(open_to_all, best, best_labelled)

@@ -1,0 +1,124 @@
+"""Selection plan: how the rows of every token axis are chosen, given what the graph has: a loss over tokens, further axes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from ...warnings import TokenSeekWarning
+from ..analysis.activity import Activity
+from ..analysis.losses import refuse_unweighted, weighted_losses
+from ..analysis.row_index import example_sizes
+from ..analysis.token_axes import TokenAxes, TokenAxis
+from ..graph.errors import GraphNotSupported, tell_no_effect
+from ..graph.nodes import hint
+from ..graph.program import Program
+from .scoring_tail import has_token_loss
+from .select import SIGNALS, Scorer, Select, method_of, needs_of
+from .signals import Signals
+
+
+@dataclass(frozen=True)
+class Selections:
+    """How the tokens of every axis are chosen, first those of the axis that the loss runs over."""
+
+    by_axis: Mapping[TokenAxis, Select]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The signals that are needed on any axis."""
+        return frozenset().union(*(select.needs for select in self.by_axis.values()))
+
+    @property
+    def noisy(self) -> tuple[int, ...]:
+        """The numbers of the token axes whose choice needs noise."""
+        return tuple(i for i, select in enumerate(self.by_axis.values()) if "noise" in select.needs)
+
+
+@dataclass(frozen=True)
+class PlanSelection:
+    """Resolve the scorer and the way of choosing for each token axis. Reads ``TokenAxes``, ``Activity``; writes ``Selections``.
+
+    Args:
+        selects: one for each token axis; the last one holds for further axes. ``method`` ``None`` is what the scorer's scores are made for.
+        signals, logits, report_loss: as in ``Plan``; what this graph has no use for is said.
+        substitutes: the scorers "attention" and "gradient", used where tokens have no loss; without them a scorer that asks for a signal
+            that isn't there is an error when it is traced.
+        given: rows are given: nothing is chosen, and nothing is said.
+        strict: an option without effect is an error instead of a warning.
+
+    Raises:
+        GraphNotSupported: drawn tokens have no loss to be weighted in; or, where ``strict``, an option has no effect.
+    """
+
+    selects: tuple[Select, ...]
+    signals: Signals = field(default_factory=Signals)
+    logits: str = "keep"
+    report_loss: str | None = None
+    substitutes: Mapping[str, Scorer] = field(default_factory=dict)
+    given: bool = False
+    strict: bool = True
+    name: str = "selection plan"
+
+    def run(self, program: Program) -> Program:
+        if not self.given:
+            tell_no_effect(self._without_use(program), self.strict)
+        chosen = Selections({axis: self._select(program, i, axis) for i, axis in enumerate(program[TokenAxes].tokens)})
+        if not self.given and chosen.by_axis[program[TokenAxes].main].method == "sample":
+            refuse_unweighted(program)
+        return program.with_(chosen)
+
+    def check(self, program: Program) -> None:
+        """Every axis has one, whose way of choosing is decided."""
+        assert all(select.method is not None for select in program[Selections].by_axis.values())
+
+    def _of(self, number: int) -> Select:
+        return self.selects[min(number, len(self.selects) - 1)]
+
+    def _select(self, program: Program, number: int, axis: TokenAxis) -> Select:
+        """Tokens of a further axis have no loss to be weighted in: their scores are ranks."""
+        select = self._of(number)
+        scorer = select.scorer if self.given else self._scorer(program, select.scorer, axis)
+        weighted = number == 0 and weighted_losses(program)
+        method = select.method if number == 0 else None
+        return replace(select, scorer=scorer, method=method or (method_of(scorer) if weighted else "topk"))
+
+    def _scorer(self, program: Program, scorer: Scorer, axis: TokenAxis) -> Scorer:
+        """The scorer, or its substitute: the gradient where tokens have no loss, attention where they have no gradient either."""
+        wanted = sorted(name for name in needs_of(scorer) if SIGNALS[name].tail is not None)
+        if not self.substitutes:
+            return scorer
+        if axis != program[TokenAxes].main:
+            there = "loss" not in wanted and self.signals.has_gradient(program, axis) if wanted else True
+            return scorer if there else self.substitutes["attention"]
+        if not program[Activity].losses and wanted:
+            fact = f"The graph has no loss, so the scorer has no {' and no '.join(wanted)} of tokens."
+            if self.strict:
+                raise GraphNotSupported(fact, 'Compute the loss inside the model, or choose scorer="attention".')
+            return self._instead(fact, "attention")
+        if "loss" in wanted and not has_token_loss(program):
+            return self._instead("The loss is not one over tokens, so a token has no loss of its own.", "gradient")
+        return scorer
+
+    def _instead(self, fact: str, name: str) -> Scorer:
+        warnings.warn(f"tokenseek: {fact} Tokens are scored by {name} instead.", TokenSeekWarning, stacklevel=2)
+        return self.substitutes[name]
+
+    def _without_use(self, program: Program) -> Iterator[tuple[str, str]]:
+        """Facts and remedies: what the loss, the token axes and the length of the example leave no use for."""
+        losses, axes = program[Activity].losses, program[TokenAxes].tokens
+        for name, chosen in {"logits": self.logits == "drop", "report_loss": self.report_loss is not None}.items():
+            if chosen and not losses:
+                option = f"{name}={getattr(self, name)!r}"
+                yield f"The graph has no loss, so {option} has no effect.", "Compute the loss inside the model."
+        if len(self.selects) > len(axes):
+            ratios = [select.keep_ratio for select in self.selects]
+            yield f"keep_ratio={ratios}: token axes of the model: {len(axes)}.", "Give one ratio for each."
+        pinned, tokens = self.signals.pinned, hint(example_sizes(program, axes[0])[1])
+        if missing := [i for i in pinned if not -tokens <= i < tokens]:
+            fact = f"pinned={missing}: no such position, tokens of a sequence: {tokens}."
+            yield fact, "Number them from 0, or from -1 at the end."
+        kept, there = self._of(0).kept(tokens), {i % tokens for i in pinned if -tokens <= i < tokens}
+        if len(there) > kept:
+            yield f"pinned={list(pinned)}: not all are kept, kept tokens: {kept}.", "Keep more, or pin fewer."

@@ -1,0 +1,71 @@
+"""RowSubgraph: some operations of a graph re-executed on some rows, from the rows of what they are computed from."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..analysis.activity import Activity
+from ..analysis.row_index import RowIndex
+from ..graph.errors import GraphNotSupported
+from ..graph.fake import fake_mode_of
+from ..graph.program import Program
+from ..keep.frozen_rows import FrozenRows
+from ..keep.recompute_kv import KVRecompute
+from .ditch_stream import DitchStream
+
+
+def trace_whole(function: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
+    """The operations of a function below autograd, where its own backward is recorded too."""
+    with warnings.catch_warnings(), fake_mode_of(inputs):
+        inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]  # no tensor may be two inputs of a trace
+        with enable_python_dispatcher():  # composite operations in Python: in C++ some can't take symbolic sizes
+            return make_fx(function, tracing_mode="real")(*inputs)
+
+
+class RowSubgraph(DitchStream):
+    """The rows stream of ``nodes``, started from ``rows`` of other nodes; nothing of it exists for all tokens. ``known``: values
+    of nodes that are read as a whole."""
+
+    def __init__(
+        self,
+        program: Program,
+        nodes: Iterable[fx.Node],
+        known: Mapping[fx.Node, Any],
+        row_index: RowIndex,
+        rows: Mapping[fx.Node, Tensor],
+    ) -> None:
+        activity = replace(program[Activity], live=frozenset((*nodes, *rows)))
+        program = program.with_(activity, FrozenRows(), KVRecompute())
+        super().__init__(program, _Shapes(known), [row_index], program.inputs)
+        self._rows.update(rows)
+        self._switches = fx.Interpreter(program.module)  # switched for real, not recorded
+
+    def _compute(self, node: fx.Node) -> None:
+        if node not in self._rows:
+            super()._compute(node)
+
+    def full(self, node: fx.Node) -> Any:
+        if node in self.live:
+            raise GraphNotSupported("An operation on a part of the tokens looks at the others.", "", node)
+        return self.seek[node]
+
+    def head_of(self, loss: fx.Node) -> None:
+        """None: its input need not be one of the values that there are."""
+
+    def rows_of(self, node: fx.Node) -> Tensor:
+        """The rows of one of the nodes."""
+        return self._rows[node]
+
+
+class _Shapes(dict):
+    """Values of nodes; for one that is not computed, its example (only its shape is asked for)."""
+
+    def __missing__(self, node: fx.Node) -> Any:
+        return node.meta["val"]

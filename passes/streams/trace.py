@@ -1,0 +1,89 @@
+"""Trace: the function of the two streams -> a graph."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import fx
+from torch.fx import traceback as fx_traceback
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..capture.canonicalize import is_autocast
+from ..graph.copies import copied
+from ..graph.errors import InvariantBroken
+from ..graph.fake import fake_mode_of
+from ..graph.program import Program
+from .ditch_stream import Barrier
+from .two_streams import Run, TwoStreams
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """The rewritten forward ``module(*inputs) -> (*outputs, *what was selected)``, the latter by ``names``, one tuple of them for each
+    token axis.
+
+    ``inputs``, ``noisy``: as in ``TwoStreams``. ``seek``: where the values of the seek stream stand in the graph, by their nodes in the
+    program.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[Any, ...]
+    barriers: tuple[Barrier, ...]
+    names: tuple[tuple[str, ...], ...]
+    noisy: tuple[int, ...] = ()
+    seek: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def copied(self) -> Rewrite:
+        """The same with a graph of its own, for a pass that changes it."""
+        module, nodes = copied(self.module)
+        seek = {node: nodes.get(place, place) for node, place in self.seek.items()}  # some places were dead code
+        return replace(self, module=module, seek=seek)
+
+
+@dataclass(frozen=True)
+class TraceStreams:
+    """Trace the rewritten forward. Reads ``TwoStreams``; writes ``Rewrite``. ``choice_only``: trace the choice of rows alone."""
+
+    choice_only: bool = False
+    name: str = "trace"
+
+    def run(self, program: Program) -> Program:
+        streams, runs = program[TwoStreams], list[Run]()
+        places: dict[fx.Node, fx.Node] = {}
+
+        def forward(*args: Any) -> tuple[Any, ...]:
+            runs.append((streams.choose if self.choice_only else streams.run)(*args))
+            seek = runs[-1].seek
+            places.update(seek.nodes() if seek is not None else {})
+            return runs[-1].flat
+
+        module = _traced(forward, streams.inputs, program)
+        names = tuple(tuple(told) for told in runs[-1].selected)
+        return program.with_(Rewrite(module, streams.inputs, runs[-1].barriers, names, streams.noisy, places))
+
+    def check(self, program: Program) -> None:
+        """The graph is well-formed and has every output of the model and of the selections."""
+        rewrite = program[Rewrite]
+        rewrite.module.graph.lint()
+        outputs = 0 if self.choice_only else len(program.outputs)
+        if len(rewrite.module.graph.output_node().args[0]) != outputs + sum(map(len, rewrite.names)):
+            raise InvariantBroken("The rewritten graph lost an output.")
+
+
+def _traced(function: Callable[..., tuple], inputs: tuple[Any, ...], program: Program) -> fx.GraphModule:
+    with warnings.catch_warnings(), fx_traceback.preserve_node_meta(), fake_mode_of(inputs):
+        warnings.filterwarnings("ignore", message=".*pre-dispatch.*")
+        module = make_fx(function, pre_dispatch=True, tracing_mode="real")(*inputs)
+    _name_placeholders(module, program)
+    module.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or is_autocast(node))
+    module.recompile()
+    return module
+
+
+def _name_placeholders(module: fx.GraphModule, program: Program) -> None:
+    """Inputs keep the names that they had."""
+    for new, old in zip(module.graph.find_nodes(op="placeholder"), program.placeholders, strict=False):
+        new.target = new.name = old.name
