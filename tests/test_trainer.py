@@ -292,7 +292,7 @@ def test_the_name_of_the_backend_in_training_arguments_is_refused_by_accelerate(
     with pytest.raises(ValueError, match="'TOKENSEEK' is not a valid DynamoBackend"):
         trainer(tmp_path, torch_compile=True, torch_compile_backend="tokenseek")
     page = (Path(__file__).parents[1] / "docs" / "setups.md").read_text()
-    (allowed,) = re.findall(r"In accelerate 1\.15 it\s+allows (.*?), in either case", page, re.DOTALL)
+    (allowed,) = re.findall(r"In\s+accelerate\s+1\.15\s+it\s+allows (.*?), in either case", page, re.DOTALL)
     assert re.findall(r"`(\w+)`", allowed) == [name.lower() for name in DynamoBackend.list()]
 
 
