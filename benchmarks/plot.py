@@ -251,12 +251,12 @@ def seconds_of_all(results: Path) -> float:
 
 
 def report(results: Path, docs: Path) -> int:
-    """`docs/quality.md`'s table and `docs/quality.svg`; the same results give the same bytes."""
+    """`docs/when-to-use.md`'s table and `docs/quality.svg`; the same results give the same bytes."""
     lines = read(results)
     if not any(line.method == "all" for line in lines):
         raise SystemExit(f"{results} holds no result of all tokens to compare with.")
     mpl.rcParams.update({"svg.hashsalt": "tokenseek", "font.size": 9, "axes.grid": True, "grid.alpha": 0.25})
     canvas = figure(lines, seconds_of_all(results))
     canvas.savefig(docs / "quality.svg", metadata={"Date": None})
-    write_table(docs / "quality.md", table(lines))
+    write_table(docs / "when-to-use.md", table(lines))
     return 0

@@ -354,7 +354,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="does it run: four configurations, one seed, four steps")
     parser.add_argument("--sweep", action="store_true", help="choose the learning rates, with all tokens")
     parser.add_argument("--time", action="store_true", help="measure step times")
-    parser.add_argument("--report", action="store_true", help="write docs/quality.md's table and docs/quality.svg")
+    parser.add_argument("--report", action="store_true", help="write docs/when-to-use.md's table and docs/quality.svg")
     parser.add_argument("--lr", type=float, help=f"another learning rate (default {LEARNING_RATES})")
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)

@@ -19,7 +19,8 @@ Rows = dict[str, Result]
 
 LOSS = (
     "The loss is that of the first step at random weights: it shows that the rows compute the same model, not what is learnt. "
-    "What is learnt from a part of the tokens is in [the quality study](../../../docs/quality.md)."
+    "What is learnt from a part of the tokens is in "
+    "[the quality study](../../../docs/when-to-use.md#what-a-selection-learns)."
 )
 
 

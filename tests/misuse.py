@@ -469,7 +469,7 @@ def _(**options):
 @misuse(
     "Models",
     "a custom operation without a rule",
-    "right as it is, it runs over all tokens; [two rules](add-an-operation.md) save more",
+    "right as it is, it runs over all tokens; [two rules](extend.md) save more",
 )
 def _(**options):
     model, batch = model_and_batch("gate")

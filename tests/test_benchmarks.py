@@ -237,7 +237,8 @@ def test_the_page_gets_the_report_between_its_markers(tmp_path):
     report.write(f"![steps](steps.svg)\n{report.LOSS}\n", tmp_path, page, "cpu")
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert "![steps](../benchmarks/results/cpu/steps.svg)" in text and "(quality.md)" in text
+    assert "![steps](../benchmarks/results/cpu/steps.svg)" in text
+    assert "(when-to-use.md#what-a-selection-learns)" in text
     assert report.LOSS in (tmp_path / "report.md").read_text()
 
 
