@@ -27,7 +27,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tokenseek_fx
-from tokenseek_fx.estimate import GPUS
+from tokenseek_fx.estimation import GPUS
 
 Phases = dict[str, float]
 Ways = dict[str, Phases]

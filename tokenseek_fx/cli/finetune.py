@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..explain import Explanation
+from ..explanation import Explanation
 from ..integrations.trainer import TokenSeekCallback
 from ..report import Run, Step, memory_of, write_report
 from . import models

@@ -12,9 +12,9 @@ from torch import fx, nn
 from torch._guards import TracingContext, tracing
 
 from ..config import Config
-from ..estimate import bytes_of, examples_of, on_device, traceable
-from ..estimate import estimate as estimate_model
-from ..explain import Explanation, explain_graph, first_graph
+from ..estimation import bytes_of, examples_of, on_device, traceable
+from ..estimation import estimate as estimate_model
+from ..explanation import Explanation, explain_graph, first_graph
 from .answer import Answer, Failure, progress_console
 from .models import Adapter, batch_for, without_weights
 

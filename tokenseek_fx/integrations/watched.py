@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..backend import Trained, compile_graph
+from ..compilation import Trained, compile_graph
 from ..compiled import Rewritten
 from ..config import Config
-from ..explain import flops_of_step
+from ..explanation import flops_of_step
 from ..passes.memory.recompute import RecomputePlan
 from ..passes.streams.trace import Rewrite
 from ..peak import forget_peak, peak_bytes

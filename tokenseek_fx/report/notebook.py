@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .. import stats
 
 if TYPE_CHECKING:
-    from ..explain import Explanation
+    from ..explanation import Explanation
     from ..recording import Selection
 
 _MIB = 2**20

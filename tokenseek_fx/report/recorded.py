@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import stats
-from ..explain import Explanation
+from ..explanation import Explanation
 from ..recording import Selection
 from .run import Example, Run, Step
 
