@@ -191,7 +191,7 @@ def estimate(
             "--keep-ratio", "-r", help="Fraction of the tokens to keep; may be repeated.", rich_help_panel=_SELECTION
         ),
     ] = [0.1],  # noqa: B006
-    gpu: Annotated[list[str], typer.Option("--gpu", help="GPU memory (24GB, 24GiB); may be repeated.")] = [  # noqa: B006
+    gpu: Annotated[list[str], typer.Option("--gpu", help="Memory (24GB, 24GiB); may be repeated.")] = [  # noqa: B006
         "24GB",
         "48GB",
         "80GB",
@@ -391,7 +391,7 @@ def bench(
     batch: Batch = 4,
     length: Length = 1024,
     steps: Annotated[int, typer.Option(min=1, help="Steps after the first, which compiles.")] = 5,
-    way: Annotated[list[Way], typer.Option(help="May be repeated; default: all of them.")] = list(Way),  # noqa: B006
+    way: Annotated[list[Way], typer.Option(help="May be repeated; default: all.")] = list(Way),  # noqa: B006
     dtype: Annotated[Weights, typer.Option(help="Dtype of the weights, as in `finetune`.")] = Weights.auto,
     keep_ratio: Ratio = 0.1,
     scorer: Scorer = None,
