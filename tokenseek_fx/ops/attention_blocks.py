@@ -72,7 +72,7 @@ class Sight:
 
     @property
     def start(self) -> int | None:
-        """The first position, if rows are consecutive, equal in all instances and see all keys up to them; else None."""
+        """The first position if rows are consecutive, equal in all instances and see all keys up to them; else None."""
         if not self.causal or self.window or self.mask is not None or self.key_segments is not None:
             return None
         start, count = int(self.rows[0, 0]), self.rows.shape[1]

@@ -376,7 +376,7 @@ def forward(
     sinks: Tensor | None, blind: Tensor | None, causal: bool, window: int, scale: float | None, softcap: float,
     scored: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(output, log-sum-exp) of ``selected_attention``, by ``forward_kernel``. Largest head width: ``attention.WIDEST``."""
+    """(output, log-sum-exp) of ``selected_attention``, for head widths up to ``attention.WIDEST``."""
     out, lse = rows_like(query, value.shape[-1]), lse_like(query)
     query, key, value = _dense(query), _dense(key), _dense(value)
     options = _options(query, key, value, mask, segments, causal, window, softcap) | {"SINKS": sinks is not None}

@@ -43,7 +43,7 @@ def loss_of_head(
     dtype: torch.dtype,
     gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Losses and gradient of ``head_loss``: by Triton kernels on a GPU in half precision; in float32 cuBLAS is faster."""
+    """Losses and gradient of ``head_loss``; by Triton kernels on a GPU in half precision (cuBLAS wins in float32)."""
     if runs_triton(hidden) and hidden.dtype in HALF and dtype is torch.float32:
         from .head_triton import head_loss_triton
 

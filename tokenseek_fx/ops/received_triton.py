@@ -27,7 +27,7 @@ def _block_of_scores(
     mask, mask_i, mask_j, segments, window,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Scores [queries i, keys j], -inf if masked. q: [i, E], k: [E, j]. ``mask``, ``segments``: at instance and head."""
+    """Scores [queries i, keys j], -inf if masked. q: [i, E]; k: [E, j]; ``mask``, ``segments``: at this b and h."""
     scores = tl.dot(q, k, input_precision="ieee") * scale
     if SOFTCAP:
         scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)

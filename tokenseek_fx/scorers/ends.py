@@ -9,12 +9,12 @@ from ._draw import draw
 
 
 def first() -> Scorer:
-    """Earlier tokens score higher."""
+    """Keep the first tokens: earlier tokens score higher."""
     return lambda inputs: -_positions(inputs)
 
 
 def last() -> Scorer:
-    """Later tokens score higher."""
+    """Keep the last tokens: later tokens score higher."""
     return lambda inputs: _positions(inputs)
 
 
