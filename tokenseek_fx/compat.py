@@ -204,5 +204,5 @@ def called_in_place(module: torch.nn.Module) -> Callable[..., Any] | None:
 
 
 def call_in_place(module: torch.nn.Module, call: Callable[..., Any] | None) -> None:
-    """Let ``module(...)`` run ``call``, or its forward if None. Class, signature, ``state_dict`` and copies stay as is."""
+    """Let ``module(...)`` run ``call``, or with None its forward. Class, signature and ``state_dict`` don't change."""
     module._compiled_call_impl = call  # pyright: ignore[reportAttributeAccessIssue]
