@@ -114,7 +114,7 @@ def next_length(good: int, bad: int) -> int:
 
 
 def answer(task: Task, records: list[Result]) -> bool | None:
-    """The answer from existing results: a length fits if it used no more; it doesn't if a larger limit was too small."""
+    """The answer from existing results: a length fits if it used no more; not if a larger limit was too small."""
     for record in records:
         if record["limit"] and (record["row"], Setting(**record["setting"])) == (task.row, task.setting):
             if "used" in record:

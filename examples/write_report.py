@@ -44,7 +44,7 @@ def batches_of(sources: list[str], tokens: data.Tokens, steps: int, batch: int, 
 
 
 def train(model: LlamaForCausalLM, batches: list[data.Batch]) -> tuple[list[Step], torch.optim.Optimizer]:
-    """Train; return loss, time and peak of each step (of the first, which compiles, only the loss) and the optimizer."""
+    """Train; return loss, time and peak of each step (only the loss of the first, which compiles) and the optimizer."""
     optimizer, steps = torch.optim.AdamW(model.parameters(), lr=1e-3), []
     for number, batch in enumerate(batches, 1):
         with measure.PeakMemory() as peak:

@@ -53,7 +53,7 @@ def tokenizer(work):
 
 
 def tokenseek(*arguments: object):
-    """A command, its exit code and what it wrote; an error that it doesn't know is raised. What was compiled before is not of its process."""
+    """Run a command; return its exit code and output. Unexpected errors are raised. Resets Dynamo first."""
     torch._dynamo.reset()
     return CliRunner().invoke(app, [str(each) for each in arguments], catch_exceptions=False)
 
