@@ -91,7 +91,7 @@ def tokens(batch: int, length: int) -> Batch:
 
 
 def images(batch: int, length: int) -> Batch:
-    """Of 224 x 224 pixels, so of 196 patches and a class token; ``length`` is not read."""
+    """Images of 224 x 224 pixels: 196 patches and a class token. ``length`` is ignored."""
     return {"pixel_values": torch.randn(batch, 3, 224, 224), "labels": torch.arange(batch) % 10}
 
 

@@ -94,7 +94,7 @@ class Setting:
 
 
 def quantise(model: nn.Module, device: str) -> None:
-    """Every linear of the blocks in NF4, in place."""
+    """Quantise all linear layers of the blocks to NF4, in place."""
     import bitsandbytes
 
     model.requires_grad_(False)

@@ -183,7 +183,7 @@ COLUMNS: dict[str, Callable[[Event], str]] = {
 
 def table(results: dict[str, Event]) -> Table:
     """A table with one line per way, or its error."""
-    out = Table("way", title="What each way costs and learns", title_justify="left")
+    out = Table("way", title="Cost and loss of each way to train", title_justify="left")
     for name in COLUMNS:
         out.add_column(name, justify="right")
     for title, result in results.items():
@@ -193,28 +193,28 @@ def table(results: dict[str, Event]) -> Table:
 
 
 def footnotes(described: str, results: dict[str, Event], options: argparse.Namespace) -> str:
-    """The settings the table stands on, and how to read its last column."""
+    """The settings behind the table, and an explanation of its columns."""
     model = options.model or f"byte-level Llama of 2.5 M parameters after {options.pretrain} steps of pretraining"
     return f"""\
 model: {model}
 pairs: {described}
 batch {options.batch}, length {options.length}, {options.steps} steps, AdamW lr {options.lr:g}, float32
 CPU, {torch.get_num_threads()} threads, torch {torch.__version__}
-step: median of forward + backward + update, without the first step (which compiles). peak: resident memory above model,
-gradients and optimizer state. saved: bytes that one forward keeps for backward, keys and values among the activations.
+step: median of forward + backward + update, without the first step (which compiles). peak: resident memory beyond model,
+gradients and optimizer state. saved: bytes that one forward saves for backward; activations include keys and values.
 {verdict(results, options)}"""
 
 
 def verdict(results: dict[str, Event], options: argparse.Namespace) -> str:
-    """What the run says about learning, in numbers."""
+    """The changes of the held-out loss, and how to read them."""
     falls = [f"{r['before'] - r['after']:.3f} ({title})" for title, r in results.items() if "failed" not in r]
     return f"""\
-Held-out loss fell by {", ".join(falls) or "nothing: no way came to its end"}, after as many steps each.
-tokenseek learns from {options.keep_ratio:.0%} of the tokens: less per step is expected. One run, one seed."""
+Held-out loss fell by {", ".join(falls) or "an unknown amount: all ways failed"}, after the same number of steps.
+tokenseek trains on {options.keep_ratio:.0%} of the tokens, so each step learns less. One run, one seed."""
 
 
 def run(options: argparse.Namespace, work: Path) -> dict[str, Event]:
-    """Data, weights, three ways, one table."""
+    """Prepare data and weights, train in three ways, and print the table."""
     with console.status("reading and encoding the data"):
         described = build_data(work, options)
     if not options.model:

@@ -43,7 +43,7 @@ class Given:
     parallel: MutableMapping[Tensor, frozenset[int]] = field(default_factory=WeakTensorKeyDictionary)
 
     def passed(self, values: Sequence[Any]) -> tuple[tuple[int, Place], ...]:
-        """The values whose batch and token dims are known, by position."""
+        """(index, batch and token dims) of the values whose dims are known."""
         return tuple((i, self.places[x]) for i, x in enumerate(values) if isinstance(x, Tensor) and x in self.places)
 
     @property

@@ -123,7 +123,7 @@ class Live(TorchDispatchMode):
         self.peak = 0
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Never count the storages of ``tensors``."""
+        """Exclude the storages of ``tensors`` from now on."""
         self.ignored.update((x.untyped_storage()._cdata, x) for x in tensors)
 
     def add(self, tensors: Iterable[Tensor]) -> None:

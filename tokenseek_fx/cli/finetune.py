@@ -149,7 +149,7 @@ def prepared(settings: Settings, out: Path, save_every: int | None, checkpoint: 
         model=model,
         args=_arguments(settings, out, save_every, len(learnt), mixed),
         data_collator=partial(batch_of, pad=_pad(tokenizer), length=length),
-        train_dataset=learnt,  # type: ignore[arg-type] (a list is a data set: it has a length and items)
+        train_dataset=learnt,  # type: ignore[arg-type] (a list works as a dataset)
         eval_dataset=held_out or None,  # type: ignore[arg-type]
         callbacks=[chosen, watch],
         seen=seen,

@@ -1,4 +1,4 @@
-"""The first or the last tokens of every sequence."""
+"""The first or the last tokens of each sequence."""
 
 from __future__ import annotations
 
