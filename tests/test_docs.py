@@ -1,6 +1,7 @@
 """The documentation is true: its Python runs, its output blocks and graphs are what comes out, its links lead somewhere.
 
 - ```` ```python ````: executed, one namespace per file, in order. ```` ```py ```` is not, and ``NOT_RUN`` says why.
+- ```` ```py title="FILE" ````: a file as it is; `test_extend.py` compares it and runs the file.
 - ```` ```sh title="run" ````: executed, lines `python FILE ...` and `tokenseek ...`, in an empty directory.
 - other ```` ```sh ````: takes minutes, or installs; every command is there and knows the options that are given.
 - ```` ```text title="output" ````: what the block before it printed.
