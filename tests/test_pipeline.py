@@ -26,6 +26,8 @@ from tokenseek_fx.passes.analysis.token_axes import TokenAxes
 from tokenseek_fx.passes.graph.errors import GraphNotSupported, InvariantBroken
 from tokenseek_fx.passes.graph.program import module_path, source_line
 from tokenseek_fx.passes.memory.saved import Audit
+from tokenseek_fx.passes.rows.rules import ROWS_RULES
+from tokenseek_fx.passes.rules.op import AXES_RULES
 from tokenseek_fx.passes.streams.trace import Rewrite
 from tokenseek_fx.passes.streams.two_streams import TwoStreams
 
@@ -134,8 +136,23 @@ def test_an_error_names_the_pass():
         def run(self, program):
             raise GraphNotSupported("It fails.")
 
-    with pytest.raises(GraphNotSupported, match=r"It fails\. in the pass 'activity'"):
+    with pytest.raises(GraphNotSupported, match=r"It fails\. \(pass 'activity'\)"):
         Pipeline((Canonicalize(), Failing())).run(eager_graph())
+
+
+def fail(*args):
+    raise KeyError("a rule fails")
+
+
+@pytest.mark.parametrize(
+    ("table", "name"), [(AXES_RULES, "token axes"), (ROWS_RULES, "trace")], ids=["axes rule", "row rule"]
+)
+def test_an_error_at_a_node_names_its_pass_its_node_its_module_and_the_line(table, name, monkeypatch):
+    """It stays what it is, and the backend falls back with all of this in its warning."""
+    monkeypatch.setitem(table, torch.ops.aten.embedding.default, fail)
+    place = rf"a rule fails.* at embed \(test_backend\.py:\d+\) \(pass '{name}', node 'embedding'\)"
+    with pytest.warns(TokenSeekWarning, match=place):
+        torch.compile(Model(), backend="tokenseek", options={"inner": "eager"})(**data())
 
 
 def test_a_broken_invariant_is_caught_between_passes():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,6 +92,13 @@ def test_importing_the_passes_needs_no_backend():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level > depth:
                 assert (node.module or "").split(".")[0] in allowed, (file, node.module)
+
+
+def test_importing_the_package_loads_neither_torch_nor_itself():
+    """Its names are imported where they are first used, so the import costs next to nothing beside that of torch."""
+    code = "import sys, tokenseek_fx; print(sorted(m for m in sys.modules if m.startswith(('torch', 'tokenseek_fx'))))"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert told.strip() == "['tokenseek_fx']"
 
 
 # -- registries -------------------------------------------------------------------------------------------------------

@@ -261,7 +261,7 @@ def _traced(function: Any, inputs: tuple) -> fx.GraphModule:
     except Exception as error:
         first_line = str(error).strip().split("\n")[0]
         refused = GraphNotSupported(f"The graph can't be traced to ATen ({type(error).__name__}: {first_line}).")
-        refused.__notes__ = getattr(error, "__notes__", [])
+        refused.__dict__.update(error.__dict__)  # its place
         raise refused from error
 
 

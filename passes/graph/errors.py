@@ -27,7 +27,7 @@ class GraphNotSupported(TokenSeekError):
     def __init__(self, fact: str, remedy: str = "", node: fx.Node | None = None) -> None:
         super().__init__(f"{fact} {remedy}".strip())
         if node is not None:
-            self.add_note(f"at {where(node)}")
+            _locate(self, node)
 
     def __str__(self) -> str:
         return " ".join([super().__str__(), *getattr(self, "__notes__", ())])
@@ -40,8 +40,14 @@ def located(node: fx.Node) -> Iterator[None]:
         yield
     except Exception as error:
         if not getattr(error, "__notes__", ()):
-            error.add_note(f"at {where(node)}")
+            _locate(error, node)
         raise
+
+
+def _locate(error: Exception, node: fx.Node) -> None:
+    """Note the module path and the user's line of a node, and remember its name."""
+    error.add_note(f"at {where(node)}")
+    error.tokenseek_node = node.name  # type: ignore[attr-defined]
 
 
 def tell_no_effect(facts: Iterable[tuple[str, str]], strict: bool) -> None:
@@ -60,7 +66,8 @@ def in_pass(name: str) -> Iterator[None]:
     except Exception as error:
         if not hasattr(error, "tokenseek_pass"):
             error.tokenseek_pass = name  # type: ignore[attr-defined]
-            error.add_note(f"in the pass {name!r}")
+            node = getattr(error, "tokenseek_node", None)
+            error.add_note(f"(pass {name!r})" if node is None else f"(pass {name!r}, node {node!r})")
         raise
 
 
