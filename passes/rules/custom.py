@@ -122,7 +122,10 @@ def _backward(op: Op, graph: fx.Node, forward: Body) -> Body | None:
 
 
 def _row_dims(space: Space, forward: Body, outputs: Sequence[Axes]) -> Iterator[tuple[int, RowDims]]:
-    """For every dim of the first result, the row dims that it implies for the operands and all values of the forward."""
+    """For every dim of the first result, the row dims that it implies.
+
+    Those are the row dims of the operands and of all values of the forward body.
+    """
     for to, label in enumerate(map(space.resolve, outputs[0])):
         at = {node: [space.resolve(dim) for dim in forward.axes[node][0]] for node in forward.inputs}
         found = forward.carried({node: labels.index(label) for node, labels in at.items() if label and label in labels})

@@ -118,7 +118,7 @@ class Op:
         return self._main(outputs, {dim: dim for dim in range(len(axes)) if dim not in mixed})
 
     def mixing(self, dims: Iterable[int]) -> Flow:
-        """One main operand, a result of the same rank; positions of ``dims`` combine several positions of the operand."""
+        """One main operand, a result of the same rank; each position in ``dims`` combines several of the operand."""
         axes, dims = self.axes(self.operands[0]), set(dims)
         outputs = tuple(
             tuple(self.space.fresh_mixture(out.shape[i]) if i in dims else label for i, label in enumerate(axes))
