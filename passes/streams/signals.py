@@ -88,10 +88,9 @@ class Signals:
         return any(program[TokenAxes].axis_of(node) == axis for node in find_tail(program, starts).starts)
 
     def _starts(self, program: Program, gradient: bool) -> tuple[Program, list[fx.Node]]:
-        """The program with all parameters treated as trained, and the starts of the tail, that of the first token axis
-        first.
+        """The program with all parameters treated as trained, and the starts of the tail.
 
-        Scores don't depend on which parameters are trained.
+        The start of the first token axis is first. Scores don't depend on which parameters are trained.
         """
         program = FindBlocks().run(FindActivity(frozen_too=True).run(program))
         block = gradient and self.gradient_of == "last_block"
