@@ -38,6 +38,7 @@ class RowIndex:
 
     @property
     def kept(self) -> Any:
+        """k, the number of kept rows per instance."""
         return self.indices.shape[1]
 
     def take(self, value: torch.Tensor, labels: Axes, dim: int) -> torch.Tensor:
@@ -174,6 +175,7 @@ def runtime_sizes(program: Program, axis: TokenAxis) -> Callable[[Sequence[Any]]
 
 
 def device_of(program: Program) -> torch.device:
+    """The device of the program's attentions."""
     return program[TokenAxes].attentions[0].node.meta["val"].device
 
 

@@ -62,6 +62,7 @@ class TokenAxis:
     batch: Dim = ()
 
     def batch_dim_of(self, labels: Axes) -> int | None:
+        """The dim with the batch in a value with these axes; ``None`` if it has no batch."""
         return next((i for i, dim in enumerate(labels) if find(self.batch, dim) is not None), None)
 
 
@@ -88,6 +89,7 @@ class TokenAxes:
 
     @property
     def main(self) -> TokenAxis:
+        """The token axis of the loss."""
         return self.tokens[0]
 
     def of(self, node: fx.Node) -> Axes:
@@ -99,6 +101,7 @@ class TokenAxes:
         return next((axis for axis in self.tokens if find(axis.token, label) is not None), None)
 
     def token_dims(self, node: fx.Node) -> list[int]:
+        """The dims of a value that have a token axis."""
         if node in self.pooling:
             return []
         return [i for i, dim in enumerate(self.of(node)) if self.axis_at(dim) is not None]
@@ -117,9 +120,11 @@ class TokenAxes:
         return self.axis_at(self.space.resolve(attention.key))
 
     def queries_of(self, attention: Attention) -> TokenAxis | None:
+        """The token axis of an attention's queries."""
         return self.axis_at(self.space.resolve(attention.query))
 
     def resolved(self, axes: Axes) -> Axes:
+        """``axes`` in root factors."""
         return tuple(self.space.resolve(dim) for dim in axes)
 
     def has_rows(self, node: fx.Node) -> bool:

@@ -94,6 +94,7 @@ class Space:
         return tuple(root for f in dim for root in (self.resolve(self._meaning[f]) if f in self._meaning else (f,)))
 
     def size(self, dim: Dim):
+        """The size of a dim: the product of its factors' sizes."""
         return prod(self._sizes[f] for f in dim)
 
     def equate(self, left: Dim, right: Dim) -> None:

@@ -194,7 +194,7 @@ def _reads(program: Program, wanted: Iterable[Value], inside: set[fx.Node]) -> d
 
 
 def _can_recompute(program: Program, node: fx.Node) -> bool:
-    """True if a second run gives the same value, for every token alone or without tokens."""
+    """True if a second run gives the same value, for each token independently or without tokens."""
     target = node.target
     if target is operator.getitem:
         return True

@@ -1,4 +1,4 @@
-"""Token-parallel values: along which dims of its outputs a graph computes every row alone.
+"""Token-parallel values: along which dims of its outputs a graph computes each row independently.
 
 A fragment of a model without attention does not name its token axis. If it is parallel along a dim, gradients that
 reach only some rows stay in these rows, so the fragment needs no rewrite. The analysis is sound but not complete: an

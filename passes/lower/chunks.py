@@ -1,8 +1,8 @@
 """Chunks: run the token-parallel regions of the seek stream on one chunk of tokens after another.
 
-Between two operations that mix tokens, the seek stream works on every token alone: projections, MLP, norms, and also
-attention, for every query. A region with large intermediate values becomes calls of one subgraph, one for every chunk
-of tokens, so that only its outputs exist for all tokens. Equal layers share a subgraph. An attention with a small
+Between two operations that mix tokens, the seek stream processes each token independently: projections, MLP, norms, and
+also attention, for every query. A region with large intermediate values becomes calls of one subgraph, one for every
+chunk of tokens, so that only its outputs exist for all tokens. Equal layers share a subgraph. An attention with a small
 result is not cut, since it is faster with all queries at once.
 """
 

@@ -1,4 +1,4 @@
-"""Regions: parts of the seek stream that work on every token alone, between operations that mix tokens."""
+"""Regions: parts of the seek stream that process each token independently, between operations that mix tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..streams.trace import Rewrite
 
 @dataclass(frozen=True)
 class Region:
-    """Operations of the program (``nodes``) that work on every token of an axis alone."""
+    """Operations of the program (``nodes``) that process each token of an axis independently."""
 
     program: Program
     axis: TokenAxis
@@ -39,6 +39,7 @@ class Region:
 
     @property
     def seek(self) -> dict[fx.Node, fx.Node]:
+        """For nodes of the program, the node of the seek stream's value in the rewritten graph."""
         return self.program[Rewrite].seek
 
     @cached_property
@@ -156,6 +157,7 @@ def _connected(program: Program, nodes: Sequence[fx.Node]) -> Iterator[tuple[fx.
 
 
 def are_large(regions: Sequence[Region], chunk_bytes: int) -> bool:
+    """True if some value in a region takes more than ``chunk_bytes``."""
     return any(bytes_hint(node) > chunk_bytes for region in regions for node in region.computed)
 
 

@@ -1,7 +1,7 @@
 """Scoring tail: the operations from the input of the last block (or of the head) to the loss.
 
-After the last operation that mixes tokens, the tail works on every token alone. This part, which includes the head, is
-computed in chunks of tokens (``token_loss.py``).
+After the last operation that mixes tokens, the tail processes each token independently. This part, which includes the
+head, is computed in chunks of tokens (``token_loss.py``).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Tail:
         loss: the label loss that is computed in chunks; ``None``: there is not exactly one, and the tail is computed as
             a whole.
         head: the linear head before the loss, if there is one.
-        rows: the other operations before the loss that work on every token alone.
+        rows: the other operations before the loss that process each token independently.
         frontier: the values that ``rows`` and ``head`` start from.
         rest: all other operations.
     """
@@ -187,7 +187,7 @@ def _has_token_losses(program: Program, node: fx.Node) -> bool:
 def _token_parallel(
     program: Program, nodes: list[fx.Node], loss: fx.Node, without: frozenset[Route] = frozenset()
 ) -> list[fx.Node]:
-    """The operations that lead only to the loss and work on every token alone, in order.
+    """The operations that lead only to the loss and process each token independently, in order.
 
     A route belongs to them as a whole, with the keys that it sorts by, or not at all; those in ``without`` do not.
     """

@@ -206,6 +206,7 @@ class Select:
         return needs_of(self.scorer) | ({"noise"} if self.method == "sample" else set())
 
     def kept(self, tokens: Any) -> Any:
+        """k, the number of rows to keep of this many tokens."""
         return kept_tokens(tokens, self.keep_ratio, self.keep_tokens)
 
     def __call__(self, inputs: ScoreInputs) -> Selected:

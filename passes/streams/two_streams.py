@@ -100,6 +100,7 @@ class Run:
 
     @property
     def flat(self) -> tuple[Any, ...]:
+        """The outputs of the graph: those of the model, then the recorded values of every token axis."""
         return (*self.outputs, *(x for told in self.selected for x in told.values()))
 
 
