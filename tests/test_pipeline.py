@@ -9,6 +9,7 @@ from programs import analysed, planned, rewritten
 from test_backend import B, Model, T, data
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import tokenseek_fx
 from tokenseek_fx import TokenSeekWarning
 from tokenseek_fx.passes import (
     AuditSaved,
@@ -75,6 +76,30 @@ def test_stops_after_any_pass_and_shows_each():
         pipeline.run(eager_graph(), until="axis")
     with pytest.raises(KeyError, match="No pass has written TokenAxes yet; passes that ran: canonicalize, unshift"):
         program[TokenAxes]
+
+
+def test_the_backend_runs_the_pipeline_that_is_printed(monkeypatch):
+    """All of it for own rows and for given ones, explain with the audit added, seek up to the two streams."""
+    ran = []
+    run = Pipeline.run
+
+    def spy(self, program, *args, **kwargs):
+        program = run(self, program, *args, **kwargs)
+        ran.append(program.done)
+        return program
+
+    monkeypatch.setattr(Pipeline, "run", spy)
+    names, model, options = [step.name for step in training(planned()).passes], Model(), {"inner": "eager"}
+    step = torch.compile(model, backend="tokenseek", options=options)
+    step(**data())
+    assert [*ran[-1]] == names
+    with tokenseek_fx.selecting(torch.arange(3).expand(B, -1)):
+        step(**data())
+    assert [*ran[-1]] == names
+    tokenseek_fx.explain(model, **data(), options=options)
+    assert [*ran[-1]] == [*names, "saved tensors"]
+    tokenseek_fx.seek(model, **data(), options=options)
+    assert [*ran[-1]] == [*names[: names.index("two streams") + 1], "trace"]
 
 
 def test_continues_behind_the_passes_that_ran():

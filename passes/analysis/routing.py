@@ -25,13 +25,14 @@ from torch import fx
 
 from ..graph.factors import Dim, same_size
 from ..graph.nodes import bind, is_tensor, operands_of
+from ..graph.op_sets import CASTS, VIEWS
 from ..graph.program import Program
 from .token_axes import TokenAxes
 
 aten = torch.ops.aten
 _SORTS = (aten.sort.default, aten.sort.stable)
-_CASTS = (aten._to_copy.default, aten.to.dtype, aten.clone.default, aten.detach.default)
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
+_SAME = (*CASTS, aten.detach.default)
+_REGROUPED = (*VIEWS, aten.flatten.using_ints)
 _BLANKS = (aten.empty_like.default, aten.zeros_like.default)
 #: Grouped products: the names of the operand with the rows and of that with the ends of the groups.
 GROUPED = {"aten::_grouped_mm": ("self", "offs"), "transformers::grouped_mm_fallback": ("input", "offs")}
@@ -121,7 +122,7 @@ class _Proof:
     def _cast(self, node: fx.Node, roles: list) -> str | None:
         if node.target in _BLANKS and roles[0] == "order":
             return "blank"
-        return roles[0] if node.target in _CASTS and roles[0] != "sorted" else None
+        return roles[0] if node.target in _SAME and roles[0] != "sorted" else None
 
     def _token_of(self, node: fx.Node, roles: list) -> str | None:
         """``order // k``, where every token has k rows."""
@@ -214,7 +215,7 @@ class _Proof:
 
 def _are_positions(node: Any) -> bool:
     """True for the indices of a top-k or an argmax."""
-    while node.target in (*_CASTS, *_VIEWS):
+    while node.target in (*_SAME, *_REGROUPED):
         node = node.args[0]
     of_topk = node.target is operator.getitem and node.args[0].target is aten.topk.default and node.args[1] == 1
     return of_topk or node.target is aten.argmax.default

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from ..graph.errors import GraphNotSupported, InvariantBroken, NoAttention, NothingToSelect
+from ..graph.errors import GraphNotSupported, InvariantBroken, NoAttention, NothingToSelect, located
 from ..graph.factors import Axes, Dim, Space, same_size
 from ..graph.nodes import is_tensor, operands_of
 from ..graph.op_sets import CONTRACTIONS, LABEL_LOSSES, SOFTMAX
@@ -201,7 +201,8 @@ def inferred(program: Program) -> TokenAxes:
     """The axes of every value and the attentions; the token axes are not named yet."""
     space, axes, flows = Space(), {}, {}
     for node in program.graph.nodes:
-        flow = flow_of(node, space, axes)
+        with located(node):
+            flow = flow_of(node, space, axes)
         axes[node], flows[node] = flow.outputs, flow
     found = TokenAxes(space, axes, flows, ())
     every = tuple(_attentions(program.graph, found))

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ...compat import without_idle_results
 from ..graph.emit import emit
-from ..graph.errors import GraphNotSupported, InvariantBroken
+from ..graph.errors import GraphNotSupported, InvariantBroken, located
 from ..graph.factors import same_size
 from ..graph.fake import fake_inputs, fake_mode_of
 from ..graph.nodes import is_random
@@ -100,6 +100,10 @@ class Retrace(fx.Interpreter):
         self.extra_traceback = False
 
     def run_node(self, n: fx.Node) -> Any:
+        with located(n):
+            return self._retrace(n)
+
+    def _retrace(self, n: fx.Node) -> Any:
         refuse_hidden_write(n, self.grad_enabled, self._live)
         if n.op == "call_function" and isinstance(n.target, torch._ops.HigherOrderOperator):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -265,7 +269,9 @@ def _traced(function: Any, inputs: tuple) -> fx.GraphModule:
         raise
     except Exception as error:
         first_line = str(error).strip().split("\n")[0]
-        raise GraphNotSupported(f"The graph can't be traced to ATen ({type(error).__name__}: {first_line}).") from error
+        refused = GraphNotSupported(f"The graph can't be traced to ATen ({type(error).__name__}: {first_line}).")
+        refused.__notes__ = getattr(error, "__notes__", [])
+        raise refused from error
 
 
 def _tidy(module: fx.GraphModule) -> None:

@@ -12,15 +12,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..graph.copies import copied
 from ..graph.emit import emit
 from ..graph.factors import same_size
 from ..graph.nodes import bind
-from ..graph.op_sets import LABEL_LOSSES
+from ..graph.op_sets import CASTS, LABEL_LOSSES, VIEWS
 from ..graph.program import Program
 
 aten = torch.ops.aten
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-_SAME_SHAPE = (aten.clone.default, aten.contiguous.default, aten._to_copy.default, aten.to.dtype)
 
 
 @dataclass(frozen=True)
@@ -33,12 +32,13 @@ class UnshiftLabels:
     name: str = "unshift labels"
 
     def run(self, program: Program) -> Program:
-        losses = [node for node in program.graph.nodes if node.target in LABEL_LOSSES]
+        module, _ = copied(program.module)
+        losses = [node for node in module.graph.nodes if node.target in LABEL_LOSSES]
         unshifted = [_unshift(node) for node in losses]
         if not any(unshifted):
             return program
-        module = fx.GraphModule(program.module, program.graph)
         module.graph.eliminate_dead_code()
+        module.recompile()
         return replace(program, module=module)
 
     def check(self, program: Program) -> None:
@@ -74,7 +74,7 @@ def _chain_to_slice(node: Any) -> tuple[list[fx.Node], fx.Node | None]:
     chain: list[fx.Node] = []
     classes = node.meta["val"].shape[-1]
     while isinstance(node, fx.Node) and node.op == "call_function":
-        if node.target in _SAME_SHAPE:
+        if node.target in CASTS:
             chain.append(node)
         elif _is_class_slice(node):
             chain.append(node)
@@ -82,7 +82,7 @@ def _chain_to_slice(node: Any) -> tuple[list[fx.Node], fx.Node | None]:
         elif node.target is aten.slice.Tensor and not same_size(_rows(node), _rows(node.args[0])):
             return chain, node if _is_token_slice(node) else None
         elif node.target is not aten.slice.Tensor and not (
-            node.target in _VIEWS and same_size(node.meta["val"].shape[-1], classes)
+            node.target in VIEWS and same_size(node.meta["val"].shape[-1], classes)
         ):
             break
         node = node.args[0]

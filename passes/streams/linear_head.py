@@ -21,22 +21,11 @@ from ...ops.head import head_loss, loss_of_head
 from ..graph.factors import same_size
 from ..graph.kinds import Kind, tagged
 from ..graph.nodes import bind
-from ..graph.op_sets import DIVISIONS, MULTIPLICATIONS
+from ..graph.op_sets import CASTS, DIVISIONS, MULTIPLICATIONS, VIEWS
 from ..rows.row_op import RowOp, Streams
 
 aten = torch.ops.aten
-_LAYOUT = (
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.flatten.using_ints,
-    aten.slice.Tensor,
-    aten.alias.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.to.dtype,
-    aten._to_copy.default,
-)
+_LAYOUT = (*VIEWS, *CASTS, aten.flatten.using_ints, aten.slice.Tensor, aten.alias.default)
 _PRODUCTS = (aten.linear.default, aten.mm.default, aten.matmul.default)
 
 
