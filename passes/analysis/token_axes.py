@@ -137,10 +137,7 @@ class TokenAxes:
         return self.axis_of(node) == axis and self.has_rows(node)
 
     def carried(self, node: fx.Node, operand: int, dim: int) -> int | None:
-        """The dim of an operand that is carried, row by row, to dim ``dim`` of the result.
-
-        ``None`` if the operand is broadcast or mixed there.
-        """
+        """The dim of an operand that is carried, row by row, to dim ``dim`` of the result, if there is one."""
         flow = self.flows[node]
         if not flow.regrouped:
             return flow.carries[operand].get(dim)

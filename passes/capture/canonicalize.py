@@ -1,19 +1,15 @@
 """Canonicalize: retrace Dynamo's graph as a functional pre-dispatch ATen graph, without loss.
 
 In this graph ``linear``, ``scaled_dot_product_attention``, norms and losses are single operations, and autograd has not
-run yet. A naive retrace would be silently wrong in six ways; each is handled here:
+run yet. A naive retrace would be silently wrong in several ways, which are handled here:
 
-- Custom autograd functions and other higher-order operators stay one opaque node; inlined, they would lose their
-  backward.
-- Writes through views become functional values. Writes to inputs become extra outputs; inputs that share memory are
-  refused.
-- A write that autograd does not see (under ``no_grad``, through ``detach``) keeps the gradient of the old value:
-  refused, see ``writes``.
+- Custom autograd functions and other higher-order operators stay one opaque node, which keeps their backward.
+- Writes become functional values, writes to inputs extra outputs; written inputs that share memory are refused.
+- A write that autograd does not see (under ``no_grad``, through ``detach``) is refused, see ``writes``.
 - A tensor constant other than a small literal means that the trace lost a dependence: refused.
 - Autocast regions are entered for real, so that dtypes are right, and kept as nodes.
 - Activation checkpointing is inlined; values and gradients are the same.
-
-``torch.no_grad`` and ``torch.inference_mode`` regions become explicit ``detach`` nodes.
+- ``torch.no_grad`` and ``torch.inference_mode`` regions become explicit ``detach`` nodes.
 """
 
 from __future__ import annotations
@@ -61,10 +57,7 @@ _ASSERTS = {
 class Canonicalize:
     """Retrace the graph as a functional pre-dispatch ATen graph.
 
-    Reads ``module`` and ``inputs``; writes ``module``, ``inputs`` (as fake tensors) and ``mutated``.
-
-    Raises:
-        GraphNotSupported: the graph can't be traced to ATen exactly.
+    Reads ``module`` and ``inputs``; writes both and ``mutated``. Raises ``GraphNotSupported`` if the trace isn't exact.
     """
 
     name: str = "canonicalize"
@@ -137,7 +130,6 @@ class Retrace(fx.Interpreter):
         return Retrace(module).run(*args) if isinstance(module, fx.GraphModule) else module(*args, **kwargs)
 
     def _after(self, value: Any) -> Any:
-        """Inside ``no_grad`` a result carries no gradient."""
         return value if self.grad_enabled else pytree.tree_map(_detached, value)
 
     def _higher_order(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
@@ -169,7 +161,6 @@ def _launches_triton(node: fx.Node) -> bool:
 
 
 def _detached(value: Any) -> Any:
-    """The value without gradient, if it may carry one."""
     can = isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
     return value.detach() if can else value
 
@@ -275,11 +266,7 @@ def _traced(function: Any, inputs: tuple) -> fx.GraphModule:
 
 
 def _tidy(module: fx.GraphModule) -> None:
-    """Remove operations without effect, and replace ``copy`` by differentiable operations.
-
-    Removed are asserts, aliases, slices of everything, inactive dropout, concatenations with empty tensors and autocast
-    regions that change nothing.
-    """
+    """Remove operations without effect (asserts, aliases, full slices, idle dropout and autocast); expand ``copy``."""
     for node in list(module.graph.nodes):
         if node.op != "call_function":
             continue
@@ -301,11 +288,7 @@ def _tidy(module: fx.GraphModule) -> None:
 
 
 def _not_empty(node: fx.Node) -> list[fx.Node]:
-    """The operands of a concatenation without empty tensors.
-
-    Models concatenate an empty cache with the first keys, or the dims that a rotary embedding leaves unchanged, which
-    may be none. Inductor lays out such a result like the other operand, unlike the trace.
-    """
+    """The operands of a concatenation without empty tensors, for which Inductor's layout differs from the trace's."""
     dtype, joined = node.meta["val"].dtype, list[Any](node.args[0])  # type: ignore[call-overload]
     rest = [x for x in joined if not any(isinstance(size, int) and size == 0 for size in x.meta["val"].shape)]
     return rest if all(x.meta["val"].dtype is dtype for x in rest) else joined

@@ -115,10 +115,7 @@ class DitchStream:
                     self._context[node] = self._for_all_tokens(node)
 
     def _reenter_autocast(self, block: int) -> None:
-        """Exit open autocast regions at the end of a block and enter them again in the next.
-
-        So no region spans two blocks.
-        """
+        """Exit open autocast regions at the end of a block and enter them again in the next one."""
         switch, known = self._switches.call_function, self._switches.env
         entered = [
             node for node in known if node.target is ENTER_AUTOCAST and not any(map(known.__contains__, node.users))
@@ -188,10 +185,7 @@ class DitchStream:
         return self._row_indices[axis]
 
     def head_of(self, loss: fx.Node) -> Head | None:
-        """The linear head of a loss over labels.
-
-        ``None`` if other operations lead to the loss, or the logits are rounded before it.
-        """
+        """The linear head of a loss over labels; ``None`` if other operations lead to it, or round the logits."""
         having = {node for node in self.program.graph.nodes if is_tensor(node) and self.axes.has_rows(node)}
         head = find_head(loss, having & self.live, having)
         return head if head is not None and head.dtype.itemsize >= head.product.itemsize else None
@@ -206,9 +200,7 @@ class DitchStream:
     def aligned_rows(
         self, value: Any, labels: Axes, dim: int, like: Axes, result: torch.Tensor, rank: int
     ) -> torch.Tensor:
-        """Kept rows of a value that all instances may share, for a result with axes ``like``.
-
-        A shared value is given the batch dim of the result.
+        """Kept rows of a value that all instances may share, given the batch dim of a result with axes ``like``.
 
         Raises:
             GraphNotSupported: that dim of the value is another axis.
