@@ -99,7 +99,7 @@ class PlanSelection:
             there = "loss" not in wanted and self.signals.has_gradient(program, axis) if wanted else True
             return scorer if there else self.substitutes["attention"]
         if not program[Activity].losses and wanted:
-            fact = f"The graph has no loss, so tokens have no {' and no '.join(wanted)}."
+            fact = f"The graph has no loss, so the scorer lacks signals: {', '.join(wanted)}."
             if self.strict:
                 raise GraphNotSupported(fact, 'Compute the loss inside the model, or choose scorer="attention".')
             return self._instead(fact, "attention")
