@@ -405,7 +405,7 @@ def test_keys_and_values_made_again_are_those_of_the_same_draws():
 def test_the_inputs_of_blocks_are_kept_where_they_take_less_than_keys_and_values(name):
     grouped = name == "grouped heads"
     with (
-        pytest.warns(TokenSeekWarning, match=r"nothing smaller makes the keys and values \(attentions: 3\)")
+        pytest.warns(TokenSeekWarning, match=r"can't be recomputed from fewer bytes \(attentions: 3\)")
         if grouped
         else contextlib.nullcontext()
     ):

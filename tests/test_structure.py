@@ -112,7 +112,7 @@ def test_a_rule_is_registered_once():
         lambda: signal("attention")(lambda prefill: None),
         lambda: register_kv_mode(KVMode("fp8")),
     ):
-        with pytest.raises(ValueError, match="is registered already"):
+        with pytest.raises(ValueError, match="is already registered"):
             register()
 
 

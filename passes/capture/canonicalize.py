@@ -1,16 +1,15 @@
-"""Canonicalize: Dynamo's graph -> a functional pre-dispatch ATen graph that has lost nothing.
+"""Canonicalize: retrace Dynamo's graph as a functional pre-dispatch ATen graph, without loss.
 
-There ``linear``, ``scaled_dot_product_attention``, norms and losses are single operations and autograd has not happened
-yet. Six ways in which a naive retrace is silently wrong are closed here:
+In this graph ``linear``, ``scaled_dot_product_attention``, norms and losses are single operations, and autograd has not
+run yet. A naive retrace would be silently wrong in several ways, which are handled here:
 
-- custom autograd functions and other higher-order operators stay one opaque node (inlined, they would lose their backward);
-- writes through views become functional values; writes to inputs become extra outputs (inputs that share memory: refused);
-- a write that autograd does not see (under ``no_grad``, through ``detach``) leaves the gradient of what was there: refused, see ``writes``;
-- a tensor constant that is not a small literal means that the trace lost an edge: refused;
-- autocast regions are entered for real, so that dtypes are right, and kept as nodes;
-- activation checkpointing is inlined: values and gradients are the same.
-
-``torch.no_grad`` and ``torch.inference_mode`` regions become explicit ``detach`` nodes.
+- Custom autograd functions and other higher-order operators stay one opaque node, which keeps their backward.
+- Writes become functional values, writes to inputs extra outputs; written inputs that share memory are refused.
+- A write that autograd does not see (under ``no_grad``, through ``detach``) is refused, see ``writes``.
+- A tensor constant other than a small literal means that the trace lost a dependence: refused.
+- Autocast regions are entered for real, so that dtypes are right, and kept as nodes.
+- Activation checkpointing is inlined; values and gradients are the same.
+- ``torch.no_grad`` and ``torch.inference_mode`` regions become explicit ``detach`` nodes.
 """
 
 from __future__ import annotations
@@ -56,7 +55,10 @@ _ASSERTS = {
 
 @dataclass(frozen=True)
 class Canonicalize:
-    """Retrace ``program.module`` to functional pre-dispatch ATen. Reads nothing else; writes ``module``, ``mutated``."""
+    """Retrace the graph as a functional pre-dispatch ATen graph.
+
+    Reads ``module`` and ``inputs``; writes both and ``mutated``. Raises ``GraphNotSupported`` if the trace isn't exact.
+    """
 
     name: str = "canonicalize"
 
@@ -73,7 +75,7 @@ class Canonicalize:
         return replace(program, module=module, inputs=fakes, mutated=tuple(writes))
 
     def check(self, program: Program) -> None:
-        """The graph is well-formed and functional, every tensor constant is a small literal."""
+        """The graph is well-formed and functional, and every tensor constant is a small literal."""
         program.graph.lint()
         for node in program.graph.nodes:
             _check_functional(node)
@@ -82,7 +84,7 @@ class Canonicalize:
 
 
 class Retrace(fx.Interpreter):
-    """Run a graph under ``make_fx``, recording what a plain retrace would lose (see the module's docstring)."""
+    """Run a graph under ``make_fx``, keeping what a plain retrace would lose (see the module's docstring)."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -103,7 +105,7 @@ class Retrace(fx.Interpreter):
         return self._after(super().run_node(n)) if n.op.startswith("call") else super().run_node(n)
 
     def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
-        """What is written inside ``no_grad`` takes no gradient from what it is made of."""
+        """A value written inside ``no_grad`` receives no gradient from its operands."""
         target = None if self.grad_enabled else written_by(n)
         if target is None:
             return super().map_nodes_to_values(args, n)
@@ -128,7 +130,6 @@ class Retrace(fx.Interpreter):
         return Retrace(module).run(*args) if isinstance(module, fx.GraphModule) else module(*args, **kwargs)
 
     def _after(self, value: Any) -> Any:
-        """Inside ``no_grad`` a result carries no gradient."""
         return value if self.grad_enabled else pytree.tree_map(_detached, value)
 
     def _higher_order(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
@@ -137,8 +138,8 @@ class Retrace(fx.Interpreter):
             return Retrace(body).run(*operands)
         if any(map(_launches_triton, (node, *_nodes_in(args)))):
             raise GraphNotSupported(
-                "The model launches a Triton kernel of its own, and what it reads and writes can't be told.",
-                "Make it an operation: torch.library.triton_op, or custom_op with a fake and a gradient.",
+                "The model launches its own Triton kernel; which tensors it reads and writes is unknown.",
+                "Wrap it in an operation: torch.library.triton_op, or custom_op with a fake and a gradient.",
                 node,
             )
         example = node.meta.get("example_value", node.meta.get("val"))
@@ -149,7 +150,7 @@ class Retrace(fx.Interpreter):
 
 
 def _nodes_in(bodies: Iterable[Any]) -> Iterator[fx.Node]:
-    """Of the graphs among some arguments, and of what these call."""
+    """The nodes of the graphs among these arguments, and of the graphs that they call."""
     modules = (module for body in bodies if isinstance(body, torch.nn.Module) for module in body.modules())
     return (node for module in modules if isinstance(module, fx.GraphModule) for node in module.graph.nodes)
 
@@ -160,13 +161,12 @@ def _launches_triton(node: fx.Node) -> bool:
 
 
 def _detached(value: Any) -> Any:
-    """A value that may carry gradient, without it."""
     can = isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
     return value.detach() if can else value
 
 
 def record_autocast(target: Any, args: tuple, kwargs: dict) -> Any:
-    """Record an autocast switch and throw it for real, so that the values traced inside have their true dtypes."""
+    """Record an autocast switch and also execute it, so that values traced inside have the right dtypes."""
     mode = get_proxy_mode()
     if mode is None:
         return target(*args, **kwargs)
@@ -180,7 +180,7 @@ def record_autocast(target: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def record_opaque(target: Any, args: tuple, kwargs: dict, example: Any) -> Any:
-    """Record a call as one node without looking inside; ``example`` gives the shapes of its results."""
+    """Record a call as one node without tracing into it; ``example`` has the shapes of its results."""
     mode = get_proxy_mode()
     if mode is None:
         return target(*args, **kwargs)
@@ -197,7 +197,7 @@ def record_opaque(target: Any, args: tuple, kwargs: dict, example: Any) -> Any:
 
 
 def fresh_like(example: Any, args: Any) -> Any:
-    """Fresh fake tensors with the shapes of ``example`` in the fake mode of ``args``."""
+    """New fake tensors with the shapes of ``example``, in the fake mode of ``args``."""
     with disable_functional_mode(), disable_proxy_modes_tracing(), fake_mode_of(args):
         return pytree.tree_map_only(
             torch.Tensor,
@@ -212,7 +212,7 @@ def _unwrap(tensor: FunctionalTensor) -> torch.Tensor:
 
 
 def _functional(module: fx.GraphModule, writes: list[int]) -> Any:
-    """``module`` as a function without writes; positions of the inputs it writes to are appended to ``writes``."""
+    """``module`` as a function without writes; appends the positions of the inputs that it writes to ``writes``."""
 
     def run(*args: Any) -> tuple:
         outside = torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize))
@@ -229,7 +229,7 @@ def _functional(module: fx.GraphModule, writes: list[int]) -> Any:
 
 
 def _refuse_function_transforms(module: fx.GraphModule) -> None:
-    """``torch.func`` transforms (vmap, grad) wrap values in a way that functionalization can't see through."""
+    """Refuse ``torch.func`` transforms (vmap, grad), whose wrapped values functionalization can't trace."""
     for node in module.graph.nodes:
         if node.op == "call_function" and (getattr(node.target, "__module__", None) or "").startswith(
             "torch._functorch"
@@ -242,13 +242,13 @@ def _refuse_function_transforms(module: fx.GraphModule) -> None:
 
 
 def _refuse_wrapped_tensors(program: Program) -> None:
-    """A tensor that is made of others (a quantised weight of torchao, a DTensor) has operations of its own."""
+    """Refuse tensor subclasses made of other tensors (a quantised weight of torchao, a DTensor)."""
     for node, value in zip(program.placeholders, program.inputs, strict=True):
         if is_traceable_wrapper_subclass(value):
             raise GraphNotSupported(
-                f"The input {node.name} is a {type(value).__name__}, a tensor made of other tensors, which can't be traced "
-                "to ATen yet.",
-                "For a base in 4 bits use bitsandbytes.",
+                f"The input {node.name} is a {type(value).__name__}, a tensor made of other tensors, which can't be "
+                "traced to ATen yet.",
+                "For a 4-bit base model, use bitsandbytes.",
                 node,
             )
 
@@ -266,8 +266,7 @@ def _traced(function: Any, inputs: tuple) -> fx.GraphModule:
 
 
 def _tidy(module: fx.GraphModule) -> None:
-    """Drop asserts, aliases, slices of everything, dropout and concatenations of nothing, and autocast switches that change nothing; spell
-    ``copy`` differentiably."""
+    """Remove operations without effect (asserts, aliases, full slices, idle dropout and autocast); expand ``copy``."""
     for node in list(module.graph.nodes):
         if node.op != "call_function":
             continue
@@ -289,21 +288,20 @@ def _tidy(module: fx.GraphModule) -> None:
 
 
 def _not_empty(node: fx.Node) -> list[fx.Node]:
-    """What a concatenation joins, but tensors of nothing: an empty cache beside the first keys, what a rotation of whole heads passes by.
-    Inductor lays the result out as the others are, and not as it is traced."""
+    """The operands of a concatenation without empty tensors, for which Inductor's layout differs from the trace's."""
     dtype, joined = node.meta["val"].dtype, list[Any](node.args[0])  # type: ignore[call-overload]
     rest = [x for x in joined if not any(isinstance(size, int) and size == 0 for size in x.meta["val"].shape)]
     return rest if all(x.meta["val"].dtype is dtype for x in rest) else joined
 
 
 def _is_whole(node: fx.Node) -> bool:
-    """Whether a slice takes all there is: indexing leaves such slices where sizes are symbols."""
+    """True if a slice takes all of its operand; with symbolic sizes, indexing leaves such slices."""
     value, whole = node.meta["val"], node.args[0].meta["val"]
     return all(map(same_size, value.shape, whole.shape))
 
 
 def _expand_copy(node: fx.Node) -> None:
-    """``aten.copy`` has no derivative; ``src.to(dtype).expand(shape)`` is the same value with one."""
+    """Replace ``aten.copy``, which has no derivative, by ``src.to(dtype).expand(shape)``."""
     target, source = (arg.meta["val"] for arg in node.args[:2])
     with node.graph.inserting_before(node):
         cast = emit(node, aten._to_copy.default, node.args[1], dtype=target.dtype)
@@ -317,7 +315,7 @@ def is_autocast(node: fx.Node) -> bool:
 
 
 def _drop_idle_autocast(graph: fx.Graph, leave: fx.Node) -> None:
-    """Remove a region that switches autocast off where it is off, or that holds nothing."""
+    """Remove an autocast region that is empty, or that switches autocast off where it is off already."""
     enter = leave.args[0]
     device, _, enabled, *_ = (*enter.args, None, None, None)
     outer = torch.is_autocast_enabled(device) or any(
@@ -345,8 +343,8 @@ def _check_constant(module: fx.GraphModule, node: fx.Node) -> None:
         return
     if value.requires_grad or value.numel() > _LARGEST_LITERAL:
         raise GraphNotSupported(
-            f"The trace turned a tensor of shape {tuple(value.shape)} into a constant, so its gradient or its dependence "
-            "on the inputs would be lost.",
-            "It comes from code that the tracer can't follow (a vmap or a tensor created outside the model).",
+            f"The trace turned a tensor of shape {tuple(value.shape)} into a constant, so its gradient or its "
+            "dependence on the inputs would be lost.",
+            "Make it a buffer or an input of the model; replace vmap by batched operations.",
             node,
         )

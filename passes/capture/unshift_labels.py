@@ -1,7 +1,7 @@
-"""Unshift labels: a loss over a slice of the tokens -> the same loss over all tokens.
+"""Unshift labels: rewrite a loss over a slice of the tokens as the same loss over all tokens.
 
-``cross_entropy(logits[:, a:b], labels)`` is ``cross_entropy(logits, padded labels)`` where the positions outside the slice
-are ignored. So a hand-written next-token loss keeps the token axis of its logits, as transformers' own does.
+``cross_entropy(logits[:, a:b], labels)`` equals ``cross_entropy(logits, padded labels)`` if positions outside the slice
+are ignored. So the logits of a hand-written next-token loss keep the token axis, as in transformers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class UnshiftLabels:
-    """Push a slice of the token axis from the logits of a loss to its labels. Rewrites ``module``."""
+    """Move a slice of the token axis from the logits of a loss to its labels.
+
+    Reads and writes ``module``.
+    """
 
     name: str = "unshift labels"
 
@@ -63,7 +66,11 @@ def _unshift(loss: fx.Node) -> bool:
 
 
 def _chain_to_slice(node: Any) -> tuple[list[fx.Node], fx.Node | None]:
-    """Copies, casts and slices of the classes between the logits ``[B * T', C]`` of a loss and a slice ``x[:, a:b]``; that, or None."""
+    """Follow the logits ``[B * T', C]`` of a loss back to a slice ``x[:, a:b]``.
+
+    Returns:
+        The copies, casts and slices of the classes on the way, and the slice; ``None`` if there is no such slice.
+    """
     chain: list[fx.Node] = []
     classes = node.meta["val"].shape[-1]
     while isinstance(node, fx.Node) and node.op == "call_function":
@@ -83,7 +90,7 @@ def _chain_to_slice(node: Any) -> tuple[list[fx.Node], fx.Node | None]:
 
 
 def _is_class_slice(node: fx.Node) -> bool:
-    """Of the last dim."""
+    """True for a slice of the last dim."""
     return node.target is aten.slice.Tensor and bind(node)["dim"] in (-1, node.meta["val"].ndim - 1)
 
 
@@ -98,7 +105,7 @@ def _is_token_slice(cut: fx.Node) -> bool:
 
 
 def _range(cut: fx.Node) -> tuple[int, Any]:
-    """Positions before and after the slice."""
+    """The numbers of positions before and after the slice."""
     arguments = bind(cut)
     whole, part = cut.args[0].meta["val"].shape[1], cut.meta["val"].shape[1]
     start = arguments["start"] or 0
