@@ -14,7 +14,7 @@ from torch import fx
 from ..analysis.activity import Activity
 from ..analysis.token_axes import TokenAxes
 from ..attention.positional import PositionalAttentions
-from ..capture.canonicalize import is_autocast
+from ..capture.retrace import is_autocast
 from ..graph.program import Program
 from ..rules.axes import rule_for
 from .token_parallel import is_parallel, reads

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..analysis.activity import Activity
 from ..analysis.row_index import example_sizes
 from ..analysis.token_axes import TokenAxes
-from ..capture.canonicalize import is_autocast
+from ..capture.retrace import is_autocast
 from ..graph.emit import emit
 from ..graph.errors import InvariantBroken, TokenSeekError
 from ..graph.nodes import bytes_hint

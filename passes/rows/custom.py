@@ -11,7 +11,7 @@ from torch import fx
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-from ..capture.canonicalize import CUSTOM_FUNCTION, fresh_like, record_opaque
+from ..capture.retrace import CUSTOM_FUNCTION, fresh_like, record_opaque
 from ..graph.fake import fake_mode_of
 from .row_op import RowOp
 from .rules import restricts, rows_rule

@@ -11,22 +11,20 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from ..capture.canonicalize import CUSTOM_FUNCTION, Canonicalize, fresh_like
+from ..capture.canonicalize import Canonicalize
+from ..capture.retrace import CUSTOM_FUNCTION, fresh_like
 from ..graph.errors import GraphNotSupported
 from ..graph.factors import Axes, Space
 from ..graph.nodes import is_tensor, operands_of, tensors_in
 from ..graph.program import Program, attribute
 from .axes import flow_of
 from .op import Carry, Flow, Op, axes_rule
-
-if TYPE_CHECKING:
-    pass
 
 #: The row dim of each value that has rows.
 RowDims = dict[fx.Node, int]

@@ -24,7 +24,7 @@ from ..analysis.routing import Routes
 from ..analysis.row_index import RowIndex
 from ..analysis.token_axes import TokenAxes
 from ..analysis.values import feeds_attention, kind_of_value
-from ..capture.canonicalize import ENTER_AUTOCAST, EXIT_AUTOCAST, Retrace, is_autocast, record_opaque
+from ..capture.retrace import ENTER_AUTOCAST, EXIT_AUTOCAST, Retrace, is_autocast, record_opaque
 from ..graph.errors import GraphNotSupported, InvariantBroken, located
 from ..graph.factors import Axes
 from ..graph.kinds import Kind, Mark, in_block, tagged

@@ -16,7 +16,7 @@ from ..analysis.row_index import RowIndex, device_of, sizes_of
 from ..analysis.token_axes import TokenAxes, TokenAxis
 from ..attention.positional import PositionalAttentions, laid_out_as
 from ..attention.received import attended_in
-from ..capture.canonicalize import Retrace
+from ..capture.retrace import Retrace
 from ..graph.factors import same_size
 from ..graph.kinds import Kind, Mark, tagged
 from ..graph.nodes import bind, bind_values

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from ..analysis.row_index import RowIndex, example_sizes
 from ..analysis.token_axes import TokenAxes, TokenAxis
 from ..attention.positional import PositionalAttentions, laid_out_as, read_by
-from ..capture.canonicalize import is_autocast
+from ..capture.retrace import is_autocast
 from ..graph.errors import GraphNotSupported
 from ..graph.factors import same_size
 from ..graph.fake import fake_mode_of

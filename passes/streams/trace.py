@@ -11,7 +11,7 @@ from torch import fx
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..capture.canonicalize import is_autocast
+from ..capture.retrace import is_autocast
 from ..graph.copies import copied
 from ..graph.errors import InvariantBroken
 from ..graph.fake import fake_mode_of
