@@ -23,6 +23,7 @@ class LabelHead(Protocol):
 
     def losses(self, streams: Streams) -> Tensor:
         """The losses of the rows."""
+        ...
 
 
 class Streams(Protocol):
@@ -41,27 +42,35 @@ class Streams(Protocol):
 
     def full(self, node: fx.Node) -> Any:
         """The value for all tokens."""
+        ...
 
     def rows(self, node: fx.Node, dim: int) -> Tensor:
         """The kept rows of a value along one of its token dims."""
+        ...
 
     def context(self, node: fx.Node) -> Any:
         """The value as rows read it at all positions."""
+        ...
 
     def keeps_live(self, node: fx.Node) -> bool:
         """True if rows read this value live in all tokens."""
+        ...
 
     def row_index_of(self, node: fx.Node) -> RowIndex:
         """The row index of the token axis of a node's rows."""
+        ...
 
     def head_of(self, loss: fx.Node) -> LabelHead | None:
         """The linear head of a loss over labels, if there is one."""
+        ...
 
     def once(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
         """The result of ``compute``, called only the first time for this key."""
+        ...
 
     def aligned_rows(self, value: Any, labels: Axes, dim: int, like: Axes, result: Tensor, rank: int) -> Tensor:
         """Kept rows of a value that all instances may share, for a result with axes ``like``."""
+        ...
 
 
 @dataclass(frozen=True)
