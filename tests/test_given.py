@@ -222,7 +222,7 @@ def test_blocks_without_given_rows_are_not_rewritten_and_say_so(given_before):
     if given_before:
         train(model, model, batch, rows(4, 3, 13))
         model.zero_grad()
-    with pytest.warns(TokenSeekWarning, match="part of a model.*selecting.*seek"):
+    with pytest.warns(TokenSeekWarning, match="fragment of a model.*selecting.*seek"):
         model(**batch).loss.backward()
     plain(**batch).loss.backward()
     assert error(grads_of(model), grads_of(plain)) < 1e-12
@@ -321,7 +321,7 @@ class EagerBetween(Breaks):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (Mixes, "before its first attention mixes tokens.*Compile it together with the first attention"),
+        (Mixes, "before the first attention of the model mixes tokens.*Compile it together with the first attention"),
         (EagerBetween, "has a loss, but neither an attention nor an input from a part that has one"),
     ],
 )

@@ -69,7 +69,7 @@ def test_where_nothing_fits_it_is_said_what_would(options, remedy):
 
 def test_where_no_share_fits_that_is_said():
     with pytest.raises(
-        GraphNotSupported, match="A keep_ratio 16 times as small does not fit either: shorten sequences"
+        GraphNotSupported, match="A keep_ratio 16 times smaller does not fit either: use shorter sequences"
     ):
         chosen(451, strict=True)
 
@@ -77,7 +77,7 @@ def test_where_no_share_fits_that_is_said():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"memory_budget": "8 apples"}, "memory_budget='8 apples': expected bytes, as a number or as text"),
+        ({"memory_budget": "8 apples"}, "memory_budget='8 apples': expected bytes, as an integer or as text"),
         ({"memory_budget": 0}, "memory_budget=0: expected bytes"),
         ({"chunk_bytes": -1}, "chunk_bytes=-1: expected bytes"),
         ({"memory_budget": 5, "inner": "eager"}, "memory_budget=5 has no effect: inner='eager'"),
