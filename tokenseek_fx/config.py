@@ -38,7 +38,7 @@ _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagra
 class Config:
     """Options of ``torch.compile(model, backend="tokenseek", options={...})``.
 
-    The first paragraph of each entry is its line in the table of docs/backend.md (``tests/options_table.py``).
+    The first paragraph of each entry is its line in the table of docs/backend.md (``tests/generated.py``).
 
     Args:
         keep_ratio: Share of the tokens of each sequence to train on, 0 < r <= 1; k = ceil(r T), exact for the decimal
