@@ -238,8 +238,8 @@ def test_what_is_no_size_is_refused(text):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"batch": 2}, "seq=None: expected a number of at least 1"),
-        ({"batch": 0, "seq": 8}, "batch=0: expected a number of at least 1"),
+        ({"batch": 2}, "seq=None: expected an integer of at least 1"),
+        ({"batch": 0, "seq": 8}, "batch=0: expected an integer of at least 1"),
         ({"batch": {}, "seq": 8}, "seq=8: example inputs have a length already"),
         ({"batch": 1, "seq": 8, "optimizer": "lion"}, "optimizer='lion': expected 'adamw', 'adam', 'sgd'"),
         ({"batch": 1, "seq": 8, "optimizer": -1}, "optimizer=-1: expected a name, bytes per parameter"),

@@ -235,12 +235,12 @@ def _described(plain: Program, rewritten: Program, plan: Plan) -> Explanation:
         others=tuple(zip(lengths[1:], kept[1:], strict=True)),
         attentions=tuple(f"{a.node.target} {source_line(a.node)}" for a in plain[TokenAxes].attentions),
         losses=tuple(f"{n.target} {module_path(n)} {source_line(n)}" for n in plain[Activity].losses),
-        ditched=sum(plain[TokenAxes].has_rows(node) for node in live) - len({b.node for b in barriers}),
-        live=len(live),
+        row_ops=sum(plain[TokenAxes].has_rows(node) for node in live) - len({b.node for b in barriers}),
+        live_ops=len(live),
         barriers=barriers,
         plain=everything,
         rewritten=rewritten[Audit],
-        floor=round(
+        lower_bound=round(
             recomputed * lower_bound(plain, shares, plan.kv)
             + (1 - recomputed) * lower_bound(plain, shares, plan.kv, everything)
         ),
