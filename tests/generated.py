@@ -89,7 +89,7 @@ def _literal(value: object) -> str:
 
 
 def pipeline_list() -> str:
-    """The passes in order, as a list: name and first sentence of the docstring."""
+    """The passes in order, as a list: name and first line of the docstring."""
     return "".join(f"{_item(line)}\n" for line in str(training(Config().plan())).splitlines())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib
 import warnings
 
 import pytest
@@ -52,7 +52,7 @@ def graphs(monkeypatch) -> list[str]:
         monkeypatch.setattr(owner, name, lambda *args: (found.append(name), plain(*args))[1])
 
     count(Segments, "compiled")
-    count(sys.modules["tokenseek_fx.scoring"], "inner_compiler")
+    count(importlib.import_module("tokenseek_fx.scoring"), "inner_compiler")
     return found
 
 
@@ -322,7 +322,7 @@ class EagerBetween(Breaks):
     ("build", "message"),
     [
         (Mixes, "before the first attention of the model mixes tokens.*Compile it together with the first attention"),
-        (EagerBetween, "has a loss, but neither an attention nor an input from a part that has one"),
+        (EagerBetween, "has a loss, but no attention, and no input from a fragment that has one"),
     ],
 )
 def test_parts_that_would_be_wrong_are_refused(build, message):
@@ -354,7 +354,7 @@ def test_a_compiled_head_behind_plain_python_is_refused():
     model = Pair()
     model.head.compile(backend="tokenseek", options={"inner": "eager"})
     with (
-        pytest.raises(GraphNotSupported, match="has an input with gradient, but neither an attention"),
+        pytest.raises(GraphNotSupported, match="has an input with gradient, but no attention"),
         selecting(rows(4)),
     ):
         model(data()["ids"])
