@@ -87,7 +87,7 @@ def _fresh_dynamo():
         ({"keep_ratio": 1.5}, "keep_ratio=1.5: expected a number with 0 < keep_ratio <= 1."),
         ({"keep_ratio": "10%"}, "keep_ratio='10%': expected a number"),
         ({"keep_tokens": 0}, "keep_tokens=0: expected an integer of at least 1."),
-        ({"keep_tokens": 5, "keep_ratio": 0.5}, "give one of them"),
+        ({"keep_tokens": 5, "keep_ratio": 0.5}, "set only one of them"),
         ({"scorer": "randon"}, "scorer='randon': expected one of 'tokenseek', 'attention'"),
         ({"scorer": "randon"}, "Did you mean 'random'?"),
         ({"select": "top-k"}, "select='top-k': expected one of 'topk', 'sample'. Did you mean 'topk'?"),

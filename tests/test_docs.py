@@ -1,4 +1,5 @@
-"""The documentation is true: its Python runs, its output blocks and graphs are what comes out, its links lead somewhere.
+"""The documentation is true: its Python runs, its output blocks and graphs are what comes out, its links lead somewhere,
+and its generated sections are up to date (``generated.py``).
 
 - ```` ```python ````: executed, one namespace per file, in order. ```` ```py ```` is not, and ``NOT_RUN`` says why.
 - ```` ```py title="FILE" ````: a file as it is; `test_extend.py` compares it and runs the file.
@@ -25,14 +26,16 @@ import sys
 import tomllib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
+import expecttest
 import pytest
 import torch
 import typer
+from generated import SECTIONS
 from golden_model import graphs
 from marks import slow
 from peft.tuners.lora import dora
@@ -40,7 +43,6 @@ from typer.testing import CliRunner
 
 import tokenseek_fx
 import tokenseek_fx.integrations
-from tokenseek_fx import Config
 from tokenseek_fx.cli.app import app
 
 ROOT = Path(__file__).parents[1]
@@ -217,14 +219,11 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def options_of(page: Path) -> set[str]:
-    """The first column of the table of options."""
-    return set(re.findall(r"^\| `(\w+)` \|", page.read_text().split("## Options")[1].split("\n## ")[0], re.MULTILINE))
-
-
-def test_every_option_is_in_the_table():
-    known = {field.name for field in fields(Config)}
-    assert options_of(ROOT / "docs" / "backend.md") == known
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.name)
+def test_generated_sections_are_up_to_date(section):
+    if expecttest.ACCEPT:
+        section.write()
+    assert section.shown() == section.text()
 
 
 def test_every_page_is_in_the_menu():

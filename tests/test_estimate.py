@@ -231,20 +231,20 @@ def test_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["24 apples", "", "GiB", "-3GB", True])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(ConfigError, match="is no size of memory: expected bytes, or text as '24GiB'"):
+    with pytest.raises(ConfigError, match="is not a memory size: expected bytes, or text such as '24GiB'"):
         bytes_of(text)
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"batch": 2}, "seq=None: expected a number of at least 1"),
-        ({"batch": 0, "seq": 8}, "batch=0: expected a number of at least 1"),
-        ({"batch": {}, "seq": 8}, "seq=8: the length is that of the example inputs"),
+        ({"batch": 2}, "seq=None: expected an integer of at least 1"),
+        ({"batch": 0, "seq": 8}, "batch=0: expected an integer of at least 1"),
+        ({"batch": {}, "seq": 8}, "seq=8: example inputs have a length already"),
         ({"batch": 1, "seq": 8, "optimizer": "lion"}, "optimizer='lion': expected 'adamw', 'adam', 'sgd'"),
         ({"batch": 1, "seq": 8, "optimizer": -1}, "optimizer=-1: expected a name, bytes per parameter"),
         ({"batch": 1, "seq": 8, "device": "tpu"}, "device='tpu': expected 'cpu' or 'cuda'"),
-        ({"batch": 1, "seq": 8, "options": {"inner": "eager"}}, "read off Inductor's plan"),
+        ({"batch": 1, "seq": 8, "options": {"inner": "eager"}}, "the estimate reads the code that Inductor generates"),
         ({"batch": 1, "seq": 8, "options": {"keep": 1}}, "Unknown option 'keep'"),
     ],
 )
@@ -254,9 +254,7 @@ def test_bad_arguments_are_refused(arguments, said):
 
 
 def test_a_model_without_token_ids_needs_example_inputs():
-    with pytest.raises(
-        ConfigError, match="forward of Linear takes no input_ids and no labels: give batch as example inputs"
-    ):
+    with pytest.raises(ConfigError, match="forward of Linear takes no input_ids and no labels: pass example inputs"):
         estimate(nn.Linear(2, 2), 1, 8)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import importlib
 import warnings
 
 import pytest
@@ -52,7 +52,7 @@ def graphs(monkeypatch) -> list[str]:
         monkeypatch.setattr(owner, name, lambda *args: (found.append(name), plain(*args))[1])
 
     count(Segments, "compiled")
-    count(sys.modules["tokenseek_fx.scoring"], "inner_compiler")
+    count(importlib.import_module("tokenseek_fx.scoring"), "inner_compiler")
     return found
 
 
@@ -222,7 +222,7 @@ def test_blocks_without_given_rows_are_not_rewritten_and_say_so(given_before):
     if given_before:
         train(model, model, batch, rows(4, 3, 13))
         model.zero_grad()
-    with pytest.warns(TokenSeekWarning, match="part of a model.*selecting.*seek"):
+    with pytest.warns(TokenSeekWarning, match="fragment of a model.*selecting.*seek"):
         model(**batch).loss.backward()
     plain(**batch).loss.backward()
     assert error(grads_of(model), grads_of(plain)) < 1e-12
@@ -321,8 +321,8 @@ class EagerBetween(Breaks):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (Mixes, "before its first attention mixes tokens.*Compile it together with the first attention"),
-        (EagerBetween, "has a loss, but neither an attention nor an input from a part that has one"),
+        (Mixes, "before the first attention of the model mixes tokens.*Compile it together with the first attention"),
+        (EagerBetween, "has a loss, but no attention, and no input from a fragment that has one"),
     ],
 )
 def test_parts_that_would_be_wrong_are_refused(build, message):
@@ -354,7 +354,7 @@ def test_a_compiled_head_behind_plain_python_is_refused():
     model = Pair()
     model.head.compile(backend="tokenseek", options={"inner": "eager"})
     with (
-        pytest.raises(GraphNotSupported, match="has an input with gradient, but neither an attention"),
+        pytest.raises(GraphNotSupported, match="has an input with gradient, but no attention"),
         selecting(rows(4)),
     ):
         model(data()["ids"])

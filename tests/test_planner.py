@@ -16,7 +16,7 @@ def size(config: Config) -> int:
     tokens take 5000, a fifth of it where they are computed again."""
     rows = 5000 * (config.keep_ratio if config.keep_tokens is None else config.keep_tokens / 100)
     chunks, context = 100 if config.chunk_bytes else 400, 250 if config.kv == "recompute" else 500
-    return int(100 + chunks + context + rows / (5 if config.saving == "rows" else 1))
+    return int(100 + chunks + context + rows / (5 if config.recompute == "rows" else 1))
 
 
 def chosen(budget: int, **options) -> Config:
@@ -37,7 +37,7 @@ def chosen(budget: int, **options) -> Config:
 )
 def test_the_first_that_fits_is_taken(budget, recompute, chunk_bytes, kv):
     config = chosen(budget)
-    assert (config.saving, config.chunk_bytes, config.kv) == (recompute, chunk_bytes, kv)
+    assert (config.recompute, config.chunk_bytes, config.kv) == (recompute, chunk_bytes, kv)
 
 
 def test_what_costs_nothing_is_tried_alone_where_it_fits():
@@ -69,7 +69,7 @@ def test_where_nothing_fits_it_is_said_what_would(options, remedy):
 
 def test_where_no_share_fits_that_is_said():
     with pytest.raises(
-        GraphNotSupported, match="A keep_ratio 16 times as small does not fit either: shorten sequences"
+        GraphNotSupported, match="A keep_ratio 16 times smaller does not fit either: use shorter sequences"
     ):
         chosen(451, strict=True)
 
@@ -77,7 +77,7 @@ def test_where_no_share_fits_that_is_said():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"memory_budget": "8 apples"}, "memory_budget='8 apples': expected bytes, as a number or as text"),
+        ({"memory_budget": "8 apples"}, "memory_budget='8 apples': expected bytes, as an integer or as text"),
         ({"memory_budget": 0}, "memory_budget=0: expected bytes"),
         ({"chunk_bytes": -1}, "chunk_bytes=-1: expected bytes"),
         ({"memory_budget": 5, "inner": "eager"}, "memory_budget=5 has no effect: inner='eager'"),

@@ -169,10 +169,10 @@ def test_what_is_saved_is_near_the_floor(name, recompute):
     report = explained(MODELS[name](), recompute=recompute)
     heads = 2 if name == "grouped heads" else 4
     assert report.rewritten.by_kind()["keys/values"] == 3 * 2 * B * LENGTH * heads * 32 * 4
-    assert report.rewritten.bytes <= 1.15 * report.floor
+    assert report.rewritten.bytes <= 1.15 * report.lower_bound
     assert not report.rewritten.unexplained
     if recompute == "rows":
-        assert report.floor == report.rewritten.by_kind()["keys/values"] + (3 + 1) * B * report.kept * WIDTH * 4
+        assert report.lower_bound == report.rewritten.by_kind()["keys/values"] + (3 + 1) * B * report.kept * WIDTH * 4
 
 
 def test_no_block_holds_what_keys_alone_give_to_the_scores_of_all_tokens():
@@ -197,7 +197,7 @@ def test_by_default_the_last_blocks_are_kept_that_fit_into_what_the_forward_of_a
     report = explained(llama(2), chunk_bytes=chunk_bytes)
     saved = [each.rewritten.by_kind()["rows"] for each in (rows, report, none)]
     assert saved[0] + blocks * (saved[2] - saved[0]) / 3 == pytest.approx(saved[1], rel=0.02)
-    assert none.forwards <= report.forwards <= rows.forwards and report.rewritten.bytes <= 1.15 * report.floor
+    assert none.forwards <= report.forwards <= rows.forwards and report.rewritten.bytes <= 1.15 * report.lower_bound
 
 
 @pytest.mark.parametrize("blocks", [slow(0), 1, slow(2), slow(3)])
@@ -306,7 +306,7 @@ def test_rounded_keys_and_values_do_not_blow_the_gradient_up_where_scores_are_la
 def test_keys_and_values_in_8_bits_take_a_byte_each_and_a_scale_for_each_head():
     report = explained(gpt2(), kv="fp8")
     assert report.rewritten.by_kind()["keys/values"] == 3 * 2 * (B * LENGTH * WIDTH + B * 4 * 4)
-    assert report.rewritten.bytes <= 1.15 * report.floor
+    assert report.rewritten.bytes <= 1.15 * report.lower_bound
 
 
 @pytest.mark.parametrize("kv", ["keep", "fp8", "recompute"])
@@ -423,7 +423,7 @@ def test_the_inputs_of_blocks_are_kept_where_they_take_less_than_keys_and_values
     assert report.recomputed_kv == (
         0 if grouped else 3
     ) and f"recomputed for {report.recomputed_kv} of 3 attentions" in str(report)
-    assert report.rewritten.bytes <= 1.15 * report.floor and not report.rewritten.unexplained
+    assert report.rewritten.bytes <= 1.15 * report.lower_bound and not report.rewritten.unexplained
 
 
 def test_the_forward_of_all_tokens_hands_no_keys_and_values_to_blocks_that_make_them():

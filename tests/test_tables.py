@@ -12,43 +12,43 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import estimate  # noqa: E402
-import floor  # noqa: E402
 import gpus  # noqa: E402
+import lower_bound  # noqa: E402
 
-FLOOR, ESTIMATE, GPUS = (
-    json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in ("floor", "estimate", "gpus")
+BOUND, ESTIMATE, GPUS = (
+    json.loads((ROOT / f"benchmarks/results/{name}.json").read_text()) for name in ("lower_bound", "estimate", "gpus")
 )
 
 
 @pytest.mark.parametrize(
     ("page", "table"),
     [
-        ("memory", floor.markdown(FLOOR["results"])),
+        ("memory", lower_bound.markdown(BOUND["results"])),
         ("memory", estimate.markdown(ESTIMATE["results"])),
         ("memory", gpus.markdown(GPUS["results"])),
         ("memory", gpus.markdown_of_step(GPUS["step"])),
     ],
-    ids=["floor", "estimate", "gpus", "step"],
+    ids=["lower bound", "estimate", "gpus", "step"],
 )
 def test_the_page_shows_the_committed_run(page, table):
     assert table in (ROOT / f"docs/{page}.md").read_text()
 
 
 @pytest.mark.parametrize(
-    ("page", "settings"), [("memory", FLOOR["settings"]), ("memory", GPUS["settings"])], ids=["floor", "gpus"]
+    ("page", "settings"), [("memory", BOUND["settings"]), ("memory", GPUS["settings"])], ids=["lower bound", "gpus"]
 )
 def test_the_page_says_what_was_set(page, settings):
     assert " ".join(settings.split()) in " ".join((ROOT / f"docs/{page}.md").read_text().split())
 
 
-def test_no_more_than_15_percent_above_the_floor_is_saved():
-    assert len(FLOOR["results"]) == len(floor.ARCHITECTURES) * len(floor.WAYS)
-    assert not floor.above(FLOOR["results"])
+def test_no_more_than_15_percent_above_the_lower_bound_is_saved():
+    assert len(BOUND["results"]) == len(lower_bound.ARCHITECTURES) * len(lower_bound.WAYS)
+    assert not lower_bound.above(BOUND["results"])
 
 
 def test_what_is_above_is_seen():
-    more = [{**result, "saved": 2 * result["floor"]} for result in FLOOR["results"]]
-    assert len(floor.above(more)) == len(more)
+    more = [{**result, "saved": 2 * result["lower_bound"]} for result in BOUND["results"]]
+    assert len(lower_bound.above(more)) == len(more)
 
 
 def test_estimates_are_within_10_percent_of_what_was_measured():

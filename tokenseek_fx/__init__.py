@@ -1,6 +1,6 @@
 """tokenseek-fx: fine-tune any transformer on the tokens that matter, by rewriting its graph.
 
-Names are imported where they are first used, so that ``import tokenseek_fx`` costs next to nothing beside ``import torch``.
+Names are imported where they are first used, so that ``import tokenseek_fx`` takes little time after ``import torch``.
 """
 
 from __future__ import annotations

@@ -32,14 +32,15 @@ from .variants import Variants
 from .warnings import TokenSeekWarning
 
 Passed = tuple[tuple[int, RowPlace], ...]
-#: Without a backward to save it for, Inductor inlines the residual stream into its readers layer after layer: other
-#: kernels for every layer to compile, and the outputs of several layers alive at once (docs/design/0001).
+#: In a graph without backward, Inductor inlines the residual stream into its readers, layer after layer. Then every
+#: layer needs kernels of its own, and the outputs of several layers are alive at once (docs/design/0001).
 _REWRITTEN = {"realize_reads_threshold": 1}
 
-_GIVE = "give every part the same rows: `with tokenseek_fx.selecting(indices): ...`"
-_SPLIT = f'Find the cause with torch.compile(model, backend="tokenseek", fullgraph=True), or {_GIVE}.'
+_SELECT = "select the same rows for all fragments: `with tokenseek_fx.selecting(indices): ...`"
+_SPLIT = f'Find the cause with torch.compile(model, backend="tokenseek", fullgraph=True), or {_SELECT}.'
 _SHARDED = (
-    f"FSDP2 gathers every sharded block by hooks. Shard the model as one unit, by fully_shard(model) alone, or {_GIVE}."
+    "FSDP2 gathers every sharded block by hooks. Shard the model as one unit, with fully_shard(model) only, or "
+    f"{_SELECT}."
 )
 
 compat.ignore_logging_in_forward()
@@ -48,15 +49,24 @@ compat.ignore_logging_in_forward()
 def tokenseek(
     gm: fx.GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
 ) -> Compiled:
-    """The Dynamo backend registered as ``"tokenseek"``. ``options``: the fields of ``Config``."""
+    """The Dynamo backend registered as ``"tokenseek"``. ``options``: fields of ``Config``. ``mode``: Inductor's mode.
+
+    Raises:
+        ConfigError: an option is unknown or invalid.
+        GraphNotSupported: the graph can't be rewritten exactly, and the option ``strict`` is set.
+    """
     return compile_graph(gm, inputs, Config.from_options(options, mode))
 
 
 def backend(config: Config | None = None) -> Callable[[fx.GraphModule, Sequence[Any]], Compiled]:
-    """The backend as a callable, for ``torch.compile(model, backend=tokenseek_fx.backend(Config(...)))``."""
+    """The backend as a callable, for ``torch.compile(model, backend=tokenseek_fx.backend(Config(...)))``.
+
+    Raises:
+        ConfigError: ``config`` is not a ``Config``.
+    """
     if not isinstance(config, Config | None):
         raise ConfigError(
-            f"backend(...) is given a {type(config).__name__}: expected a Config. Options as a dict go to "
+            f"backend(...) got a {type(config).__name__}: expected a Config. Pass a dict of options to "
             'torch.compile(model, backend="tokenseek", options={...}).'
         )
     chosen = config or Config()
@@ -64,11 +74,11 @@ def backend(config: Config | None = None) -> Callable[[fx.GraphModule, Sequence[
 
 
 def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Compiled:
-    """Compile one graph of Dynamo: as it is where nothing is trained, else to train on rows of its own choice, or on those given.
+    """Compile one graph of Dynamo: unchanged if nothing is trained, else to train on chosen or given rows.
 
     Raises:
-        GraphNotSupported: the graph can't be rewritten exactly and ``config.strict``.
-        ConfigError: an option has no effect, or the scorer fails.
+        GraphNotSupported: the graph can't be rewritten exactly, and ``config.strict`` is set.
+        ConfigError: an option has no effect, the scorer fails, or the model is compiled twice.
     """
     _refuse_second_compile()
     if not trains(inputs):
@@ -79,12 +89,12 @@ def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> 
 
 
 class Trained:
-    """A compiled training graph: for rows of its own choice, or (under ``selecting``) for given ones, each when it is needed."""
+    """A compiled training graph. It compiles lazily: for chosen rows and, under ``selecting``, for given rows."""
 
     def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> None:
         self.gm, self.config, self.examples = gm, config, fake_inputs(gm, inputs)
         self.continued, self.split = _is_continued(inputs), split_at(gm)
-        #: other graphs, or plain Python, may compute something of the model before or after this one
+        #: the graph is a fragment of the model: other graphs, or plain Python, may run before or after it
         self.is_fragment = self.split is not None or any(map(is_activation, inputs))
         self.own = self._compile_own(inputs) if given() is None else Variants(self.examples, self._compile_own)
         self.with_rows: dict[Any, Variants] = {}
@@ -97,7 +107,7 @@ class Trained:
         passed = () if self.attends else rows.passed(args)
         try:
             return self._variants(len(rows.tensors), passed)(*args, *rows.tensors)
-        except NoAttention:  # only what other parts passed tells the tokens
+        except NoAttention:  # the token axis is known only from values that other fragments passed
             self.attends = False
             return self(*args)
 
@@ -113,7 +123,7 @@ class Trained:
         return _compile_own(self.gm, inputs, self.config, self.split)
 
     def _compile_with_rows(self, inputs: Sequence[Any], count: int, passed: Passed) -> Compiled:
-        """The graph for given rows, the last ``count`` inputs; as it is where that is right for any rows.
+        """The graph for given rows, which are the last ``count`` inputs; unchanged if that is exact for any rows.
 
         Raises:
             GraphNotSupported: the graph can't be rewritten exactly.
@@ -140,7 +150,7 @@ class Trained:
 def _compile_own(
     gm: fx.GraphModule, inputs: Sequence[Any], config: Config, split: GraphNotSupported | None
 ) -> Compiled:
-    """The graph for rows of its own choice, or as it is where it can't be rewritten."""
+    """The graph compiled to choose its rows; unchanged, with a warning, if it can't be rewritten."""
     compile_inner = inner_compiler(config)
     try:
         if split is not None:
@@ -174,7 +184,7 @@ def compile_segments(program: Program, config: Config) -> Segments:
 def _compiled_segment(
     segment: fx.GraphModule, inputs: Sequence[Any], config: Config, kv: KVMode, recompute: bool
 ) -> Compiled:
-    """A segment; ``recompute``: backward recomputes its forward."""
+    """Compile a segment. ``recompute``: backward recomputes its forward."""
     partition = partition_of(segment, inputs, recompute, kv)
     if config.inner == "aot_eager":
         return compat.aot_eager(partition)(segment, inputs)
@@ -185,58 +195,59 @@ def _compiled_segment(
 def inner_compiler(
     config: Config, defaults: Mapping[str, Any] | None = None
 ) -> Callable[[fx.GraphModule, Sequence[Any]], Compiled]:
-    """What compiles a graph to code; ``defaults`` are Inductor options that the user's go before."""
+    """The inner compiler. ``defaults``: Inductor options that the user's options override."""
     if config.inner == "inductor":
         return compat.inductor(config.mode, {**(defaults or {}), **(config.inductor_options or {})})
     return lookup_backend(config.inner)  # type: ignore[return-value]
 
 
 def trains(inputs: Sequence[Any]) -> bool:
-    """True when a graph is compiled for training: gradients are on and some input requires one."""
+    """True if a graph is compiled for training: gradients are enabled and some input requires one."""
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
 
 
 def _is_continued(inputs: Sequence[Any]) -> bool:
-    """True for the rest of a model that Dynamo split, which was reported with its first part."""
+    """True for the rest of a model that Dynamo split; the warning was given for its first fragment."""
     return any(map(is_activation, inputs)) and compat.continues_a_split_model()
 
 
 def refuse_fragment(program: Program, inputs: Sequence[Any]) -> None:
-    """Raise ``GraphNotSupported`` for a compiled part of a model: a block between others would choose tokens of its own."""
+    """Raise ``GraphNotSupported`` for a fragment of a model: it would choose tokens of its own."""
     if not program[Activity].losses and any(map(is_activation, inputs)):
         raise GraphNotSupported(
-            "The compiled module is a part of a model: what it gets carries gradient and it returns no loss, so it would "
-            "cut the gradient of the others at tokens of its own choice.",
-            f"Compile the whole model, or {_GIVE}, for instance those of tokenseek_fx.seek(model, **batch).",
+            "The compiled module is a fragment of a model: an input carries gradient and it returns no loss. It would "
+            "choose its own tokens and cut the gradient of the other fragments there.",
+            f"Compile the whole model, or {_SELECT}, for example those of tokenseek_fx.seek(model, **batch).",
         )
 
 
 def _refuse_second_compile() -> None:
     if compat.compiled_twice():
         raise ConfigError(
-            "The model is compiled twice: model.compile(...) compiles it, and torch.compile(model, ...) around it has no "
-            "effect. Use one of them; calling model.compile(...) again replaces its options."
+            "The model is compiled twice: after model.compile(...), torch.compile(model, ...) has no effect. "
+            "Use one of them; another model.compile(...) replaces the options."
         )
 
 
 def split_at(gm: fx.GraphModule) -> GraphNotSupported | None:
-    """What is wrong with a part of a model that Dynamo splits; to be asked while Dynamo compiles it."""
+    """The error for a fragment of a model that Dynamo splits, or ``None``. Call it while Dynamo compiles the graph."""
     if outer := compat.module_outside():
         return GraphNotSupported(
-            f"Dynamo runs the forward of {type(outer).__name__} as plain Python, and a part of a model can't be rewritten.",
+            f"Dynamo runs the forward of {type(outer).__name__} as plain Python, and a fragment of a model can't be "
+            "rewritten.",
             _SHARDED if compat.is_sharded(outer) else _SPLIT,
         )
     if found := compat.graph_break(gm):
         reason, file, line = found
         return GraphNotSupported(
-            f"Dynamo split the model at {file}:{line} ({reason}), and a part of a model can't be rewritten.",
+            f"Dynamo split the model at {file}:{line} ({reason}), and a fragment of a model can't be rewritten.",
             _SPLIT,
         )
     return None
 
 
 def refuse_split(gm: fx.GraphModule) -> None:
-    """Raise ``GraphNotSupported`` for a part of a model that Dynamo splits."""
+    """Raise ``GraphNotSupported`` for a fragment of a model that Dynamo splits."""
     if (error := split_at(gm)) is not None:
         raise error
 
@@ -252,9 +263,9 @@ def _warn(gm: fx.GraphModule, error: Exception) -> None:
 
 def _warn_of_limit(limit: int) -> None:
     warnings.warn(
-        f"tokenseek: Dynamo compiled this forward {limit} times, its recompile limit: what no compiled graph fits will run as plain "
-        "PyTorch, without token selection. Compile with dynamic=True, pad to fewer lengths, or raise "
-        "torch._dynamo.config.recompile_limit.",
+        f"tokenseek: Dynamo compiled this forward {limit} times, its recompile limit. Inputs that fit no compiled "
+        "graph will run as plain PyTorch, without token selection. Compile with dynamic=True, pad to fewer lengths, or "
+        "raise torch._dynamo.config.recompile_limit.",
         TokenSeekWarning,
         stacklevel=2,
     )

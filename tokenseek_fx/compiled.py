@@ -1,4 +1,4 @@
-"""Compiled graphs as Dynamo calls them: what they take and return beside the inputs and outputs of the model."""
+"""Compiled graphs as Dynamo calls them: they take noise or given rows, and record the selection."""
 
 from __future__ import annotations
 
@@ -67,19 +67,23 @@ class WithRows:
         return outputs
 
     def _check_passed(self, rows: Given, inputs: Sequence[Any]) -> None:
-        """Other parts agree on the token axis; one without attention works by rows along it."""
+        """Raise ``GraphNotSupported`` if fragments before this one used another token axis or mixed tokens."""
         for x, place in zip(inputs, self.inputs, strict=True):
             if isinstance(x, Tensor) and rows.places.get(x, place) != place:
-                raise GraphNotSupported("The token axis of a part of the model is not the one of the parts before it.")
+                raise GraphNotSupported("The token axis of a fragment differs from that of the fragments before it.")
             if isinstance(x, Tensor) and x in rows.parallel and (not place or place[1] not in rows.parallel[x]):
                 raise GraphNotSupported(
-                    "A part of the model before its first attention mixes tokens, or does so for all that is known.",
+                    "A fragment before the first attention of the model mixes tokens, or may do so.",
                     "Compile it together with the first attention.",
                 )
 
 
 def check_rows(program: Program, sizes: tuple[int, int]) -> Given:
-    """The given rows, which fit a batch of these sizes."""
+    """The given rows, after checking that they fit a batch of ``sizes`` (sequences, tokens).
+
+    Raises:
+        SelectionError: they don't fit.
+    """
     rows = given()
     assert rows is not None and program[Activity] is not None
     rows.check_fits(*sizes, program[Activity].trainable[0].meta["val"].device)
@@ -108,7 +112,7 @@ class RowWise:
 
 
 class KeepAll:
-    """The plain graph where every token is kept: the rewrite would only repeat it."""
+    """The plain graph, for selections that keep every token."""
 
     def __init__(self, compiled: Compiled, program: Program) -> None:
         self.compiled, self.device = compiled, device_of(program)
@@ -121,7 +125,7 @@ class KeepAll:
         return self.compiled(*args)
 
     def selection(self, args: Sequence[Any]) -> list[dict[str, Tensor]]:
-        """Every token, by the fields of ``Selection``, of every token axis."""
+        """All tokens, as fields of ``Selection`` by name, for each token axis."""
         first, *others = (self._everything(*shape(args)) for shape in self.shapes)
         return [{**first, **self.instances(args)}, *others]
 
@@ -131,13 +135,16 @@ class KeepAll:
 
 
 def selections_of(program: Program, values: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-    """What a rewritten graph returns of its selections, by name, for every token axis."""
-    told = iter(values)
-    return [{name: next(told) for name in names} for names in program[Rewrite].names]
+    """The selections that a rewritten graph returned (its last outputs): fields by name, for each token axis."""
+    outputs = iter(values)
+    return [{name: next(outputs) for name in names} for names in program[Rewrite].names]
 
 
 def fingerprints(program: Program) -> Callable[[Sequence[Any]], dict[str, torch.Tensor]]:
-    """What names the sequences of a call by their token ids: ``{"instances": [B] int64}``, or nothing without ids."""
+    """A function of a call's arguments that hashes each sequence's token ids.
+
+    It returns ``{"instances": int64 [B]}``, or ``{}`` if no input holds token ids.
+    """
     axes = program[TokenAxes]
     layout = (axes.main.batch, axes.main.token)
     places = [i for i, node in enumerate(program.placeholders) if is_tensor(node) and axes.of(node) == layout]
@@ -148,14 +155,14 @@ def fingerprints(program: Program) -> Callable[[Sequence[Any]], dict[str, torch.
 
 
 def _hashed(ids: torch.Tensor, salt: int) -> torch.Tensor:
-    """One number per row of [B, T]; integer arithmetic wraps around."""
+    """A hash of each row of int64 [B, T]: int64 [B]. Integer arithmetic wraps around."""
     place = torch.arange(1, ids.shape[1] + 1, device=ids.device)
     mixed = (ids + 1 + salt) * 0x9E3779B97F4A7C1 + place * 0x1F83D9ABFB41BD6
     return ((mixed ^ (mixed >> 29)) * 0x3C6EF372FE94F82).sum(-1)
 
 
 def noise_for(program: Program, seed: int | None) -> Callable[[Sequence[Any]], tuple[torch.Tensor, ...]]:
-    """What draws the noise of the scorers, uniform float32 [B, T] for each, for a call with given arguments."""
+    """A function of a call's arguments that draws the scorers' noise: for each scorer, uniform float32 [B, T]."""
     shapes = [runtime_sizes(program, program[TokenAxes].tokens[i]) for i in program[Rewrite].noisy]
     device = device_of(program)
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
@@ -164,11 +171,12 @@ def noise_for(program: Program, seed: int | None) -> Callable[[Sequence[Any]], t
 
 def unknown_tokens(what: str) -> GraphNotSupported:
     return GraphNotSupported(
-        f"A part of the model has {what}, but neither an attention nor an input from a part that has one, so its tokens are not known.",
-        "Compile it together with the last attention, or leave it uncompiled and compute the loss of the given rows.",
+        f"A fragment of the model has {what}, but no attention, and no input from a fragment that has one, so its "
+        "token axis is not known.",
+        "Compile it together with the last attention, or leave it uncompiled and compute the loss on the given rows.",
     )
 
 
 def is_activation(value: Any) -> bool:
-    """True for what another graph, or plain Python, has computed with gradient."""
+    """True for a tensor with gradient that another graph, or plain Python, computed."""
     return isinstance(value, Tensor) and value.requires_grad and not value.is_leaf

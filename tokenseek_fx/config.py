@@ -36,51 +36,69 @@ _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagra
 
 @dataclass(frozen=True)
 class Config:
-    """Options of ``torch.compile(model, backend="tokenseek", options={...})``; bad ones raise ``ConfigError``.
+    """Options of ``torch.compile(model, backend="tokenseek", options={...})``.
+
+    The first paragraph of each entry is its line in the table of docs/backend.md (``tests/generated.py``).
 
     Args:
-        keep_ratio: share of the tokens of every sequence that are trained on, 0 < r <= 1; k = ceil(keep_ratio * T). A list
-            gives one for every token axis, first that of the loss (of an encoder-decoder: decoder, encoder).
-        keep_tokens: the number k itself, instead of ``keep_ratio`` (all tokens where a sequence is shorter).
-        scorer: a scorer's name (default chosen by the study in docs/when-to-use.md), or a function ``ScoreInputs -> scores [B, T]``.
-        alpha: factor in TokenSeek's score ``alpha log(attention received) + beta minmax(gradient)``.
-        beta: factor of the gradient in it.
-        attention_layers: the attentions that count: "last", "first", "all", or a list of numbers (negative: from the end).
-        gradient_of: where the gradient is taken: "last_block" (its input) or "head" (the input of the head; cheaper).
-        select: "topk" keeps the highest scores; "sample" draws with probability by score and weights the loss by inverse
-            inclusion probability, so that its expectation is the full loss; ``None``: what the scorer's scores are made for,
-            "sample" for "loss" and "gradient", "topk" for the others and where no loss is one over tokens.
-        mix: share of the draw that is uniform over labelled tokens ("sample"), 0 <= mix <= 1.
-        weight_clip: the largest weight of a drawn token ("sample"), at least 1.
-        labelled_first: share of the kept tokens that labelled tokens get first, 0 to 1.
-        keep_label: where no kept token of a sequence has a label, the best labelled one replaces the worst.
-        pinned: positions that are always kept (negative: from the end). Those that a classification head reads are
-            found by themselves.
-        kv_grad: "selected" cuts keys and values of the other tokens; "all" keeps their own projections live (costs the
-            input of every block).
-        recompute: what of the kept rows is computed again in backward: "none"; "rows", everything but the rows that enter each
-            block and the head (costs one more forward of the kept rows); or bytes to save at most, a number or "64MiB":
-            as many blocks are computed again as that takes. ``None``: what ``memory_budget`` asks for, else "rows" for all blocks
-            but the last ones that fit into ``3 * chunk_bytes``, where the forward of all tokens goes in chunks and so holds as
-            much for a moment (less where the gradient of the head's weight takes more than a chunk).
-        kv: keys and values of all tokens until the backward: "keep"; "recompute", they are made again, in the forward of the kept
-            rows and in their backward, from what takes fewer bytes, where there is that (the input of a block, for as many key
-            heads as query heads); "offload", in pinned host memory (on a GPU); "fp8", in 8 bits (the loss is exact, the gradient
-            approximate).
-        chunk_bytes: what a value that the forward of all tokens makes on its way may take, a number or "32MiB": it goes through a
-            block's projections and MLP in chunks of so many tokens. ``None``: 12 MiB on a CPU, 256 MiB on a GPU.
-        memory_budget: what forward and backward may hold beside parameters, gradients and optimizer states that are there
-            before, in bytes or as "8GiB": what it takes of ``recompute``, ``chunk_bytes`` and ``kv`` is chosen at compile time,
-            by estimates.
-        report_loss: "full" returns the loss of all tokens, "kept" that of the kept ones; ``None``: the full one where the
-            scores need it anyway. The gradient is that of the kept tokens.
-        inner: what compiles the rewritten graph: "inductor", "aot_eager" or "eager".
-        logits: "keep" returns the logits of all tokens (without gradient) beside the loss; "drop" returns them with length 0 and
-            never builds them.
-        strict: raise ``GraphNotSupported`` where the model can't be rewritten, instead of compiling it as it is.
-        seed: seed of the scorer's noise, apart from torch's generator (None: torch's own generator).
-        mode: Inductor's mode, as for ``torch.compile``.
-        inductor_options: Inductor's options, as for ``torch.compile(options=...)``.
+        keep_ratio: Share of the tokens of each sequence to train on, 0 < r <= 1; k = ceil(r T), exact for the decimal
+            as written. A list has one ratio for each token axis, the loss's axis first (of an encoder-decoder: decoder,
+            encoder).
+        keep_tokens: The number k of tokens to train on, instead of ``keep_ratio``; all tokens if a sequence is shorter.
+        scorer: A name, or a function ``ScoreInputs -> scores [B, T]``.
+        alpha: Factor of ``log I1`` (attention received) in the score of ``tokenseek``, >= 0.
+        beta: Factor of ``minmax I2`` (gradient) in the score of ``tokenseek``, >= 0.
+        attention_layers: The attentions whose weights are scored: "last", "first", "all", or a list of numbers
+            (negative: from the end).
+        gradient_of: Where the gradient is taken: "last_block", at the input of the last block; "head", at the input of
+            the head, which is cheaper.
+        select: How tokens are chosen by their scores: "topk" or "sample". ``None``: "sample" for the scorers ``loss``
+            and ``gradient`` if the loss is over tokens, else "topk".
+
+            "topk" keeps the highest scores. "sample" draws tokens with probability by score and weights their losses by
+            the inverse inclusion probability, so that the expected loss is the loss of all tokens.
+        mix: Share of the uniform distribution over labelled tokens in the probabilities of "sample", 0 to 1.
+        weight_clip: Largest weight of a drawn token in "sample", >= 1.
+        labelled_first: Share of the kept tokens that is given to labelled tokens first, 0 to 1.
+        keep_label: Keep at least one labelled token of every sequence that has any.
+
+            If none of the chosen tokens has a label, the labelled token with the highest score replaces the chosen
+            token with the lowest.
+        pinned: Positions that are always kept (negative: from the end). The positions that a classification head reads
+            are found automatically.
+        kv_grad: "selected" cuts the gradient through keys and values of tokens that are not kept; "all" keeps the
+            gradient of the projections that compute them, at the cost of saving the input of every block.
+        recompute: What backward recomputes of the kept rows: "none"; "rows", every block from its input rows; or a
+            limit on the saved bytes, a number or "64MiB". ``None``: what ``memory_budget`` requires, else "rows" except
+            for the last blocks, whose values fit in memory that chunked prefill needs anyway.
+
+            "rows" costs a second forward of the kept rows. With a limit, as few of the first blocks are recomputed as
+            needed. ``None`` keeps the last blocks whose values fit in ``3 * chunk_bytes`` if the prefill runs in chunks
+            (in less if the gradient of the head's weight takes more than a chunk).
+        kv: What is kept of the keys and values of all tokens until backward: "keep", all of it; "recompute", smaller
+            values that they are recomputed from; "offload", copies in host memory (on a GPU); "fp8", copies in 8 bits.
+
+            "recompute" computes keys and values again in the forward of the kept rows and in its backward, if there are
+            smaller values to compute them from: mostly the input of a block with as many key heads as query heads. With
+            "fp8" the loss is exact and the gradient is approximate.
+        chunk_bytes: Limit on the bytes of an intermediate value in the forward of all tokens, a number or "32MiB": the
+            tokens go through projections and MLP of a block in chunks. ``None``: 12 MiB on a CPU, 256 MiB on a GPU.
+        memory_budget: Limit on the bytes that forward and backward may hold beside parameters, gradients and optimizer
+            states that exist before, a number or "8GiB". ``recompute``, ``chunk_bytes`` and ``kv`` are chosen for it at
+            compile time, by estimates, unless they are set.
+        report_loss: The value of the returned loss: "full", the loss of all tokens; "kept", that of the kept ones.
+            ``None``: "full" if the scorer needs it anyway. The gradient is always that of the kept tokens.
+        inner: The compiler of the rewritten graph: "inductor", "aot_eager" or "eager".
+        logits: "keep" returns the logits of all tokens, without gradient if the model computes a loss; "drop" returns
+            them with length 0 and never builds them.
+        strict: Raise ``GraphNotSupported`` if the graph can't be rewritten, instead of compiling it without token
+            selection.
+        seed: Seed of a separate generator for the scorers' noise. ``None``: torch's default generator.
+        mode: Inductor's ``mode``, as in ``torch.compile``.
+        inductor_options: Inductor's options by name, as in ``torch.compile(options=...)``.
+
+    Raises:
+        ConfigError: a value is invalid, or an option has no effect.
 
     >>> Config(keep_ratio=0.25, scorer="strided").keep_ratio
     0.25
@@ -128,7 +146,7 @@ class Config:
             _check_recompute(self.recompute)
         for name in ("memory_budget", "chunk_bytes"):
             if (amount := getattr(self, name)) is not None and (bytes_in(amount) or 0) < 1:
-                raise ConfigError(f"{name}={amount!r}: expected bytes, as a number or as text ('8GiB').")
+                raise ConfigError(f"{name}={amount!r}: expected bytes, as an integer or as text ('8GiB').")
         for name in ("strict", "keep_label"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected True or False.")
@@ -139,7 +157,7 @@ class Config:
 
     @classmethod
     def paper(cls, **options: Any) -> Config:
-        """The recipe of the TokenSeek paper: the 10 % of the tokens with the highest ``log I1 + minmax I2``, loss over them.
+        """The recipe of the TokenSeek paper: loss over the 10 % of the tokens with the highest ``log I1 + minmax I2``.
 
         >>> Config.paper(logits="drop").select
         'topk'
@@ -161,10 +179,15 @@ class Config:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None = None, mode: str | None = None) -> Config:
-        """A config from the ``options`` and ``mode`` of ``torch.compile``."""
+        """A config from the ``options`` and ``mode`` of ``torch.compile``.
+
+        Raises:
+            ConfigError: an option is unknown or invalid, or ``options`` is not a mapping.
+        """
         if not isinstance(options, Mapping | None):
             raise ConfigError(
-                f"options is a {type(options).__name__}: expected a dict. A Config goes to backend=tokenseek_fx.backend(config)."
+                f"options is a {type(options).__name__}: expected a dict. Pass a Config as "
+                "backend=tokenseek_fx.backend(config)."
             )
         options = dict(options or {})
         for name in options:
@@ -176,7 +199,7 @@ class Config:
 
     @property
     def scoring(self) -> Scorer:
-        """The scorer itself."""
+        """The scorer as a function, with ``alpha`` and ``beta`` set."""
         if not isinstance(self.scorer, str):
             return self.scorer
         return scorer_named(self.scorer, {"alpha": self.alpha, "beta": self.beta})
@@ -187,7 +210,7 @@ class Config:
         is_fragment: bool = False,
         passed: Sequence[tuple[int, RowPlace]] = (),
     ) -> Plan:
-        """What is done with a graph (``passes.Plan``). ``given``, ``is_fragment``, ``passed``: as there."""
+        """What is done with a graph. ``given``, ``is_fragment``, ``passed``: as in ``passes.Plan``."""
         layers = self.attention_layers
         ratios = self.keep_ratio if isinstance(self.keep_ratio, Sequence) else (self.keep_ratio,)
         return Plan(
@@ -228,7 +251,7 @@ class Config:
         elif not _is_int(count) or count < 1:
             raise ConfigError(f"keep_tokens={count!r}: expected an integer of at least 1.")
         elif ratio not in (None, type(self).keep_ratio):
-            raise ConfigError(f"keep_ratio={ratio!r} and keep_tokens={count!r}: give one of them.")
+            raise ConfigError(f"keep_ratio={ratio!r} and keep_tokens={count!r}: set only one of them.")
 
     def _check_numbers(self) -> None:
         limits = {
@@ -244,7 +267,7 @@ class Config:
                 limit = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
                 raise ConfigError(f"{name}={value!r}: expected a number {limit}.")
         if self.alpha == self.beta == 0:
-            raise ConfigError("alpha=0 and beta=0: nothing is left of the score; give one of them.")
+            raise ConfigError("alpha=0 and beta=0: the score has no terms; set one of them above 0.")
 
     def _check_positions(self) -> None:
         if isinstance(self.attention_layers, str):
@@ -267,20 +290,20 @@ class Config:
                 raise ConfigError(f"inductor_options: unknown Inductor option {name!r}.{_nearest(name, known)}")
 
     def _check_effect(self) -> None:
-        """An option that is given but that nothing reads is a mistake."""
+        """Raise ``ConfigError`` for an option that is set but has no effect."""
         given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
         for name, reason in self._without_effect(given):
             raise ConfigError(f"{name}={getattr(self, name)!r} has no effect: {reason}.")
 
     def _without_effect(self, given: set[str]) -> Iterator[tuple[str, str]]:
-        """Those of the given options that have no effect, and why."""
+        """The set options that have no effect, and why."""
         if self.inner != "inductor":
             inductors = ("mode", "inductor_options", "memory_budget")
             yield from ((name, f"inner={self.inner!r}") for name in inductors if name in given)
         if self.inner == "eager":
             yield from ((name, "inner='eager'") for name in ("recompute", "kv") if name in given)
         if "kv" in given and self.kv_grad == "all":
-            yield "kv", "kv_grad='all' keeps the inputs of blocks and makes keys and values of them"
+            yield "kv", "kv_grad='all' saves the inputs of blocks and recomputes keys and values from them"
         for name in given & {"alpha", "beta"}:
             if name not in self._factors():
                 yield name, f"the scorer has no {name}"
@@ -297,7 +320,7 @@ class Config:
 
 
 def bytes_in(amount: Any) -> int | None:
-    """A number of bytes, given as such or as text with a unit; ``None`` for anything else.
+    """A number of bytes, from an integer or from text with a unit; ``None`` for anything else.
 
     >>> bytes_in("1.5GiB"), bytes_in(64), bytes_in("64")
     (1610612736, 64, None)
@@ -311,7 +334,7 @@ def bytes_in(amount: Any) -> int | None:
 def _check_recompute(value: Any) -> None:
     budget = bytes_in(value)
     if value not in _RECOMPUTE and (budget is None or budget < 1):
-        raise ConfigError(f"recompute={value!r}: expected 'none', 'rows', or bytes as a number or as text ('64MiB').")
+        raise ConfigError(f"recompute={value!r}: expected 'none', 'rows', or bytes as an integer or as text ('64MiB').")
 
 
 def _is_int(value: Any) -> bool:

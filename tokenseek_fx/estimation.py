@@ -1,4 +1,4 @@
-"""Estimate: will a training step fit? Answered on fake tensors, for any size of memory, without running the model."""
+"""Estimate: the memory of a training step, computed on fake tensors without running the model."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from .passes.lower.chunks import CHUNK_BYTES
 from .passes.pipeline import ANALYSED, training
 from .planner import within_budget
 
-#: What accelerators are sold with, in units of 10^9 bytes. What they have beyond it is left for the driver and the allocator.
+#: Nominal memory of GPUs in 10^9 bytes. What they have beyond it is left to the driver and the allocator.
 GPUS = (24, 48, 80, 141)
-#: Tensors like the parameter that an optimizer of PyTorch keeps for each.
+#: State of PyTorch's optimizers: tensors of the parameter's size that each parameter has.
 _STATES = {"adamw": 2, "adam": 2, "sgd": 0}
-#: Tensors like the parameter that it makes while it updates one: ``sqrt(v) / c``, its square root and the quotient.
+#: Temporaries of an update: tensors of the parameter's size (the denominator, from ``sqrt(v)``, and the quotient).
 _TEMPORARIES = {"adamw": 2, "adam": 2, "sgd": 0}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -40,10 +40,15 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 class Estimate:
     """Bytes of a training step. ``str()`` of it is the report.
 
-    ``parameters``: with buffers. ``gradients``: of all trainable parameters. ``optimizer``: its states; ``update``: what it needs
-    for itself while it updates. ``inputs``: the batch. ``step``: of the compiled forward and backward with token selection,
-    ``plain``: of ``torch.compile`` on all tokens (``None`` where it was not asked for). ``set_to_none``: gradients are given up
-    before each forward (``optimizer.zero_grad()``), so that they come into being during the backward.
+    Attributes:
+        parameters: parameters and buffers.
+        gradients: gradients of all trainable parameters.
+        optimizer: states of the optimizer.
+        update: temporaries of the optimizer while it updates.
+        inputs: the batch.
+        step: the compiled forward and backward with token selection.
+        plain: the same of ``torch.compile`` on all tokens; ``None`` with ``plain=False``.
+        set_to_none: gradients are freed before each forward (``optimizer.zero_grad()``) and allocated in the backward.
     """
 
     parameters: int
@@ -57,16 +62,16 @@ class Estimate:
 
     @property
     def peak(self) -> int:
-        """The most bytes at a time: of forward, backward and update."""
+        """Peak bytes of a step: the largest of forward, backward and update."""
         return max(self.phases().values())
 
     @property
     def plain_peak(self) -> int | None:
-        """The same with plain ``torch.compile``."""
+        """The same with plain ``torch.compile``; ``None`` if it was not estimated."""
         return max(self.phases(self.plain).values()) if self.plain else None
 
     def phases(self, step: StepMemory | None = None) -> dict[str, int]:
-        """The most bytes at a time in "forward", "backward" and "update", all counted."""
+        """Peak bytes in "forward", "backward" and "update", parameters and states included."""
         step = step or self.step
         always = self.parameters + self.inputs + self.optimizer
         kept = 0 if self.set_to_none else self.gradients
@@ -77,10 +82,10 @@ class Estimate:
         }
 
     def fits(self, size: str | int) -> bool:
-        """Whether the step fits into ``size`` bytes: a number, or text as "24GiB" (2^30) or "24GB" (10^9).
+        """True if the step fits into ``size`` bytes: a number, or text such as "24GiB" (2^30) or "24GB" (10^9).
 
         Raises:
-            ConfigError: the text is no size.
+            ConfigError: ``size`` is invalid.
         """
         return self.peak <= bytes_of(size)
 
@@ -119,17 +124,22 @@ def estimate(
     plain: bool = True,
     set_to_none: bool = True,
 ) -> Estimate:
-    """Estimate the memory of a training step of ``model``. Nothing is computed, and nothing as large as an activation is made.
+    """Estimate the memory of a training step of ``model``. Nothing is computed, and no activation is allocated.
 
-    ``model``: real, on the meta device (``with torch.device("meta")``), or made under a ``FakeTensorMode``. ``device``: what a model that
-    is not on a GPU is estimated for, "cpu" or "cuda". ``batch``: example inputs by name, or the number of sequences, each of
-    ``seq`` tokens, of a model that takes ``input_ids`` and ``labels``. ``options``: those of the backend. ``optimizer``: "adamw",
-    "adam", "sgd", bytes of state for each trainable parameter, or ``None`` for a step without update. ``dtype``: of all floating
-    parameters, where they should be converted first. ``plain``: estimate ``torch.compile`` on all tokens as well.
-    ``set_to_none``: as in ``optimizer.zero_grad``; ``False`` for gradients that stay allocated.
+    Args:
+        model: Real, on the meta device (``with torch.device("meta")``), or created under a ``FakeTensorMode``.
+        batch: Example inputs by name, or the number of sequences for a model that takes ``input_ids`` and ``labels``.
+        seq: Tokens in each sequence, if ``batch`` is a number.
+        options: Fields of ``Config``.
+        optimizer: "adamw", "adam", "sgd", bytes of state for each element of trainable parameters, or ``None`` for a
+            step without update.
+        dtype: Convert floating-point parameters to this dtype first.
+        device: "cpu" or "cuda": the device to estimate for, if the model is not on a GPU.
+        plain: Estimate ``torch.compile`` on all tokens too.
+        set_to_none: As in ``optimizer.zero_grad``; ``False`` if gradients stay allocated.
 
     Raises:
-        ConfigError: a bad argument or option.
+        ConfigError: an argument or option is invalid.
         GraphNotSupported: the model can't be rewritten, or it is not one graph.
 
     >>> estimate(model, batch=8, seq=4096, device="cuda").fits("24GiB")  # doctest: +SKIP
@@ -174,22 +184,22 @@ def estimate(
 
 
 def bytes_of(size: str | int) -> int:
-    """Bytes of a number, or of text as "24GiB" (2^30 each) or "24GB" (10^9 each).
+    """The bytes of a memory size: a number, or text such as "24GiB" (2^30 each) or "24GB" (10^9 each).
 
     Raises:
-        ConfigError: the text is no size.
+        ConfigError: ``size`` is invalid.
 
     >>> bytes_of("1.5KiB")
     1536
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(size))
     if match is None or match[2].upper() not in _UNITS or isinstance(size, bool):
-        raise ConfigError(f"{size!r} is no size of memory: expected bytes, or text as '24GiB' or '24GB'.")
+        raise ConfigError(f"{size!r} is not a memory size: expected bytes, or text such as '24GiB' or '24GB'.")
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def held(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> int:
-    """The most bytes that forward and backward of a graph of Dynamo hold."""
+    """Peak bytes of forward and backward of a graph of Dynamo."""
     mode, examples = examples_of(inputs)
     with tracing(TracingContext(mode)):
         step, _ = _steps(gm, examples, config, plain=False, set_to_none=True)
@@ -202,27 +212,27 @@ def _steps(
     pipeline = training(config.plan())
     program = pipeline.run(Program(gm, tuple(inputs)), until=ANALYSED)
 
-    def as_it_is() -> Any:
+    def unchanged() -> Any:
         return inner_compiler(config)(gm, inputs)
 
     def rewritten() -> Any:
         rewritten = pipeline.run(program)
         return Rewritten(compile_segments(rewritten, config), rewritten, None)
 
-    step = step_memory(as_it_is if config.plan().keeps_all(program) else rewritten, inputs, set_to_none)
-    return step, step_memory(as_it_is, inputs, set_to_none) if plain else None
+    step = step_memory(unchanged if config.plan().keeps_all(program) else rewritten, inputs, set_to_none)
+    return step, step_memory(unchanged, inputs, set_to_none) if plain else None
 
 
 def _checked(config: Config) -> Config:
     if config.inner != "inductor":
         raise ConfigError(
-            f"inner={config.inner!r}: the estimate is read off Inductor's plan, which only inner='inductor' has."
+            f"inner={config.inner!r}: the estimate reads the code that Inductor generates; it needs inner='inductor'."
         )
     return config
 
 
 def _optimizer(optimizer: str | float | None) -> tuple[Any, int]:
-    """Bytes of state of a parameter, and how many tensors like the largest parameter an update makes."""
+    """A function from a parameter to its bytes of state, and the number of temporaries of an update."""
     if isinstance(optimizer, str):
         if optimizer not in _STATES:
             raise ConfigError(
@@ -240,7 +250,7 @@ def _bytes(x: Tensor) -> int:
 
 
 def traceable(model: torch.nn.Module, dtype: torch.dtype | None) -> tuple[torch.nn.Module, FakeTensorMode | None]:
-    """The model itself, or its like made of fake tensors on the CPU where it is on the meta device, fake or to be converted."""
+    """The model, or a copy with fake tensors on the CPU if it is on the meta device, fake or to be converted."""
     values = [*model.parameters(), *model.buffers()]
     if dtype is None and not any(map(_has_no_data, values)):
         return model, None
@@ -261,7 +271,7 @@ def _faked(x: Tensor, mode: FakeTensorMode, dtype: torch.dtype | None = None) ->
 
 
 def examples_of(values: Sequence[Any]) -> tuple[FakeTensorMode, list[Any]]:
-    """Inputs of a graph as fake tensors of these sizes, whatever Dynamo holds for dynamic, in a mode of their own."""
+    """Inputs of a graph as fake tensors with static sizes, also where Dynamo has symbols, and their new mode."""
     mode = FakeTensorMode(shape_env=ShapeEnv())
     return mode, [_example(x, mode) for x in values]
 
@@ -274,7 +284,7 @@ def _example(x: Any, mode: FakeTensorMode) -> Any:
     with mode:
         fake = torch.empty_strided(*_hints(x.shape, x.stride()), dtype=x.dtype, device=x.device)
     if type(x) is Tensor and not x.ndim and x.dtype is torch.float64:
-        fake.constant = x  # a number that Dynamo holds for dynamic (another model of this class had another)
+        fake.constant = x  # a float that Dynamo made an input, as it differed between models of this class
     return (
         torch.nn.Parameter(fake, x.requires_grad)
         if isinstance(x, torch.nn.Parameter)
@@ -290,17 +300,17 @@ def _inputs(model: torch.nn.Module, batch: int | Mapping[str, Any], seq: int | N
     """Example inputs by name."""
     if isinstance(batch, Mapping):
         if seq is not None:
-            raise ConfigError(f"seq={seq!r}: the length is that of the example inputs; give one of them.")
+            raise ConfigError(f"seq={seq!r}: example inputs have a length already; pass one of them.")
         return dict(batch)
     for name, value in {"batch": batch, "seq": seq}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ConfigError(
-                f"{name}={value!r}: expected a number of at least 1, or example inputs by name for batch."
+                f"{name}={value!r}: expected an integer of at least 1, or example inputs by name as batch."
             )
     if missing := {"input_ids", "labels"} - set(inspect.signature(model.forward).parameters):
         raise ConfigError(
-            f"The forward of {type(model).__name__} takes no {' and no '.join(sorted(missing))}: give batch as example inputs "
-            "by name."
+            f"The forward of {type(model).__name__} takes no {' and no '.join(sorted(missing))}: "
+            "pass example inputs by name as batch."
         )
     device = next((x.device for x in model.parameters()), torch.device("cpu"))
     ids = torch.zeros((batch, seq), dtype=torch.long, device=device)
@@ -308,6 +318,7 @@ def _inputs(model: torch.nn.Module, batch: int | Mapping[str, Any], seq: int | N
 
 
 def on_device(inputs: Mapping[str, Any], mode: FakeTensorMode | None) -> dict[str, Any]:
+    """The inputs; with a ``mode`` as fake tensors on the device of ``traceable``'s model."""
     if mode is None:
         return dict(inputs)
     return {name: _faked(x, mode) if isinstance(x, Tensor) else x for name, x in inputs.items()}

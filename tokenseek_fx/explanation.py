@@ -1,4 +1,4 @@
-"""Explain: what the backend would do with a model, before any training."""
+"""Explain: report what the backend would do with a model, before any training."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from .passes.streams.barriers import Barrier
 from .passes.streams.trace import Rewrite
 
 _MIB = 2**20
-#: How often values without a backward are computed in a step, by kind. Recomputed keys and values are computed for the forward of the kept
-#: rows and for their backward.
+#: How often a step computes values that have no backward, by kind. Recomputed keys and values are computed for the
+#: forward of the kept rows and for its backward.
 _WITHOUT_GRADIENT = {
     **dict.fromkeys((None, Kind.SEEK, Kind.KEYS_VALUES, Kind.BLOCK_INPUTS, Kind.SCORING, Kind.SELECT), 1),
     Kind.RECOMPUTED: 2,
@@ -48,14 +48,25 @@ _WITHOUT_GRADIENT = {
 
 @dataclass(frozen=True)
 class Explanation:
-    """What would be done with a model. ``str()`` of it is the report.
+    """What the backend would do with a model. ``str()`` of it is the report; a notebook shows it as tables.
 
-    ``refusal``: why the model would be compiled as it is (the rest is then empty). ``batch``, ``tokens``, ``kept``: of the
-    token axis of the loss; ``others``: (tokens, kept) of further ones. ``forwards``: predicted cost of a
-    training step in units of one forward of the model (training on all tokens costs 3). ``plain``, ``rewritten``: the
-    tensors saved for backward; ``floor``: the bytes that have to be (``passes/floor.py``). ``recomputed_kv``: of how many attentions keys
-    and values are made again instead of kept (``None``: that was not asked for). ``graphs``: the rewritten graph as text,
-    block by block (``passes.show.show_blocks``). A notebook shows it as tables.
+    Attributes:
+        refusal: why the model would be compiled without token selection (all other fields are then empty), or ``None``.
+        batch: number of sequences.
+        tokens: T, the length of the loss's token axis.
+        kept: k, the tokens that are kept of it in each sequence.
+        others: (tokens, kept) of each further token axis.
+        attentions: the attentions that the token axes were found from, with source lines.
+        losses: the operations whose loss becomes that of the kept tokens.
+        row_ops: how many operations of the model with gradient run on the kept rows only, ...
+        live_ops: ... out of this many.
+        barriers: operations that run over all tokens.
+        plain: the tensors that plain ``torch.compile`` saves for backward.
+        rewritten: the tensors that the rewritten graph saves for backward.
+        lower_bound: the least bytes that the rewritten graph has to save (``passes/memory/lower_bound.py``).
+        recomputed_kv: for how many attentions keys and values are recomputed; ``None`` without ``kv="recompute"``.
+        forwards: predicted cost of a training step, in forwards of the model (training on all tokens costs 3).
+        graphs: the rewritten graph as text, block by block (``passes.show.show_blocks``).
     """
 
     refusal: str | None = None
@@ -65,12 +76,12 @@ class Explanation:
     others: tuple[tuple[int, int], ...] = ()
     attentions: tuple[str, ...] = ()
     losses: tuple[str, ...] = ()
-    ditched: int = 0
-    live: int = 0
+    row_ops: int = 0
+    live_ops: int = 0
     barriers: tuple[Barrier, ...] = ()
     plain: Audit = field(default_factory=lambda: Audit(()))
     rewritten: Audit = field(default_factory=lambda: Audit(()))
-    floor: int = 0
+    lower_bound: int = 0
     recomputed_kv: int | None = None
     forwards: float = 3.0
     graphs: tuple[str, ...] = field(default=(), repr=False)
@@ -86,22 +97,22 @@ class Explanation:
         return explanation_html(self)
 
     def _summary(self) -> list[str]:
-        loss = ", ".join(self.losses) or "outside the graph: outputs in full, gradient through the kept rows"
+        loss = ", ".join(self.losses) or "outside the graph: outputs for all tokens, gradient in the kept rows"
         return [
             f"tokenseek: keeps {self.kept} of {self.tokens} tokens in each of {self.batch} sequences",
             *(f"           and {kept} of {tokens} on a further token axis" for tokens, kept in self.others),
             f"  token axis    T = {self.tokens}, found from {_some(len(self.attentions), 'attention')}:",
             *(f"                {line}" for line in _counted(self.attentions)),
             f"  loss          {loss}",
-            f"  ditched       {self.ditched} of {self.live} operations that carry gradient run on the kept rows only",
-            *self._context(),
+            f"  operations    {self.row_ops} of {self.live_ops} with gradient run on the kept rows only",
+            *self._keys_values(),
             f"  cost          {self.forwards:.2f} forwards a step (3.00 with all tokens)",
         ]
 
-    def _context(self) -> list[str]:
+    def _keys_values(self) -> list[str]:
         if self.recomputed_kv is None:
             return []
-        kept = "" if self.recomputed_kv == len(self.attentions) else ", of the others kept"
+        kept = "" if self.recomputed_kv == len(self.attentions) else ", kept for the others"
         return [
             f"  keys/values   recomputed for {self.recomputed_kv} of {_some(len(self.attentions), 'attention')}{kept}"
         ]
@@ -119,22 +130,20 @@ class Explanation:
         rows = [(kind, self.plain.by_kind().get(kind, 0), self.rewritten.by_kind().get(kind, 0)) for kind in kinds]
         rows.append(("total", self.plain.bytes, self.rewritten.bytes))
         head = "  saved for backward (MiB)     all tokens     tokenseek"
-        floor = f"    {'floor':<22} {'':>13} {self.floor / _MIB:>13.2f}"
-        return [head, *(f"    {kind:<22} {a / _MIB:>13.2f} {b / _MIB:>13.2f}" for kind, a, b in rows), floor]
+        bound = f"    {'lower bound':<22} {'':>13} {self.lower_bound / _MIB:>13.2f}"
+        return [head, *(f"    {kind:<22} {a / _MIB:>13.2f} {b / _MIB:>13.2f}" for kind, a, b in rows), bound]
 
     def _unexplained(self) -> list[str]:
-        return [
-            f"  full length, unexplained: {edge.name} {edge.shape} {edge.place}" for edge in self.rewritten.unexplained
-        ]
+        return [f"  saved for all tokens: {edge.name} {edge.shape} {edge.place}" for edge in self.rewritten.unexplained]
 
 
 def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **inputs: Any) -> Explanation:
-    """Trace ``model(*args, **inputs)`` for training and tell (and print) what the backend would do. Nothing is executed.
+    """Trace ``model(*args, **inputs)`` for training; print and return what the backend would do. Nothing is executed.
 
-    ``options``: those of the backend (``Config``). Returns the ``Explanation`` that is printed.
+    ``options``: fields of ``Config``.
 
     Raises:
-        ConfigError: a bad option, or one that is given as an input of the model.
+        ConfigError: an option is unknown or invalid, or is passed as an input of the model.
 
     >>> explain(model, **batch, options={"keep_ratio": 0.1})  # doctest: +SKIP
     """
@@ -148,11 +157,11 @@ def explain(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | Non
 
 
 def _refuse_options(model: torch.nn.Module, inputs: Mapping[str, Any]) -> None:
-    """A forward that takes any keyword would ignore an option among its inputs, and the default be explained."""
+    """Raise ``ConfigError`` for an option among the inputs. A forward with ``**kwargs`` would ignore it silently."""
     taken = inspect.signature(getattr(model, "_orig_mod", model).forward).parameters
     for name in {f.name for f in fields(Config)} & {*inputs} - {*taken}:
         raise ConfigError(
-            f"{name}={inputs[name]!r} is an option, no input of the model: give it in options={{{name!r}: ...}}."
+            f"{name}={inputs[name]!r} is an option, not an input of the model: pass it in options={{{name!r}: ...}}."
         )
 
 
@@ -162,7 +171,7 @@ def first_graph(
     inputs: Mapping[str, Any],
     look: Callable[[fx.GraphModule, Sequence[Any]], None],
 ) -> None:
-    """Call ``look`` with the first graph that Dynamo traces of ``model(*args, **inputs)``, and its inputs. Nothing is executed."""
+    """Call ``look`` with the first graph, and its inputs, that Dynamo traces of a model. Nothing is executed."""
 
     def seen(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         look(gm, example_inputs)
@@ -178,7 +187,7 @@ def first_graph(
 
 
 class _Stop(Exception):
-    """The graph is known, the model need not run."""
+    """Stops the forward when the graph is known."""
 
 
 def _stop(*args: Any) -> None:
@@ -186,7 +195,11 @@ def _stop(*args: Any) -> None:
 
 
 def explain_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Explanation:
-    """What would be done with a graph of Dynamo."""
+    """What the backend would do with a graph of Dynamo.
+
+    Raises:
+        ConfigError: an option has no effect, or the scorer fails.
+    """
     if not trains(inputs):
         return Explanation("Nothing requires grad.")
     try:
@@ -222,12 +235,12 @@ def _described(plain: Program, rewritten: Program, plan: Plan) -> Explanation:
         others=tuple(zip(lengths[1:], kept[1:], strict=True)),
         attentions=tuple(f"{a.node.target} {source_line(a.node)}" for a in plain[TokenAxes].attentions),
         losses=tuple(f"{n.target} {module_path(n)} {source_line(n)}" for n in plain[Activity].losses),
-        ditched=sum(plain[TokenAxes].has_rows(node) for node in live) - len({b.node for b in barriers}),
-        live=len(live),
+        row_ops=sum(plain[TokenAxes].has_rows(node) for node in live) - len({b.node for b in barriers}),
+        live_ops=len(live),
         barriers=barriers,
         plain=everything,
         rewritten=rewritten[Audit],
-        floor=round(
+        lower_bound=round(
             recomputed * lower_bound(plain, shares, plan.kv)
             + (1 - recomputed) * lower_bound(plain, shares, plan.kv, everything)
         ),
@@ -246,8 +259,10 @@ def _counted(lines: Sequence[str]) -> list[str]:
 
 
 def _forwards(plain: Program, rewritten: Program, recomputed_share: float) -> float:
-    """(seek + 3 x ditch + what is recomputed) / forward, in floating-point operations of matrix products; attention by position is
-    in neither."""
+    """(seek stream + 3 x ditch stream + recomputation) / forward, in FLOPs of matrix products.
+
+    Attention by position is excluded from both.
+    """
     assert rewritten[Rewrite]
     forward = _flops(plain.module, plain.inputs, _for_scores(plain)).total()
     step = flops_of_step(rewritten[Rewrite].module, rewritten[Rewrite].inputs, recomputed_share)
@@ -255,14 +270,16 @@ def _forwards(plain: Program, rewritten: Program, recomputed_share: float) -> fl
 
 
 def flops_of_step(module: fx.GraphModule, inputs: Sequence[Any], recomputed_share: float = 0.0) -> Counter[str | None]:
-    """Floating-point operations of matrix products in forward and backward of a rewritten graph, by kind (``passes/tags.py``);
-    ``recomputed_share``: share of the kept rows' forward that the backward recomputes."""
+    """FLOPs of matrix products in forward and backward of a rewritten graph, by ``Kind``.
+
+    ``recomputed_share``: share of the kept rows' forward that the backward recomputes, 0 to 1.
+    """
     flops = _flops(module, inputs)
     return Counter({kind: count * _WITHOUT_GRADIENT.get(kind, 3 + recomputed_share) for kind, count in flops.items()})
 
 
 def _for_scores(program: Program) -> set[fx.Node]:
-    """The attentions by position, and what nothing but their scores is made of."""
+    """The attentions by position, and the nodes that only their attention weights depend on."""
     needed: set[fx.Node] = {program.graph.output_node()}
     for node in reversed(program.graph.nodes):
         if node in needed:
@@ -271,7 +288,7 @@ def _for_scores(program: Program) -> set[fx.Node]:
 
 
 def _flops(module: fx.GraphModule, inputs: Sequence[Any], but: Set[fx.Node] = frozenset()) -> Counter[str | None]:
-    """Floating-point operations by the kind of the node, counted on fake tensors, of all nodes ``but`` some."""
+    """FLOPs by kind of node, counted on fake tensors, of all nodes except ``but``."""
     counts: Counter[str | None] = Counter()
 
     class Count(fx.Interpreter):

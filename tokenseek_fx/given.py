@@ -116,7 +116,7 @@ def selecting(indices: Tensor, weights: Tensor | None = None) -> Iterator[None]:
 
 
 def given() -> Given | None:
-    """The rows of the innermost ``selecting`` of this thread."""
+    """The rows of the innermost ``selecting`` of this thread, or ``None``."""
     return _given.get()
 
 

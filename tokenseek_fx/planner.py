@@ -1,4 +1,4 @@
-"""Planner: the cheapest way to train that holds no more than ``memory_budget``."""
+"""Planner: the fastest options that hold no more than ``memory_budget``."""
 
 from __future__ import annotations
 
@@ -15,22 +15,24 @@ from .passes.lower.chunks import default_bytes
 from .warnings import TokenSeekWarning
 
 _SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
-#: By how much small chunks are smaller than others.
+#: Factor by which small chunks are smaller than the default.
 _SMALLER = 8
 
 
 def within_budget(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Config:
-    """``config`` with what it takes to hold no more than its ``memory_budget``; the dearest, and a warning, where nothing does.
+    """``config`` with the fastest options that fit its ``memory_budget``.
+
+    If none fits, a ``TokenSeekWarning`` is given and the options that hold the least are returned.
 
     Raises:
-        GraphNotSupported: nothing does, and ``config.strict``.
+        GraphNotSupported: none fits, and ``config.strict`` is set.
     """
     if config.memory_budget is None:
         return config
-    from .estimation import held  # which compiles with the backend, which plans
+    from .estimation import held  # here, because estimation imports the planner
 
     def size(candidate: Config) -> int:
-        with warnings.catch_warnings():  # what is to be said of the options is said when they are compiled
+        with warnings.catch_warnings():  # they are given again when the choice is compiled
             warnings.simplefilter("ignore", TokenSeekWarning)
             return held(gm, inputs, replace(candidate, strict=False))
 
@@ -38,8 +40,13 @@ def within_budget(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> 
 
 
 def choose(config: Config, held: Callable[[Config], int], small: int) -> Config:
-    """The first candidate, from the cheapest in time to the dearest, of which ``held`` says that it is within the budget. ``small``:
-    the bytes of small chunks."""
+    """The first candidate, from the fastest to the slowest, that fits the budget; else the smallest, with a warning.
+
+    ``held``: returns the bytes that a candidate holds. ``small``: bytes of small chunks.
+
+    Raises:
+        GraphNotSupported: none fits, and ``config.strict`` is set.
+    """
     budget, ways = bytes_in(config.memory_budget), list(_candidates(config, small))
     assert budget is not None
     sizes: list[int] = []
@@ -58,7 +65,7 @@ def choose(config: Config, held: Callable[[Config], int], small: int) -> Config:
 
 
 def _candidates(config: Config, small: int) -> Iterator[Config]:
-    """Exact ways to train, each slower than the one before. What was chosen by hand stays."""
+    """Options with the same gradients, each slower than the one before. Options that the user set stay."""
     if config.recompute is None:
         yield replace(config, recompute="none")
         config = replace(config, recompute="rows")
@@ -71,7 +78,7 @@ def _candidates(config: Config, small: int) -> Iterator[Config]:
 
 
 def _fewer(config: Config) -> Iterator[Config]:
-    """The same with fewer tokens kept."""
+    """``config`` with fewer kept tokens."""
     for share in _SHARES:
         if config.keep_tokens is not None:
             if config.keep_tokens * share >= 1:
@@ -84,6 +91,7 @@ def _fewer(config: Config) -> Iterator[Config]:
 
 def _remedy(fewer: Config | None) -> str:
     if fewer is None:
-        return f"A keep_ratio {round(1 / _SHARES[-1])} times as small does not fit either: shorten sequences, or make the batch smaller."
+        times = round(1 / _SHARES[-1])
+        return f"A keep_ratio {times} times smaller does not fit either: use shorter sequences or a smaller batch."
     name = "keep_ratio" if fewer.keep_tokens is None else "keep_tokens"
     return f"{name}={getattr(fewer, name)} would fit."

@@ -1,4 +1,4 @@
-"""A scoring forward of the package's own: the rows that the backend would keep, for use with ``selecting``."""
+"""Seek: a scoring forward that returns the rows that the backend would keep, for use with ``selecting``."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from .recording import Selection
 def seek(model: torch.nn.Module, *args: Any, options: Mapping[str, Any] | None = None, **inputs: Any) -> Selection:
     """Score the tokens of ``model(*args, **inputs)`` and choose rows as the backend with these ``options`` would.
 
-    The model runs once without gradient, as far as the scores need it; it may be compiled or not, and is left as it is.
+    The model runs once without gradient, as far as the scores need it. It may be compiled, and it is not changed.
 
     Raises:
+        ConfigError: an option is unknown or invalid, or the scorer fails.
         GraphNotSupported: the model is not one graph, or the graph can't be scored.
 
     >>> rows = seek(model, **batch)  # doctest: +SKIP
@@ -46,7 +47,7 @@ def _forward(model: torch.nn.Module, args: tuple, inputs: dict[str, Any]) -> Any
 
 
 class _Found(Exception):
-    """The rows are known, the rest of the model need not run."""
+    """Stops the forward when the rows are known."""
 
     def __init__(self, selection: Selection) -> None:
         super().__init__()
@@ -55,7 +56,7 @@ class _Found(Exception):
 
 @dataclass(frozen=True)
 class _Scoring:
-    """The backend that only chooses. Two with equal options are one to Dynamo, so that nothing is compiled twice."""
+    """A backend that only chooses rows. Dynamo compares backends by equality: equal options are compiled once."""
 
     config: Config
 
@@ -72,7 +73,7 @@ class _Scoring:
 
 
 def _raising(error: TokenSeekError) -> Callable[..., Any]:
-    """Raised when the graph is called: Dynamo would wrap it."""
+    """A compiled graph that raises ``error``. Raised during compilation, Dynamo would wrap it."""
 
     def stop(*args: Any) -> Any:
         raise error

@@ -55,12 +55,12 @@ def _explained(found: Explanation) -> dict[str, Any]:
         "kept": found.kept,
         "attentions": list(found.attentions),
         "losses": list(found.losses),
-        "ditched": found.ditched,
-        "live": found.live,
+        "row_ops": found.row_ops,
+        "live_ops": found.live_ops,
         "barriers": [str(each) for each in found.barriers],
         "forwards": found.forwards,
         "saved_bytes": {"all tokens": found.plain.by_kind(), "tokenseek": found.rewritten.by_kind()},
-        "floor_bytes": found.floor,
+        "lower_bound_bytes": found.lower_bound,
     }
 
 

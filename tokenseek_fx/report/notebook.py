@@ -41,7 +41,7 @@ def explanation_html(explanation: Explanation) -> str:
         *((f"kept of {tokens} on a further token axis", str(kept)) for tokens, kept in explanation.others),
         ("attentions", str(len(explanation.attentions))),
         ("loss", ", ".join(explanation.losses) or "outside the graph"),
-        ("operations on the kept rows only", f"{explanation.ditched} of {explanation.live}"),
+        ("operations on the kept rows only", f"{explanation.row_ops} of {explanation.live_ops}"),
         ("cost of a step in forwards (all tokens: 3)", f"{explanation.forwards:.2f}"),
         ("barriers", "none" if not explanation.barriers else str(len(explanation.barriers))),
         *(("", str(barrier)) for barrier in explanation.barriers),

@@ -1,10 +1,10 @@
 """Bytes saved for backward, compared with the lower bound, for several architectures. Nothing is executed.
 
-    python benchmarks/floor.py --out benchmarks/results/floor.json
+    python benchmarks/lower_bound.py --out benchmarks/results/lower_bound.json
 
 The lower bound is keys and values before heads are repeated, plus for each kept row the bytes that the plain graph
-saves per token or, with `recompute="rows"`, one row at the input of each block and of the head (`passes/floor.py`). The
-exit status is 1 if more than 15 % above it is saved.
+saves per token or, with `recompute="rows"`, one row at the input of each block and of the head
+(`passes/memory/lower_bound.py`). The exit status is 1 if more than 15 % above it is saved.
 """
 
 import argparse
@@ -65,9 +65,12 @@ def measure(name: str, way: str) -> dict[str, Any]:
         "way": way,
         "plain": report.plain.bytes,
         "saved": report.rewritten.bytes,
-        "floor": report.floor,
+        "lower_bound": report.lower_bound,
     }
-    print(f"{name:20} {way:20} {result['saved'] / 1e6:7.2f} MB, floor {result['floor'] / 1e6:7.2f} MB", flush=True)
+    print(
+        f"{name:20} {way:20} {result['saved'] / 1e6:7.2f} MB, lower bound {result['lower_bound'] / 1e6:7.2f} MB",
+        flush=True,
+    )
     return result
 
 
@@ -75,19 +78,23 @@ def markdown(results: list[dict[str, Any]]) -> str:
     """A row for each model, in megabytes: saved by the plain graph, then for each way saved / lower bound."""
     rows = {result["model"]: [f"{result['plain'] / 1e6:.1f}"] for result in results}
     for result in results:
-        rows[result["model"]].append(f"{result['saved'] / 1e6:.2f} / {result['floor'] / 1e6:.2f}")
+        rows[result["model"]].append(f"{result['saved'] / 1e6:.2f} / {result['lower_bound'] / 1e6:.2f}")
     head = ["", "plain graph", *(f"`{way}`" for way in WAYS)]
     return table(head, [[name, *cells] for name, cells in rows.items()])
 
 
 def above(results: list[dict[str, Any]]) -> list[str]:
     """The results that save more than 15 % above the lower bound."""
-    return [f"{r['model']}, {r['way']}: {r['saved']} {r['floor']}" for r in results if r["saved"] > 1.15 * r["floor"]]
+    return [
+        f"{r['model']}, {r['way']}: {r['saved']} {r['lower_bound']}"
+        for r in results
+        if r["saved"] > 1.15 * r["lower_bound"]
+    ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/bench/floor.json"))
+    parser.add_argument("--out", type=Path, default=Path("out/bench/lower_bound.json"))
     options = parser.parse_args()
     results = [measure(name, way) for name in ARCHITECTURES for way in WAYS]
     options.out.parent.mkdir(parents=True, exist_ok=True)
