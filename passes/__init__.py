@@ -1,4 +1,4 @@
-"""Passes: small named values that read a traced graph and write one result, usable alone or as a pipeline."""
+"""Passes: small frozen objects that read a traced graph and write one result, alone or in a pipeline."""
 
 from .analysis.activity import FindActivity
 from .analysis.blocks import FindBlocks

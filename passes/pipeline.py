@@ -1,4 +1,7 @@
-"""The pipeline: every pass in order, on one page. This is what runs."""
+"""The pipeline: every pass in order, on one page.
+
+``training(plan)`` is what the backend runs.
+"""
 
 from __future__ import annotations
 
@@ -27,32 +30,32 @@ from .streams.selection_plan import PlanSelection
 from .streams.trace import TraceStreams
 from .streams.two_streams import BuildStreams, PlanScoring
 
-#: The last pass that only looks at the graph.
+#: The last pass that only analyses the graph.
 ANALYSED = "positional attention"
 
 
 def training(plan: Plan) -> Pipeline:
-    """What the backend does with a graph that is trained."""
+    """The passes that rewrite a graph for training."""
     signals, given = plan.signals, bool(plan.given)
     return Pipeline(
         (
-            # what the graph is
+            # analyse the graph
             Canonicalize(),
-            UnshiftLabels(),  # before the axes: it removes an axis that is a slice of the token axis
+            UnshiftLabels(),  # before the token axes: it removes an axis that is a slice of the token axis
             FindActivity(),
             FindTokenAxes(plan.passed),
             FindRoutes(),
             FindBlocks(),
             FindPositionalAttention(),
-            # what is done with it
+            # plan the rewrite
             FindFrozenRows(),
             PlanKV(plan.kv, plan.is_inductor, plan.strict),
             PlanSelection(plan.selects, signals, plan.logits, plan.report_loss, plan.substitutes, given, plan.strict),
             PlanScoring(signals, plan.logits, plan.report_loss, given),
-            # the rewritten graph
+            # rewrite the graph
             BuildStreams(signals, plan.logits, plan.kv_grad, plan.given, plan.is_fragment),
             TraceStreams(),
-            # what is compiled
+            # lower the rewritten graph
             Chunk(plan.chunk_bytes),
             UnaliasOutputs(),
             CopyKV(),  # before the split: copies belong to the first segment
@@ -63,7 +66,7 @@ def training(plan: Plan) -> Pipeline:
 
 
 class Pass(Protocol):
-    """A named frozen value: ``run`` returns a program with one more result, ``check`` verifies what it promises."""
+    """A named frozen object. ``run`` returns the program with one more result, and ``check`` verifies that result."""
 
     @property
     def name(self) -> str: ...
@@ -75,17 +78,23 @@ class Pass(Protocol):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Passes in order. Prints itself, stops after any pass, continues a program that some passes ran on, and checks each stage's
-    invariant. An error names the pass."""
+    """Passes in order.
+
+    Running a pipeline checks the invariant of every pass, skips passes that have run already, and may stop after any
+    pass. An error names its pass. ``str`` lists the passes.
+    """
 
     passes: tuple[Pass, ...]
 
     def run(
         self, program: Program, until: str | None = None, after: Callable[[Pass, Program], None] | None = None
     ) -> Program:
-        """Run the passes that have not run on ``program`` yet, or up to and with the one named ``until``.
+        """Run the passes that have not run on ``program`` yet.
 
-        ``after`` sees the program after each.
+        Args:
+            program: the program; it is not changed.
+            until: the name of the last pass to run; ``None``: all.
+            after: called with each pass and the program that it returned.
 
         Raises:
             ValueError: no pass has the name ``until``.
@@ -102,10 +111,10 @@ class Pipeline:
         return program
 
     def until(self, name: str) -> Pipeline:
-        """The passes up to and with the one of this name.
+        """The pipeline up to and including the pass with this name.
 
         Raises:
-            ValueError: no pass has it.
+            ValueError: no pass has this name.
         """
         return Pipeline(tuple(self._up_to(name)))
 
@@ -123,6 +132,7 @@ class Pipeline:
 
 
 def _describe(step: Pass) -> str:
-    """``name: first sentence of the class's docstring``."""
+    """``name: first line of the class's docstring``."""
     doc = (type(step).__doc__ or sys.modules[type(step).__module__].__doc__ or "").strip()
-    return f"{step.name}: {' '.join(doc.split('. ')[0].split())}".rstrip(".") + "."
+    first_line = doc.split("\n")[0]
+    return f"{step.name}: {first_line}"

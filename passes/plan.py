@@ -1,4 +1,4 @@
-"""Plan: what is done with a graph, decided once from what the user says (``tokenseek_fx.Config.plan``)."""
+"""Plan: what is done with a graph, resolved once from the user's options (``tokenseek_fx.Config.plan``)."""
 
 from __future__ import annotations
 
@@ -21,22 +21,25 @@ class Plan:
     """What ``training(plan)`` does.
 
     Args:
-        selects: how tokens are scored and chosen, one for each token axis; the last one holds for further axes.
-        signals: what scores are made of.
-        substitutes: scorers used where tokens have no loss, by the names "attention" and "gradient"; empty: no substitution.
-        logits: "keep" returns them in full, "drop" with length 0.
-        report_loss: "full" returns the value of the loss of all tokens (with the gradient of the kept ones), "kept" that of the kept
-            ones; ``None``: the full one where the signals need it anyway.
-        kv_grad: "selected" cuts keys and values of the other tokens, "all" keeps their own projections live.
+        selects: how tokens are scored and chosen, one for each token axis; the last one also applies to further axes.
+        signals: the signals that scores are computed from.
+        substitutes: the scorers "attention" and "gradient" by name, used where tokens have no loss; empty: no
+            substitution.
+        logits: "keep" returns the logits in full, "drop" returns them with length 0.
+        report_loss: "full" returns the value of the loss of all tokens (with the gradient of the kept ones), "kept"
+            that of the kept ones; ``None``: the full one if the signals need it anyway.
+        kv_grad: "selected" detaches keys and values of tokens that are not kept, "all" keeps their own projections
+            live.
         kv: how keys and values are kept for backward.
-        chunk_bytes: bytes that a value of the prefill may take on its way; ``None``: the default of the device.
-        recompute: segments that are recomputed in backward: "none", "rows" (all), bytes that may be saved, or ``None`` (what fits beside
-            the chunked prefill is kept).
-        given: examples of rows int64 [B, k] (and their weights float [B, k]) that are inputs of the rewritten graph; nothing is chosen.
-        is_fragment: the graph is a part of a model; all that it returns stays live in the kept rows.
+        chunk_bytes: bytes that an intermediate value of the prefill may take; ``None``: the default of the device.
+        recompute: segments that backward recomputes: "none", "rows" (all), the bytes that may be saved, or ``None``
+            (all except the last ones that fit into the memory of the chunked prefill).
+        given: examples of row indices int64 [B, k] (and their weights float [B, k]) that are inputs of the rewritten
+            graph; nothing is chosen.
+        is_fragment: the graph is a fragment of a model; all its outputs stay live in the kept rows.
         passed: batch dim (``None``: one instance) and token dim of inputs, by position, known from another fragment.
         is_inductor: Inductor compiles the result.
-        strict: an option that the graph has no use for is an error instead of a warning.
+        strict: an option without effect on the graph is an error instead of a warning.
 
     >>> from tokenseek_fx.scorers import strided
     >>> Plan((Select(strided(), keep_ratio=0.25),)).kv.name
@@ -59,7 +62,7 @@ class Plan:
     strict: bool = True
 
     def keeps_all(self, program: Program) -> bool:
-        """True where every token is kept and nothing else is asked for, so that the plain graph is the answer."""
+        """True if every token is kept and no option changes the result, so that the plain graph can be compiled."""
         axes = enumerate(program[TokenAxes].tokens)
         lengths = {i: example_sizes(program, axis)[1] for i, axis in axes}
         return self.logits == "keep" and all(same_size(self.select_of(i).kept(n), n) for i, n in lengths.items())

@@ -1,4 +1,4 @@
-"""Show: a program as text, a line for every value of its latest graph, with what the passes found out about it."""
+"""Show: print a program, one line per value of its latest graph, with the results of the passes."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ from .lower.split import Segments
 from .memory.saved import Audit
 from .streams.trace import Rewrite
 
-#: Arguments that say where and how a value lies in memory, not what it is.
+#: Arguments about device and memory layout, which are not printed.
 _PLACEMENT = ("device", "layout", "memory_format", "pin_memory")
 
 
 def show(program: Program) -> str:
-    """What the latest pass made of ``program``: its graph, after ``ditch`` the rewritten one, after ``split`` what
-    its segments take and give, after ``saved tensors`` what is saved for backward.
+    """Return ``program`` as text: its latest graph, or what the latest pass found.
 
-    A line is ``name: type[shape] = operation(arguments)  # remarks``. A leading ``*``: the value carries gradient. In a
-    shape, ``t:`` and ``b:`` mark the token axis and the batch; factors of one dim stand in parentheses. In the rewritten
-    graph the remark is the stream that a value belongs to.
+    After ``trace`` it shows the rewritten graph, after ``split`` the inputs and outputs of the segments, after ``saved
+    tensors`` the tensors that are saved for backward.
+
+    A line is ``name: type[shape] = operation(arguments)  # remarks``. A leading ``*`` marks a value that carries
+    gradient. In a shape, ``t:`` and ``b:`` mark the token axis and the batch; the factors of one dim are in
+    parentheses. In the rewritten graph the remark is the stream that a value belongs to.
 
     >>> print(show(analysis().run(Program(gm, inputs))))  # doctest: +SKIP
     * embedding: f32[b:2, t:5, 8] = embedding(weight, ids)  # stream
@@ -46,9 +48,10 @@ def show(program: Program) -> str:
 
 
 def show_blocks(program: Program) -> list[str]:
-    """The rewritten graph in parts, a text each, its first line a title: all tokens and the choice, then every block of kept rows.
+    """The rewritten graph by block: one text for all tokens and the choice, then one per block of kept rows.
 
-    Lines are those of ``show``. The remark ``barrier`` is at rows that are put among all tokens, and at what runs over these.
+    The first line of each text is a title; the other lines are as in ``show``. The remark ``barrier`` marks rows that
+    are scattered into all tokens, and the operation that runs on the result.
     """
     parts: dict[int, list[fx.Node]] = {}
     for node in program[Rewrite].module.graph.nodes:
@@ -71,7 +74,7 @@ def _block_line(node: fx.Node) -> str:
 
 
 def _runs_in_full(node: fx.Node) -> bool:
-    """True where rows were put among all tokens for this operation alone."""
+    """True if rows were scattered into all tokens for this operation."""
     return _stream(node) != Kind.BARRIER and any(_stream(x) == Kind.BARRIER for x in node.all_input_nodes)
 
 
@@ -85,7 +88,7 @@ def _line(program: Program, node: fx.Node) -> str:
 
 
 def _rewritten_line(node: fx.Node) -> str:
-    """No pass has looked at the rewritten graph: its nodes carry the stream that they belong to."""
+    """A line of the rewritten graph, which no pass has analysed: nodes carry the stream that they belong to."""
     return _text("  ", node, _plain_type(node.meta.get("val")), _stream(node) if node.op == "call_function" else "")
 
 
@@ -156,7 +159,7 @@ def _call(node: fx.Node) -> str:
 
 
 def _operation(target: Any) -> str:
-    """``aten.pow.Tensor_Scalar`` -> ``pow``; operations of others keep their namespace."""
+    """``aten.pow.Tensor_Scalar`` -> ``pow``; operations of other libraries keep their namespace."""
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.removeprefix("aten::").replace("::", ".")
     return getattr(target, "__name__", str(target))
@@ -170,7 +173,7 @@ def _argument(value: Any) -> str:
 
 
 def _segments(segments: Segments) -> Iterator[str]:
-    """For every segment its operations, the values that it takes, and those that it gives."""
+    """For every segment: the number of its operations, its inputs and its outputs."""
     for number, segment in enumerate(segments.segments):
         count = len(segment.run.graph.nodes) - len(segment.takes) - 1
         yield f"  segment {number}: {count} operations"
@@ -183,7 +186,7 @@ def _value(x: Any) -> str:
 
 
 def _saved(audit: Audit) -> Iterator[str]:
-    """A line for every tensor saved for backward, by kind, the largest first."""
+    """One line per tensor saved for backward, sorted by kind, then by decreasing size."""
     yield f"{audit.bytes:>6} bytes saved for backward"
     for edge in sorted(audit.edges, key=lambda edge: (edge.kind, -edge.bytes, edge.shape)):
         yield f"{edge.bytes:>6} {edge.kind:<12} {_dtype(edge.dtype)}[{', '.join(map(str, edge.shape))}]"

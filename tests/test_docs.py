@@ -1,6 +1,7 @@
 """The documentation is true: its Python runs, its output blocks and graphs are what comes out, its links lead somewhere.
 
 - ```` ```python ````: executed, one namespace per file, in order. ```` ```py ```` is not, and ``NOT_RUN`` says why.
+- ```` ```py title="FILE" ````: a file as it is; `test_extend.py` compares it and runs the file.
 - ```` ```sh title="run" ````: executed, lines `python FILE ...` and `tokenseek ...`, in an empty directory.
 - other ```` ```sh ````: takes minutes, or installs; every command is there and knows the options that are given.
 - ```` ```text title="output" ````: what the block before it printed.
@@ -48,6 +49,8 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 LONG = ("docs/memory.md", "docs/setups.md", "docs/cli.md")
 SUBJECTS = [page for page in PAGES if re.search(r"^```(python|sh title)", page.read_text(), re.MULTILINE)]
 
+#: Passes whose golden graphs differ by a few lines from that of the pass before.
+ALIKE = {"chunks", "kv copies"}
 #: The pages with ```` ```py ````.
 NOT_RUN = {"README.md": "the one line, before there is a model: the example below it runs the same line"}
 
@@ -192,7 +195,7 @@ def test_the_lines_from_scratch_are_as_many_as_the_pages_say():
 @pytest.mark.parametrize("page", [page for page in PAGES if 'title="after ' in page.read_text()], ids=name)
 def test_graphs_are_the_golden_ones(page):
     shown = [block for block in blocks(page) if block.title.startswith("after ")]
-    assert [block.title for block in shown] == [f"after {name}" for name in graphs()]
+    assert [block.title for block in shown] == [f"after {name}" for name in graphs() if name not in ALIKE]
     for block in shown:
         assert_shows(block.text, graphs()[block.title.removeprefix("after ")] + "\n")
 

@@ -9,6 +9,7 @@ from programs import analysed, planned, rewritten
 from test_backend import B, Model, T, data
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import tokenseek_fx
 from tokenseek_fx import TokenSeekWarning
 from tokenseek_fx.passes import (
     AuditSaved,
@@ -25,6 +26,8 @@ from tokenseek_fx.passes.analysis.token_axes import TokenAxes
 from tokenseek_fx.passes.graph.errors import GraphNotSupported, InvariantBroken
 from tokenseek_fx.passes.graph.program import module_path, source_line
 from tokenseek_fx.passes.memory.saved import Audit
+from tokenseek_fx.passes.rows.rules import ROWS_RULES
+from tokenseek_fx.passes.rules.op import AXES_RULES
 from tokenseek_fx.passes.streams.trace import Rewrite
 from tokenseek_fx.passes.streams.two_streams import TwoStreams
 
@@ -77,6 +80,30 @@ def test_stops_after_any_pass_and_shows_each():
         program[TokenAxes]
 
 
+def test_the_backend_runs_the_pipeline_that_is_printed(monkeypatch):
+    """All of it for own rows and for given ones, explain with the audit added, seek up to the two streams."""
+    ran = []
+    run = Pipeline.run
+
+    def spy(self, program, *args, **kwargs):
+        program = run(self, program, *args, **kwargs)
+        ran.append(program.done)
+        return program
+
+    monkeypatch.setattr(Pipeline, "run", spy)
+    names, model, options = [step.name for step in training(planned()).passes], Model(), {"inner": "eager"}
+    step = torch.compile(model, backend="tokenseek", options=options)
+    step(**data())
+    assert [*ran[-1]] == names
+    with tokenseek_fx.selecting(torch.arange(3).expand(B, -1)):
+        step(**data())
+    assert [*ran[-1]] == names
+    tokenseek_fx.explain(model, **data(), options=options)
+    assert [*ran[-1]] == [*names, "saved tensors"]
+    tokenseek_fx.seek(model, **data(), options=options)
+    assert [*ran[-1]] == [*names[: names.index("two streams") + 1], "trace"]
+
+
 def test_continues_behind_the_passes_that_ran():
     seen = []
     program = training(planned()).run(eager_graph(), until="activity")
@@ -93,7 +120,7 @@ def test_one_by_one_on_a_graph_without_modules():
     loss, scores, indices = program[Rewrite].module(*eager_graph().inputs)
     torch.testing.assert_close(loss, plain)
     assert scores.shape == (3, 5) and indices.tolist() == [list(range(5))] * 3
-    assert {edge.kind for edge in program[Audit].edges} >= {"keys/values"}
+    assert {edge.kind for edge in program[Audit].edges} == {"rows", "select"}
 
 
 def test_the_two_streams_run_without_being_traced():
@@ -109,8 +136,23 @@ def test_an_error_names_the_pass():
         def run(self, program):
             raise GraphNotSupported("It fails.")
 
-    with pytest.raises(GraphNotSupported, match=r"It fails\. in the pass 'activity'"):
+    with pytest.raises(GraphNotSupported, match=r"It fails\. \(pass 'activity'\)"):
         Pipeline((Canonicalize(), Failing())).run(eager_graph())
+
+
+def fail(*args):
+    raise KeyError("a rule fails")
+
+
+@pytest.mark.parametrize(
+    ("table", "name"), [(AXES_RULES, "token axes"), (ROWS_RULES, "trace")], ids=["axes rule", "row rule"]
+)
+def test_an_error_at_a_node_names_its_pass_its_node_its_module_and_the_line(table, name, monkeypatch):
+    """It stays what it is, and the backend falls back with all of this in its warning."""
+    monkeypatch.setitem(table, torch.ops.aten.embedding.default, fail)
+    place = rf"a rule fails.* at embed \(test_backend\.py:\d+\) \(pass '{name}', node 'embedding'\)"
+    with pytest.warns(TokenSeekWarning, match=place):
+        torch.compile(Model(), backend="tokenseek", options={"inner": "eager"})(**data())
 
 
 def test_a_broken_invariant_is_caught_between_passes():

@@ -27,7 +27,7 @@ import tokenseek_fx
 from tokenseek_fx import ConfigError, TokenSeekWarning
 from tokenseek_fx.passes.keep.kv_modes import KV_MODES
 from tokenseek_fx.passes.lower.split import Segments
-from tokenseek_fx.passes.memory import kv_storage as context
+from tokenseek_fx.passes.memory.kv_storage import store_kv
 
 RELAXED = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 B, T, D, V = 2, 13, 12, 29
@@ -244,7 +244,7 @@ def test_8_bits_are_off_by_no_more_than_a_sixteenth_and_a_1024th_of_the_scale(se
     powers = size + spread * torch.randn(2, 3, 7, 4, generator=generator)
     x = torch.randn(2, 3, 7, 4, generator=generator) * torch.exp2(powers)
     forward, backward = partitioned(x, x.sum())
-    context.keep("fp8", (0,), forward, backward, 1)
+    store_kv(KV_MODES["fp8"], (0,), forward, backward, 1)
     out, small, scale = forward(x)
     assert small.dtype is torch.float8_e4m3fn and small.shape == x.shape and scale.shape == (2, 3, 1, 1)
     torch.testing.assert_close(scale, x.abs().amax((2, 3), keepdim=True) / 448)
@@ -255,7 +255,7 @@ def test_8_bits_are_off_by_no_more_than_a_sixteenth_and_a_1024th_of_the_scale(se
 def test_values_that_are_all_0_are_0_in_8_bits():
     x = torch.zeros(1, 1, 2, 2)
     forward, backward = partitioned(x, x.sum())
-    context.keep("fp8", (0,), forward, backward, 1)
+    store_kv(KV_MODES["fp8"], (0,), forward, backward, 1)
     out, *saved = forward(x)
     assert not backward(*saved, out)[0].any()
 
@@ -353,7 +353,7 @@ def test_keys_and_values_that_are_offloaded_are_copied_to_the_host_and_back():
     with FakeTensorMode():
         x = torch.empty(2, 3, 7, 4, device="cuda")
         forward, backward = partitioned(x, x.sum())
-        context.keep("offload", (0,), forward, backward, 1)
+        store_kv(KV_MODES["offload"], (0,), forward, backward, 1)
     saved, key = forward.graph.output_node().args[0][1], backward.graph.find_nodes(op="placeholder")[0]
     assert saved.meta["val"].device.type == key.meta["val"].device.type == "cpu"
     (back,) = key.users
@@ -405,7 +405,7 @@ def test_keys_and_values_made_again_are_those_of_the_same_draws():
 def test_the_inputs_of_blocks_are_kept_where_they_take_less_than_keys_and_values(name):
     grouped = name == "grouped heads"
     with (
-        pytest.warns(TokenSeekWarning, match=r"nothing smaller makes the keys and values \(attentions: 3\)")
+        pytest.warns(TokenSeekWarning, match=r"can't be recomputed from fewer bytes \(attentions: 3\)")
         if grouped
         else contextlib.nullcontext()
     ):

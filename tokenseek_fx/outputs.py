@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .passes.analysis.activity import Activity
 from .passes.graph.errors import GraphNotSupported
 from .passes.graph.program import Program
 
 
 def without_gradient(program: Program) -> Callable[[Sequence[Any]], list[Any]]:
     """A function that guards the outputs of a rewritten program that carry gradient in the model, except its loss."""
-    losses, live = program.activity.losses, program.activity.live
+    losses, live = program[Activity].losses, program[Activity].live
     cut = {i for i, out in enumerate(program.outputs) if losses and out in live and out not in losses}
     return lambda outputs: [_cut(x) if i in cut else x for i, x in enumerate(outputs)]
 

@@ -1,1 +1,1 @@
-"""What is known of a graph before it is rewritten."""
+"""Analysis: facts about a graph before it is rewritten."""

@@ -1,4 +1,4 @@
-"""Activity: which values carry gradient, and which belong to what these drew."""
+"""Activity: which values carry gradient, and which are derived from their random draws."""
 
 from __future__ import annotations
 
@@ -15,15 +15,22 @@ from ..graph.op_sets import NEW_TENSORS
 from ..graph.program import Program, attribute
 
 aten = torch.ops.aten
-#: Operations whose result carries no gradient.
+#: Operations whose results carry no gradient.
 _CUT = (aten.detach.default, *NEW_TENSORS)
 
 
 @dataclass(frozen=True)
 class Activity:
-    """``live``: the nodes whose value carries gradient. ``losses``: live 0-dim outputs. ``trainable``: live inputs. ``drawn``: values
-    without gradient that are made of what a live operation drew and that live ones read (the mask ``x > 0`` behind dropout, the
-    experts chosen there): with another draw of their own the two would not fit together."""
+    """Which values carry gradient.
+
+    Args:
+        live: the nodes whose value carries gradient.
+        losses: live 0-dim outputs.
+        trainable: live inputs.
+        drawn: values without gradient that are computed from the result of a live random operation and read by live
+            values (the mask ``x > 0`` after dropout, experts chosen there). They must use the same draw as the live
+            values.
+    """
 
     live: frozenset[fx.Node]
     losses: tuple[fx.Node, ...]
@@ -33,9 +40,16 @@ class Activity:
 
 @dataclass(frozen=True)
 class FindActivity:
-    """Propagate ``requires_grad`` forward. Reads ``module``; writes ``activity``.
+    """Find the values that carry gradient.
 
-    ``frozen_too``: as if every parameter were trained, which makes an activation live whatever is trained.
+    Reads ``module``; writes ``Activity``.
+
+    Args:
+        frozen_too: treat every parameter as trained, so that the activations that are live do not depend on what is
+            trained.
+
+    Raises:
+        GraphNotSupported: the forward mutates an input that requires grad (``check``).
     """
 
     frozen_too: bool = False
@@ -55,7 +69,7 @@ class FindActivity:
         return program.with_(Activity(frozenset(live), tuple(losses), trainable, drawn))
 
     def check(self, program: Program) -> None:
-        """A written input carries no gradient: its update is taken from the full forward."""
+        """A mutated input carries no gradient, since its update is taken from the seek stream."""
         for index, update in zip(program.mutated, program.updates, strict=True):
             if program.placeholders[index] in program[Activity].live:
                 raise GraphNotSupported(
@@ -66,7 +80,7 @@ class FindActivity:
 
 
 def _drawn(graph: fx.Graph, live: Collection[fx.Node]) -> frozenset[fx.Node]:
-    """What live random operations lead to without gradient, where it leads to a live value again."""
+    """Values without gradient on a path from a live random operation to a live value."""
     reached: dict[fx.Node, None] = {}
     for node in graph.nodes:
         reads = any(arg in reached for arg in node.all_input_nodes) and node.target not in NEW_TENSORS

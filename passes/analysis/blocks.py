@@ -1,7 +1,7 @@
-"""Blocks: the residual stream, the attentions, the entry of the last block, the losses.
+"""Blocks: the residual stream, the attentions, the entries of their blocks, and the losses.
 
-Found by dominators: the values that every path from the tokens to the loss goes through are the residual stream (one for
-each token axis); the block of an attention begins at the last of them before it.
+They are found by dominators. The values on every path from the tokens to the loss are the residual stream, one per
+token axis. The block of an attention begins at the last such value before it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,15 @@ _REPEATS = (aten.expand.default, aten.expand_as.default, aten.broadcast_to.defau
 
 @dataclass(frozen=True)
 class Blocks:
-    """``streams``: for each token axis the values that every path from its tokens to the loss goes through, in order.
-    ``entries``: for each attention, the value of its keys' stream (of its queries', where the keys are no tokens) that its
-    block starts from (None: the attention is not on the way to the loss)."""
+    """The residual streams and blocks of a graph.
+
+    Args:
+        streams: for each token axis, the values on every path from its tokens to the loss, in order.
+        attentions: the attentions of the graph, in order.
+        entries: for each attention, the value that its block starts from, on the stream of its keys (of its queries if
+            the keys are not tokens); ``None``: the attention is not on a path to the loss.
+        losses: live 0-dim outputs.
+    """
 
     streams: dict[TokenAxis, tuple[fx.Node, ...]]
     attentions: tuple[Attention, ...]
@@ -40,8 +46,10 @@ class Blocks:
 
     @property
     def ends(self) -> frozenset[fx.Node]:
-        """The values that the ditch stream is cut behind, so that blocks alike give graphs alike: the entries, and in every
-        stream the value that lies as far behind the last entry as this lies behind the one before it, where the head begins."""
+        """Cut points of the ditch stream: every block entry, and the end of the last block of every stream.
+
+        The last block is assumed to be as long as the one before it. Cutting there gives equal blocks equal graphs.
+        """
         found = {entry for entry in self.entries if entry is not None}
         for stream in self.streams.values():
             *_, before, last = (-1, -1, *(i for i, node in enumerate(stream) if node in found))
@@ -50,14 +58,17 @@ class Blocks:
         return frozenset(found)
 
     def last_entry(self, axes: TokenAxes, axis: TokenAxis) -> fx.Node | None:
-        """The input of the last block that looks at these tokens: TokenSeek's z^(L-1)."""
+        """The input of the last block whose attention reads these tokens: z^(L-1) in TokenSeek."""
         found = zip(self.attentions, self.entries, strict=True)
         return next((entry for a, entry in [*found][::-1] if entry is not None and axes.axis_of(entry) == axis), None)
 
 
 @dataclass(frozen=True)
 class FindBlocks:
-    """Dominators of the loss (or of the live outputs). Reads ``axes``, ``activity``; writes ``blocks``."""
+    """Find the residual streams and the blocks.
+
+    Reads ``TokenAxes``, ``Activity``; writes ``Blocks``. Without a loss, the live outputs take its place.
+    """
 
     name: str = "blocks"
 
@@ -74,7 +85,7 @@ class FindBlocks:
         return program.with_(blocks)
 
     def check(self, program: Program) -> None:
-        """Nothing to verify: no later rewrite depends on the blocks being there."""
+        """Nothing to verify: no rewrite requires that blocks are found."""
 
 
 def _has_rows_of(program: Program, node: fx.Node, axis: TokenAxis) -> bool:
@@ -82,8 +93,10 @@ def _has_rows_of(program: Program, node: fx.Node, axis: TokenAxis) -> bool:
 
 
 def _flow_graph(program: Program, axis: TokenAxis) -> nx.DiGraph:
-    """The live values with rows of a token axis and what they flow into, between a root and a sink. What scores of an attention are
-    given beside its tokens (a bias of each pair of positions, sinks) is no token."""
+    """The live values with rows of a token axis and what is computed from them, between a root and a sink.
+
+    Values that attention scores read beside the tokens (a bias per pair of positions, sinks) are not tokens.
+    """
     live, alike = program[Activity].live, _alike_for_all_tokens(program, axis)
     flow = nx.DiGraph()
     flow.add_nodes_from([_ROOT, _SINK])
@@ -102,7 +115,7 @@ def _flow_graph(program: Program, axis: TokenAxis) -> nx.DiGraph:
 
 
 def _alike_for_all_tokens(program: Program, axis: TokenAxis) -> set[fx.Node]:
-    """Values whose rows are one row, repeated."""
+    """Values that repeat one row for all tokens."""
     found: set[fx.Node] = set()
     for node in program.graph.nodes:
         if node.op == "call_function" and _has_rows_of(program, node, axis):

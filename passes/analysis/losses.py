@@ -1,4 +1,4 @@
-"""Losses: the loss operations of a program, and what their operands tell about other values."""
+"""Losses: the loss operations of a program, and facts that follow from their operands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .token_axes import TokenAxes
 
 
 def class_factors(program: Program) -> set[int]:
-    """The factors of the class dim of the losses: outputs that have them are logits."""
+    """The factors of the class dim of the losses; outputs that have them are logits."""
     logits = [program[TokenAxes].of(n.args[0]) for n in label_losses(program)]
     return {factor for labels in logits for factor in labels[min(1, len(labels) - 1)]}
 
@@ -24,20 +24,24 @@ def known_losses(program: Program) -> list[fx.Node]:
 
 
 def label_losses(program: Program) -> list[fx.Node]:
-    """Those over class labels."""
+    """The live losses over class labels."""
     return [node for node in known_losses(program) if node.target in LABEL_LOSSES]
 
 
 def weighted_losses(program: Program) -> list[fx.Node]:
-    """Those that drawn tokens have weights in: losses over tokens, not over whole sequences."""
+    """The live losses over tokens, where drawn tokens are weighted; not losses over whole sequences."""
     axes = program[TokenAxes]
     return [node for node in known_losses(program) if axes.axis_of(operands_of(node)[0]) == axes.main]
 
 
 def refuse_unweighted(program: Program) -> None:
-    """Raise ``GraphNotSupported`` where drawn tokens have no loss to be weighted in."""
+    """Refuse drawn tokens if there is no loss where they can be weighted.
+
+    Raises:
+        GraphNotSupported: the graph has no known loss operation.
+    """
     if not known_losses(program):
         raise GraphNotSupported(
-            "No loss operation of PyTorch is in the graph, so drawn tokens have no place for a weight.",
-            'Choose with select="topk", or compute the loss in the model by F.cross_entropy or F.mse_loss.',
+            "The graph has no loss operation of PyTorch, so drawn tokens have no place for a weight.",
+            'Use select="topk", or compute the loss in the model with F.cross_entropy or F.mse_loss.',
         )

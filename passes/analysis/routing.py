@@ -1,15 +1,16 @@
-"""Routing: regions that sort the rows of tokens (by expert, say) and bring every result back to its row.
+"""Routing: regions that sort the rows of tokens (for example by expert) and return every result to its row.
 
-Sorting mixes tokens, yet each row of what comes back depends on its own row alone. It is proved for a region by following the
-order from the sort on. Along the sorted axis S every value is one of
+Sorting mixes tokens, but each returned row depends only on its own row. A region is proved to be of this form by
+following the order from the sort on. Along the sorted axis S every value has one of these roles:
 
-- the *keys*, sorted, or the *order*: for each place of S the row that stands there (divided by k: the token of the row, where
-  a token has k rows);
-- *sorted*: row s depends on the row that the order names alone. Made by indexing rows by the order, and kept by whatever
-  works on S row by row, a grouped product with the ends of the groups of keys included;
-- the *places*: for each row its place in S. Sorted values indexed by the places are rows again: the way out.
+- *keys*, the sorted keys, or *order*: for each position of S the row that is there (divided by k, the token of the row,
+  if every token has k rows);
+- *sorted*: row s depends only on the row that the order names. Such values come from indexing rows by the order, and
+  from operations that work on S row by row, including a grouped product with the ends of the groups of keys;
+- *places*: for each row its position in S. Sorted values indexed by the places are rows again: the exit of the region.
 
-Where all that the sort leads to fits, the region runs on any rows as it does on all. Else it stays a barrier.
+If every value computed from the sort has a role, the region runs on any subset of rows as on all. Otherwise it stays a
+barrier.
 """
 
 from __future__ import annotations
@@ -24,28 +25,29 @@ from torch import fx
 
 from ..graph.factors import Dim, same_size
 from ..graph.nodes import bind, is_tensor, operands_of
+from ..graph.op_sets import CASTS, VIEWS
 from ..graph.program import Program
 from .token_axes import TokenAxes
 
 aten = torch.ops.aten
 _SORTS = (aten.sort.default, aten.sort.stable)
-_CASTS = (aten._to_copy.default, aten.to.dtype, aten.clone.default, aten.detach.default)
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
+_SAME = (*CASTS, aten.detach.default)
+_REGROUPED = (*VIEWS, aten.flatten.using_ints)
 _BLANKS = (aten.empty_like.default, aten.zeros_like.default)
-#: Products of groups of rows: the operand with the rows and the one with the ends of the groups.
+#: Grouped products: the names of the operand with the rows and of that with the ends of the groups.
 GROUPED = {"aten::_grouped_mm": ("self", "offs"), "transformers::grouped_mm_fallback": ("input", "offs")}
 
 
 @dataclass(frozen=True)
 class Route:
-    """A region that runs on the rows of the kept tokens by itself: its nodes, and those of them in which rows come back."""
+    """A region that can run on the kept rows alone: its nodes, and the exits, where values are in row order again."""
 
     nodes: frozenset[fx.Node]
     exits: frozenset[fx.Node]
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
-        """The tensors that it reads."""
+        """The tensors that the region reads."""
         read = dict.fromkeys(x for node in self.nodes for x in node.all_input_nodes if is_tensor(x))
         return tuple(sorted(x for x in read if x not in self.nodes))
 
@@ -57,17 +59,20 @@ class Routes:
     found: tuple[Route, ...] = ()
 
     def to(self, node: fx.Node) -> Route | None:
-        """The route from which rows come back in ``node``."""
+        """The route with the exit ``node``."""
         return next((route for route in self.found if node in route.exits), None)
 
     def by_node(self, exits: Collection[fx.Node]) -> dict[fx.Node, Route]:
-        """The nodes of the routes that end in any of ``exits``, with their route."""
+        """The nodes of the routes that end in any of ``exits``, each with its route."""
         return {node: route for route in self.found if not route.exits.isdisjoint(exits) for node in route.nodes}
 
 
 @dataclass(frozen=True)
 class FindRoutes:
-    """Prove which regions bring sorted rows back. Reads ``TokenAxes``; writes ``Routes``."""
+    """Find the regions that sort rows and return them to their places.
+
+    Reads ``TokenAxes``; writes ``Routes``.
+    """
 
     name: str = "routing"
 
@@ -76,12 +81,20 @@ class FindRoutes:
         return program.with_(Routes(tuple(route for node in sorts for route in _route(node, axes))))
 
     def check(self, program: Program) -> None:
-        """Nothing to verify: a region that is not proved is executed as a barrier."""
+        """Nothing to verify: a region without a proof is a barrier."""
 
 
 @dataclass
 class _Proof:
-    """What is known of the nodes that a sort leads to. ``rows``: the axis that is sorted; ``roles``: what each value is."""
+    """The roles of the nodes that are computed from a sort.
+
+    Args:
+        axes: the axes of the graph.
+        sort: the sort.
+        rows: the axis that is sorted.
+        sorted_axis: the axis of the result.
+        roles: the role of each value.
+    """
 
     axes: TokenAxes
     sort: fx.Node
@@ -90,7 +103,7 @@ class _Proof:
     roles: dict[fx.Node, str] = field(default_factory=dict)
 
     def role_of(self, node: fx.Node) -> str | None:
-        """What a node is, given what its operands are; None: it can't be told."""
+        """The role of a node, given those of its operands; ``None`` if it has none."""
         roles = [self.roles.get(arg) for arg in node.all_input_nodes]
         rules = (
             self._part_of_sort,
@@ -109,10 +122,10 @@ class _Proof:
     def _cast(self, node: fx.Node, roles: list) -> str | None:
         if node.target in _BLANKS and roles[0] == "order":
             return "blank"
-        return roles[0] if node.target in _CASTS and roles[0] != "sorted" else None
+        return roles[0] if node.target in _SAME and roles[0] != "sorted" else None
 
     def _token_of(self, node: fx.Node, roles: list) -> str | None:
-        """``order // k``, for rows that are k of every token."""
+        """``order // k``, where every token has k rows."""
         given = bind(node)
         by = given.get("other")
         rounds = node.target is aten.floor_divide.default or given.get("rounding_mode") == "floor"
@@ -149,7 +162,10 @@ class _Proof:
         return "sorted" if grouped else None
 
     def _counts_every_key(self, node: fx.Node) -> bool:
-        """Counts of the keys 0, 1, 2, ...: one below would shift all groups, so they must be positions that an operation found."""
+        """True for counts of the keys 0, 1, 2, ... where the keys are the indices of a top-k or argmax.
+
+        A negative key would shift all groups; indices can't be negative.
+        """
         given = bind(node)
         whole = node.target is aten.histc.default and given["min"] == 0 and given["max"] == given["bins"] - 1
         return (whole or node.target is aten.bincount.default) and _are_positions(self.sort.args[0])
@@ -163,7 +179,7 @@ class _Proof:
         return "places" if counts and len(node.args) == 3 else None
 
     def _by_row(self, node: fx.Node, roles: list) -> str | None:
-        """Work on sorted rows, each on its own: the sorted axis is carried from every operand that has it."""
+        """Row-wise operations on sorted rows: the sorted axis is carried from every operand that has it."""
         if not is_tensor(node) and not isinstance(node.meta.get("val"), (tuple, list)):
             return None
         if {*roles} - {"sorted", None} or "sorted" not in roles:
@@ -192,21 +208,21 @@ class _Proof:
         return same_size(size, self.axes.space.size(self.rows))
 
     def _without_last(self, by: int) -> Dim | None:
-        """The rows' axis without its innermost ``by``: that of the tokens."""
+        """The rows' axis without its innermost factors of size ``by``: the axis of the tokens."""
         inner = [n for n in range(1, len(self.rows)) if same_size(self.axes.space.size(self.rows[n:]), by)]
         return self.rows[: inner[0]] if inner else None
 
 
 def _are_positions(node: Any) -> bool:
     """True for the indices of a top-k or an argmax."""
-    while node.target in (*_CASTS, *_VIEWS):
+    while node.target in (*_SAME, *_REGROUPED):
         node = node.args[0]
     of_topk = node.target is operator.getitem and node.args[0].target is aten.topk.default and node.args[1] == 1
     return of_topk or node.target is aten.argmax.default
 
 
 def _in_order(axes: TokenAxes, rows: Dim, out: Dim) -> bool:
-    """True where what comes back has the tokens in the places in which the sorted rows had them."""
+    """True if the returned value has the tokens in the order of the rows before the sort."""
     axis = axes.axis_at(rows)
     assert axis is not None
     last = max(i for i, factor in enumerate(rows) if factor in (*axis.token, *axis.batch))
@@ -214,7 +230,7 @@ def _in_order(axes: TokenAxes, rows: Dim, out: Dim) -> bool:
 
 
 def _route(sort: fx.Node, axes: TokenAxes) -> Iterator[Route]:
-    """The region that a sort of the rows of tokens leads to, if it is proved."""
+    """The region computed from a sort of the rows of tokens, if it is proved."""
     (label, *rest) = axes.of(sort.args[0])
     order = next((user for user in sort.users if user.args[1] == 1), None)
     if rest or order is None or axes.axis_at(label) is None:

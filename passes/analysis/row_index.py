@@ -1,4 +1,4 @@
-"""Where rows stand: gathering the selected rows of a value, and putting them back, by the factors of its dims."""
+"""Row index: gather the selected rows of a value and scatter them back, by the factors of its dims."""
 
 from __future__ import annotations
 
@@ -18,8 +18,16 @@ from .token_axes import TokenAxes, TokenAxis, find
 
 @dataclass(frozen=True)
 class RowIndex:
-    """The selection ``indices`` ([B, k] int64; [1, k] for one instance) of one token axis, with the sizes of batch and token
-    axis, and the ``weights`` of the rows in the loss ([B, k]; ``None``: all alike)."""
+    """The selected rows of one token axis.
+
+    Args:
+        axes: the axes of the graph.
+        axis: the token axis.
+        indices: int64 [B, k], sorted; [1, k] for one instance.
+        batch: the size of the batch axis.
+        tokens: the size of the token axis.
+        weights: float [B, k], the weights of the rows in the loss; ``None``: all 1.
+    """
 
     axes: TokenAxes
     axis: TokenAxis
@@ -30,6 +38,7 @@ class RowIndex:
 
     @property
     def kept(self) -> Any:
+        """k, the number of kept rows per instance."""
         return self.indices.shape[1]
 
     def take(self, value: torch.Tensor, labels: Axes, dim: int) -> torch.Tensor:
@@ -45,7 +54,7 @@ class RowIndex:
         return merged.reshape(value.shape)
 
     def row_shape(self, shape: Any, dim: int) -> list:
-        """``shape`` with the token axis of ``dim`` cut to the kept rows."""
+        """``shape`` with the token axis of ``dim`` restricted to the kept rows."""
         return [size // self.tokens * self.kept if i == dim else size for i, size in enumerate(shape)]
 
     def weights_of(self, shape: Sequence[Any], labels: Axes, dim: int) -> torch.Tensor:
@@ -54,7 +63,13 @@ class RowIndex:
         return self.like(self.weights, self.row_shape(shape, dim), labels)
 
     def like(self, by_token: torch.Tensor, shape: Sequence[Any], labels: Axes) -> torch.Tensor:
-        """``by_token`` ([B, n]: of all tokens or of the rows) spread to a value of ``shape``, its first token dim."""
+        """``by_token`` expanded to a value of ``shape`` along its first token dim.
+
+        Args:
+            by_token: [B, n], for all tokens or for the rows.
+            shape: the shape of the value.
+            labels: the axes of the value.
+        """
         dim = next(i for i, label in enumerate(labels) if find(self.axis.token, label) is not None)
         pieces, tokens = self.cut(shape, labels, dim), by_token.shape[1]
         kinds = [kind for kind, _ in pieces]
@@ -64,7 +79,10 @@ class RowIndex:
         return spread.expand([sizes.get(kind, size) for kind, size in pieces]).reshape(shape)
 
     def by_token(self, value: torch.Tensor, labels: Axes, dim: int, tokens: Any = None) -> torch.Tensor:
-        """``value`` as [B, T]: its other entries summed (of bools: any). ``tokens``: the rows it has, if not all."""
+        """``value`` as [B, T], summed over its other entries (bool: any).
+
+        ``tokens``: the number of its rows; ``None``: all tokens.
+        """
         pieces = self.cut(value.shape, labels, dim)
         kinds = [kind for kind, _ in pieces]
         known = tokens is not None
@@ -77,22 +95,27 @@ class RowIndex:
         return value if kinds.index("batch") < kinds.index("token") else value.t()
 
     def join(self, chunks: Sequence[torch.Tensor], labels: Axes, dim: int, shape: Sequence[Any]) -> torch.Tensor:
-        """The value of a given shape whose rows along ``dim`` are those of ``chunks``, one after the other."""
+        """The value of this shape whose rows along ``dim`` are those of ``chunks``, concatenated."""
         pieces = self.cut(shape, labels, dim)
         at = [kind for kind, _ in pieces].index("token")
         parts = [chunk.reshape([-1 if i == at else size for i, (_, size) in enumerate(pieces)]) for chunk in chunks]
         return torch.cat(parts, at).reshape(shape)
 
     def cut(self, shape: Sequence[Any], labels: Axes, dim: int) -> list[tuple[str, Any]]:
-        """Every dim cut at its batch factor, and ``dim`` at its token factor: ("batch" | "token" | "", size)."""
+        """Cut every dim at its batch factor, and ``dim`` at its token factor: ("batch" | "token" | "", size)."""
         return [piece for i, label in enumerate(labels) for piece in self._pieces(label, shape[i], i == dim)]
 
     def _factored(self, value: torch.Tensor, labels: Axes, dim: int) -> tuple[list, torch.Tensor, int]:
-        """Sizes of ``value`` with batch and token axis as dims of their own, the gather index, and the token's place."""
+        """The factored sizes of ``value``, the gather index, and the token dim.
+
+        In the factored sizes, the batch and the token axis are dims of their own.
+        """
         pieces = self.cut(value.shape, labels, dim)
         kinds, sizes = [kind for kind, _ in pieces], [size for _, size in pieces]
         if kinds.count("batch") > 1:
-            raise GraphNotSupported("A value has the batch axis twice (it compares instances), its rows have no owner.")
+            raise GraphNotSupported(
+                "A value has the batch axis twice (it compares instances), so its rows belong to no single instance."
+            )
         at = kinds.index("token")
         index = self.indices
         if "batch" in kinds:
@@ -104,7 +127,7 @@ class RowIndex:
         return sizes, index.reshape(shape).expand(full), at
 
     def _pieces(self, label: Dim, size: Any, has_rows: bool) -> list[tuple[str, Any]]:
-        """Cut one dim at its batch and (where ``has_rows``) token factors; a dim with neither stays whole."""
+        """Cut one dim at its batch factor and, if ``has_rows``, its token factor; a dim with neither stays whole."""
         batch, token = self.axis.batch, self.axis.token
         if find(batch, label) is None and not has_rows:
             return [("", size)]
@@ -123,17 +146,27 @@ class RowIndex:
 
 
 def sizes_of(program: Program, axis: TokenAxis, values: Mapping[fx.Node, Any]) -> tuple[Any, Any]:
-    """The sizes of a token axis and its batch (1: one instance), batch first, read off ``values`` that have them as dims."""
+    """The sizes (batch, tokens) of a token axis, read from ``values`` that have them as dims.
+
+    The batch size is 1 for one instance.
+
+    Raises:
+        GraphNotSupported: no value has the batch axis or the token axis as a dim of its own.
+    """
     return tuple(_read(place, values) for place in _places(program, axis))  # type: ignore[return-value]
 
 
 def example_sizes(program: Program, axis: TokenAxis) -> tuple[Any, Any]:
-    """The sizes of the batch and the token axis of the example inputs."""
+    """The sizes (batch, tokens) for the example inputs."""
     return sizes_of(program, axis, {node: node.meta.get("val") for node in program.graph.nodes})
 
 
 def runtime_sizes(program: Program, axis: TokenAxis) -> Callable[[Sequence[Any]], tuple[int, int]]:
-    """What reads the sizes of the batch and the token axis off the inputs of a call."""
+    """A function that reads the sizes (batch, tokens) from the inputs of a call.
+
+    Raises:
+        GraphNotSupported: a dynamic size is not a dim of any input.
+    """
     places = [_input_place(program, place) for place in _places(program, axis)]
     example = example_sizes(program, axis)
     return lambda args: tuple(  # type: ignore[return-value]
@@ -142,6 +175,7 @@ def runtime_sizes(program: Program, axis: TokenAxis) -> Callable[[Sequence[Any]]
 
 
 def device_of(program: Program) -> torch.device:
+    """The device of the program's attentions."""
     return program[TokenAxes].attentions[0].node.meta["val"].device
 
 
@@ -149,7 +183,7 @@ _SizeSource = tuple[fx.Node, int] | None
 
 
 def _places(program: Program, axis: TokenAxis) -> tuple[_SizeSource, _SizeSource]:
-    """Where the batch and the token axis stand alone as a dim of a value, inputs first (None: no batch)."""
+    """Values that have the batch axis and the token axis as a dim of their own, inputs first (``None``: no batch)."""
     return _place(program, axis.batch) if axis.batch else None, _place(program, axis.token)
 
 
@@ -158,7 +192,7 @@ def _place(program: Program, label: Dim) -> _SizeSource:
         for dim, other in enumerate(program[TokenAxes].of(node)):
             if other == label:
                 return node, dim
-    raise GraphNotSupported("The batch or the token axis never stands alone as a dim of a value.")
+    raise GraphNotSupported("No value has the batch axis or the token axis as a dim of its own.")
 
 
 def _read(place: _SizeSource, values: Mapping[fx.Node, Any]) -> Any:
@@ -166,9 +200,11 @@ def _read(place: _SizeSource, values: Mapping[fx.Node, Any]) -> Any:
 
 
 def _input_place(program: Program, place: _SizeSource) -> tuple[int, int] | None:
-    """``place`` as (position of the input, dim); None where the size is a constant."""
+    """``place`` as (position of the input, dim); ``None`` if the size is a constant."""
     if place is None or isinstance(_read(place, {place[0]: place[0].meta["val"]}), int):
         return None
     if place[0].op != "placeholder":
-        raise GraphNotSupported("A dynamic batch or sequence length is not a dim of any input.")
+        raise GraphNotSupported(
+            "A dynamic batch size or sequence length is not a dim of any input.", "Compile with dynamic=False."
+        )
     return program.placeholders.index(place[0]), place[1]

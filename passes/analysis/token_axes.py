@@ -1,9 +1,9 @@
 """Token axes: for every value of the graph, which factors of which dims are a token axis and its batch.
 
-Found like a type is inferred: every dim gets a variable, the axes rule of each operation equates variables
-(``factors.Space``), and attention names the class "token": the position axis of its queries. So the axis is found from any
-entry point, and never from a dim that happens to have the same size; and an encoder-decoder has two, because nothing equates
-them.
+Axes are inferred as types are: every dim is a variable, the axes rule of each operation equates variables
+(``factors.Space``), and attention names the class "token": the position axis of its queries. So the axis is found
+whatever the inputs are, and a dim of the same size is never mistaken for it. An encoder-decoder has two token axes,
+since no operation equates them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from ..graph.errors import GraphNotSupported, InvariantBroken, NoAttention, NothingToSelect
+from ..graph.errors import GraphNotSupported, InvariantBroken, NoAttention, NothingToSelect, located
 from ..graph.factors import Axes, Dim, Space, same_size
 from ..graph.nodes import is_tensor, operands_of
 from ..graph.op_sets import CONTRACTIONS, LABEL_LOSSES, SOFTMAX
@@ -25,8 +25,8 @@ from ..rules.op import Flow
 
 aten = torch.ops.aten
 _WANTED = (
-    "Token selection needs a transformer whose attention can be traced: scaled_dot_product_attention, or matmul and softmax "
-    '(transformers: attn_implementation="sdpa" or "eager").'
+    "Token selection needs a transformer whose attention can be traced: scaled_dot_product_attention, or matmul and "
+    'softmax (transformers: attn_implementation="sdpa" or "eager").'
 )
 #: The batch dim (``None``: one instance) and the token dim of a value.
 RowPlace = tuple[int | None, int]
@@ -36,9 +36,14 @@ RowPlace = tuple[int | None, int]
 class Attention:
     """One attention.
 
-    ``node``: the attention operation, or the softmax of an eager attention. ``weights``: the attention weights [*leading, query,
-    key] (of an attention operation: the node itself), without the columns of attention sinks. ``out``: their product with the
-    values.
+    Args:
+        node: the attention operation, or the softmax of an eager attention.
+        leading: the axes before query and key (batch, heads).
+        query: the axis of the query positions.
+        key: the axis of the key positions.
+        weights: the attention weights [*leading, query, key] without the columns of attention sinks; for an attention
+            operation, ``node`` itself.
+        out: the product of the attention weights and the values.
     """
 
     node: fx.Node
@@ -51,20 +56,28 @@ class Attention:
 
 @dataclass(frozen=True)
 class TokenAxis:
-    """The positions ``token`` of every instance of ``batch`` (``()``: one instance)."""
+    """A token axis: the positions ``token`` of every instance of ``batch`` (``()``: one instance)."""
 
     token: Dim
     batch: Dim = ()
 
     def batch_dim_of(self, labels: Axes) -> int | None:
+        """The dim with the batch in a value with these axes; ``None`` if it has no batch."""
         return next((i for i, dim in enumerate(labels) if find(self.batch, dim) is not None), None)
 
 
 @dataclass(frozen=True)
 class TokenAxes:
-    """Axes of every value, and which of them are token axes: ``tokens``, first the one that the loss runs over.
+    """The axes of every value, and which of them are token axes.
 
-    ``pooling``: the scores of a single query over tokens (attention pooling): these are keys, so they have no rows.
+    Args:
+        space: the factors.
+        axes: for every node, the axes of each of its tensors.
+        flows: how axes flow through every node.
+        attentions: the attentions, in order.
+        tokens: the token axes, the axis of the loss first.
+        pooling: scores of a single query over tokens (attention pooling); the tokens are keys, so these values have no
+            rows.
     """
 
     space: Space
@@ -76,23 +89,25 @@ class TokenAxes:
 
     @property
     def main(self) -> TokenAxis:
+        """The token axis of the loss."""
         return self.tokens[0]
 
     def of(self, node: fx.Node) -> Axes:
-        """The axes of a value in root factors (of its first tensor, where it has several)."""
+        """The axes of a value in root factors (of its first tensor if it has several)."""
         return self.resolved(self.axes[node][0])
 
     def axis_at(self, label: Dim) -> TokenAxis | None:
-        """The token axis that a dim holds."""
+        """The token axis in a dim with this label."""
         return next((axis for axis in self.tokens if find(axis.token, label) is not None), None)
 
     def token_dims(self, node: fx.Node) -> list[int]:
+        """The dims of a value that have a token axis."""
         if node in self.pooling:
             return []
         return [i for i, dim in enumerate(self.of(node)) if self.axis_at(dim) is not None]
 
     def row_dim(self, node: fx.Node) -> int | None:
-        """The dim whose rows are tokens: the first that holds a token axis (of a score matrix: the query's)."""
+        """The dim whose rows are tokens: the first with a token axis (of a score matrix, that of the queries)."""
         return next(iter(self.token_dims(node)), None)
 
     def axis_of(self, node: fx.Node) -> TokenAxis | None:
@@ -101,26 +116,28 @@ class TokenAxes:
         return None if dim is None else self.axis_at(self.of(node)[dim])
 
     def keys_of(self, attention: Attention) -> TokenAxis | None:
-        """The token axis that an attention looks at."""
+        """The token axis of an attention's keys."""
         return self.axis_at(self.space.resolve(attention.key))
 
     def queries_of(self, attention: Attention) -> TokenAxis | None:
+        """The token axis of an attention's queries."""
         return self.axis_at(self.space.resolve(attention.query))
 
     def resolved(self, axes: Axes) -> Axes:
+        """``axes`` in root factors."""
         return tuple(self.space.resolve(dim) for dim in axes)
 
     def has_rows(self, node: fx.Node) -> bool:
-        """True when every instance has rows of its own in this value: it can be restricted to the selected ones."""
+        """True if every instance has its own rows in this value, so that it can be restricted to the kept rows."""
         axis = self.axis_of(node)
         return axis is not None and (not axis.batch or axis.batch_dim_of(self.of(node)) is not None)
 
     def has_rows_of(self, axis: TokenAxis, node: fx.Node) -> bool:
-        """The same, and the rows are those of this token axis."""
+        """True if the value has rows, and they are those of this token axis."""
         return self.axis_of(node) == axis and self.has_rows(node)
 
     def carried(self, node: fx.Node, operand: int, dim: int) -> int | None:
-        """The dim of an operand that goes, row by row, to dim ``dim`` of the result; None: broadcast or mixed there."""
+        """The dim of an operand that is carried, row by row, to dim ``dim`` of the result, if there is one."""
         flow = self.flows[node]
         if not flow.regrouped:
             return flow.carries[operand].get(dim)
@@ -140,10 +157,18 @@ class TokenAxes:
 
 @dataclass(frozen=True)
 class FindTokenAxes:
-    """Infer the axes of every value and name the token axes. Reads ``module``; writes ``axes``.
+    """Infer the axes of every value and find the token axes.
 
-    ``passed``: the batch dim (``None``: one instance) and the token dim of inputs, by position, where they are known from
-    another part of the model; they name the token axis of a graph without attention.
+    Reads ``module``; writes ``TokenAxes``.
+
+    Args:
+        passed: the batch dim (``None``: one instance) and the token dim of inputs, by position, known from another
+            fragment of the model; they name the token axis of a graph without attention.
+
+    Raises:
+        NoAttention: the graph has no attention.
+        NothingToSelect: the sequences have a single token.
+        GraphNotSupported: attention runs within windows, or ``passed`` does not match.
     """
 
     passed: tuple[tuple[int, RowPlace], ...] = ()
@@ -155,7 +180,7 @@ class FindTokenAxes:
         return program.with_(named)
 
     def check(self, program: Program) -> None:
-        """Every value has as many labelled dims as it has dims, and factor sizes multiply to its sizes."""
+        """Every value has one label per dim, and the sizes of factors multiply to the sizes of dims."""
         for node in filter(is_tensor, program.graph.nodes):
             shape, axes = node.meta["val"].shape, program[TokenAxes].of(node)
             sizes_agree = len(shape) == len(axes) and all(
@@ -170,10 +195,11 @@ class FindTokenAxes:
 
 
 def inferred(program: Program) -> TokenAxes:
-    """The axes of every value and the attentions; no axis has a name yet."""
+    """The axes of every value and the attentions; the token axes are not named yet."""
     space, axes, flows = Space(), {}, {}
     for node in program.graph.nodes:
-        flow = flow_of(node, space, axes)
+        with located(node):
+            flow = flow_of(node, space, axes)
         axes[node], flows[node] = flow.outputs, flow
     found = TokenAxes(space, axes, flows, ())
     every = tuple(_attentions(program.graph, found))
@@ -186,7 +212,7 @@ def inferred(program: Program) -> TokenAxes:
 
 
 def place_in(axes: TokenAxes, node: fx.Node) -> RowPlace | None:
-    """Where the batch and the token axis are dims of their own; ``None``: they are not."""
+    """The batch dim and the token dim of a value; ``None`` if the batch or the token axis is not a dim of its own."""
     labels, dim, axis = axes.of(node), axes.row_dim(node), axes.axis_of(node)
     if dim is None or axis is None or not axes.has_rows(node) or labels[dim] != axis.token:
         return None
@@ -195,7 +221,7 @@ def place_in(axes: TokenAxes, node: fx.Node) -> RowPlace | None:
 
 
 def _passed(program: Program, found: TokenAxes, passed: tuple[tuple[int, RowPlace], ...]) -> TokenAxes:
-    """Named by the inputs."""
+    """The token axis named by the inputs."""
     nodes = program.placeholders
     index, (batch, token) = passed[0]
     labels = found.of(nodes[index])
@@ -203,12 +229,15 @@ def _passed(program: Program, found: TokenAxes, passed: tuple[tuple[int, RowPlac
         raise NothingToSelect("The sequence has a single token.")
     found = replace(found, tokens=(TokenAxis(labels[token], () if batch is None else labels[batch]),))
     if any(place_in(found, nodes[i]) != place for i, place in passed):
-        raise GraphNotSupported("The token axis of this part of the model is not the one of the parts before it.")
+        raise GraphNotSupported(
+            "The token axis of this fragment of the model differs from that of the fragments before it.",
+            "Find what splits the model with torch.compile(..., fullgraph=True).",
+        )
     return found
 
 
 def find(needle: Dim, dim: Dim) -> int | None:
-    """Where the factors ``needle`` stand, in order and together, in ``dim``."""
+    """The index in ``dim`` of the factors ``needle``, adjacent and in order; ``None`` if they are not there."""
     n = len(needle)
     return next((i for i in range(len(dim) - n + 1) if n and dim[i : i + n] == needle), None)
 
@@ -226,7 +255,7 @@ def _attentions(graph: fx.Graph, found: TokenAxes) -> Iterator[Attention]:
 
 
 def _contracted_with_values(node: fx.Node, found: TokenAxes) -> tuple[fx.Node, fx.Node] | None:
-    """(attention weights, product with the values) of a softmax over the last dim; ``None``: it is no attention."""
+    """(attention weights, product with the values) of a softmax over the last dim; ``None`` if it is no attention."""
     rank = node.meta["val"].ndim
     return _contracted(node, node, found) if rank >= 3 and node.args[1] % rank == rank - 1 else None
 
@@ -234,7 +263,7 @@ def _contracted_with_values(node: fx.Node, found: TokenAxes) -> tuple[fx.Node, f
 def _contracted(node: fx.Node, weights: fx.Node, found: TokenAxes) -> tuple[fx.Node, fx.Node] | None:
     """Follow the softmax to its product with the values; return (attention weights, product).
 
-    On the way are operations that keep the last two dims, and slices of the last dim (the columns of sinks are cut off).
+    Operations on the way keep the last two dims, or slice the last dim (which removes the columns of sinks).
     """
     for user in node.users:
         if user.target in CONTRACTIONS and _left_operand(user) is node:
@@ -248,7 +277,7 @@ def _contracted(node: fx.Node, weights: fx.Node, found: TokenAxes) -> tuple[fx.N
 
 
 def _scores(attention: Attention, found: TokenAxes) -> set[fx.Node]:
-    """The values between the product with the keys and that with the values."""
+    """The values between the product with the keys and the product with the values."""
     key, scores, pending = found.space.resolve(attention.key), set(), [attention.node]
     while pending:
         node = pending.pop()
@@ -264,7 +293,10 @@ def _left_operand(node: fx.Node) -> fx.Node:
 
 
 def _tokens(program: Program, found: TokenAxes) -> tuple[TokenAxis, ...]:
-    """The axes of the queries of all attentions, first that of the loss, or else of the last attention."""
+    """The query axes of all attentions, that of the loss first.
+
+    Without a loss over labels, the axis of the last attention is first.
+    """
     if not found.attentions:
         raise NoAttention("No attention was found in the graph.", _WANTED)
     queries = {found.space.resolve(a.query): a for a in reversed(found.attentions)}
@@ -279,12 +311,12 @@ def _tokens(program: Program, found: TokenAxes) -> tuple[TokenAxis, ...]:
 
 
 def _rows_of_loss(node: fx.Node, found: TokenAxes) -> Dim:
-    """The factors of the positions that a loss over labels runs over."""
+    """The factors of the positions of a loss over labels."""
     return sum(found.of(operands_of(node)[1]), ()) if node.target in LABEL_LOSSES else ()
 
 
 def _refuse_windows(axis: TokenAxis, queries: dict[Dim, Attention], found: TokenAxes) -> None:
-    """Attention within windows (or along rows of an image): what it runs over is a part of the positions of a sequence."""
+    """Refuse attention within windows or along rows of an image: its axis is a part of the positions of a sequence."""
     attention = queries[axis.token]
     beside = {f for dim in found.resolved(attention.leading) for f in dim} - {*axis.batch}
     beside.update(f for token in queries if token != axis.token for f in token)
@@ -292,21 +324,24 @@ def _refuse_windows(axis: TokenAxis, queries: dict[Dim, Attention], found: Token
     if any(beside & {*dim} and {*axis.token} & {*dim} for dim in dims):
         raise GraphNotSupported(
             "Attention runs within windows of the tokens, so its rows are not those of the sequences.",
-            "Selection over windows is not defined.",
+            "Use attention over all tokens with a mask.",
             attention.node,
         )
 
 
 def _batch(program: Program, found: TokenAxes, token: Dim, attention: Attention) -> Dim:
-    """The batch: the leading factors of attention that also belong to the data the model is called with: of the inputs that
-    are no parameters those that hold the token axis, or, where these have none (images), the first dim of the others."""
+    """The batch: the leading factors of attention that also belong to the data.
+
+    Data are the inputs that are not parameters: the dims of those that have the token axis, or, if none has it
+    (images), the first dim of the others.
+    """
     leading = [f for dim in attention.leading for f in found.space.resolve(dim)]
     inputs = zip(program.placeholders, program.inputs, strict=True)
     given = [found.of(node) for node, value in inputs if not isinstance(value, torch.nn.Parameter)]
     having = [dim for axes in given if any(find(token, dim) is not None for dim in axes) for dim in axes]
     first = [axes[0] for axes in given if len(axes) > 1]
     for dims in (having, first):
-        # a dim that also holds something else is a feature dim (heads x head dim), not a batch
+        # a dim with other factors too is a feature dim (heads x head dim), not a batch
         pure = {f for dim in dims if set(dim) <= {*leading, *token} for f in dim}
         if batch := tuple(f for f in leading if f in pure and f not in token):
             return batch

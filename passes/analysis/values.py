@@ -1,4 +1,4 @@
-"""Values: what a value of a program is, for reports and for the streams."""
+"""Values: the kind of a value, for reports and for the streams."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from .token_axes import TokenAxes
 
 
 def kind_of_value(program: Program, node: fx.Node, classes: set[int]) -> Kind:
-    """What a value is, for reports: logits (it has one of the ``classes`` factors), scores (two token axes), keys/values,
-    or activations."""
+    """The kind of a value: logits, scores, keys/values or activations.
+
+    Logits have one of the ``classes`` factors, scores have two token axes.
+    """
     if not is_tensor(node):
         return Kind.ACTIVATIONS
     if classes & set(sum(program[TokenAxes].of(node), ())):
@@ -25,5 +27,5 @@ def kind_of_value(program: Program, node: fx.Node, classes: set[int]) -> Kind:
 
 
 def feeds_attention(node: fx.Node) -> bool:
-    """True when attention reads the value at all positions: its keys or values, or the right side of its products."""
+    """True if attention reads the value at all positions: keys, values, or the right operand of a product."""
     return any(node in read_across(user) or (user.target in LAYOUT and feeds_attention(user)) for user in node.users)

@@ -1,1 +1,1 @@
-"""Dynamo's graph becomes a functional ATen graph."""
+"""Capture: turn Dynamo's graph into a functional ATen graph."""

@@ -1,49 +1,41 @@
-"""Canonicalize: Dynamo's graph -> a functional pre-dispatch ATen graph that has lost nothing.
+"""Canonicalize: retrace Dynamo's graph as a functional pre-dispatch ATen graph, without loss.
 
-There ``linear``, ``scaled_dot_product_attention``, norms and losses are single operations and autograd has not happened
-yet. Six ways in which a naive retrace is silently wrong are closed here:
+In this graph ``linear``, ``scaled_dot_product_attention``, norms and losses are single operations, and autograd has not
+run yet. A naive retrace would be silently wrong in several ways, which are handled here:
 
-- custom autograd functions and other higher-order operators stay one opaque node (inlined, they would lose their backward);
-- writes through views become functional values; writes to inputs become extra outputs (inputs that share memory: refused);
-- a write that autograd does not see (under ``no_grad``, through ``detach``) leaves the gradient of what was there: refused, see ``writes``;
-- a tensor constant that is not a small literal means that the trace lost an edge: refused;
-- autocast regions are entered for real, so that dtypes are right, and kept as nodes;
-- activation checkpointing is inlined: values and gradients are the same.
-
-``torch.no_grad`` and ``torch.inference_mode`` regions become explicit ``detach`` nodes.
+- Custom autograd functions and other higher-order operators stay one opaque node, which keeps their backward.
+- Writes become functional values, writes to inputs extra outputs; written inputs that share memory are refused.
+- A write that autograd does not see (under ``no_grad``, through ``detach``) is refused, see ``writes``.
+- A tensor constant other than a small literal means that the trace lost a dependence: refused.
+- Autocast regions are entered for real, so that dtypes are right, and kept as nodes.
+- Activation checkpointing is inlined; values and gradients are the same.
+- ``torch.no_grad`` and ``torch.inference_mode`` regions become explicit ``detach`` nodes.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode, disable_functional_mode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx import traceback as fx_traceback
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx, track_tensor_tree
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ...compat import without_idle_results
 from ..graph.emit import emit
 from ..graph.errors import GraphNotSupported, InvariantBroken
 from ..graph.factors import same_size
 from ..graph.fake import fake_inputs, fake_mode_of
 from ..graph.nodes import is_random
 from ..graph.program import Program, attribute
-from .writes import refuse_aliases, refuse_hidden_write, written_by
+from .retrace import ENTER_AUTOCAST, EXIT_AUTOCAST, Retrace, is_autocast, unwrap
+from .writes import refuse_aliases
 
 aten = torch.ops.aten
-_SET_GRAD = torch._C._set_grad_enabled
-_ENTER_INFERENCE = torch.autograd.grad_mode._enter_inference_mode
-_EXIT_INFERENCE = torch.autograd.grad_mode._exit_inference_mode
-ENTER_AUTOCAST, EXIT_AUTOCAST = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
-CUSTOM_FUNCTION = torch.ops.higher_order.autograd_function_apply
-_INLINED = {"tag_activation_checkpoint", "wrap", "wrap_activation_checkpoint"}
 _LARGEST_LITERAL = 64
 _ASSERTS = {
     "_assert_tensor_metadata",
@@ -56,7 +48,10 @@ _ASSERTS = {
 
 @dataclass(frozen=True)
 class Canonicalize:
-    """Retrace ``program.module`` to functional pre-dispatch ATen. Reads nothing else; writes ``module``, ``mutated``."""
+    """Retrace the graph as a functional pre-dispatch ATen graph.
+
+    Reads ``module`` and ``inputs``; writes both and ``mutated``. Raises ``GraphNotSupported`` if the trace isn't exact.
+    """
 
     name: str = "canonicalize"
 
@@ -73,7 +68,7 @@ class Canonicalize:
         return replace(program, module=module, inputs=fakes, mutated=tuple(writes))
 
     def check(self, program: Program) -> None:
-        """The graph is well-formed and functional, every tensor constant is a small literal."""
+        """The graph is well-formed and functional, and every tensor constant is a small literal."""
         program.graph.lint()
         for node in program.graph.nodes:
             _check_functional(node)
@@ -81,141 +76,15 @@ class Canonicalize:
                 _check_constant(program.module, node)
 
 
-class Retrace(fx.Interpreter):
-    """Run a graph under ``make_fx``, recording what a plain retrace would lose (see the module's docstring)."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.grad_enabled = torch.is_grad_enabled()
-        self._live = set[int]()
-        self.extra_traceback = False
-
-    def run_node(self, n: fx.Node) -> Any:
-        refuse_hidden_write(n, self.grad_enabled, self._live)
-        if n.op == "call_function" and isinstance(n.target, torch._ops.HigherOrderOperator):
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
-            with fx_traceback.set_current_meta(n):
-                return self._after(self._higher_order(n, args, kwargs))
-        return self._after(super().run_node(n)) if n.op.startswith("call") else super().run_node(n)
-
-    def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
-        """What is written inside ``no_grad`` takes no gradient from what it is made of."""
-        target = None if self.grad_enabled else written_by(n)
-        if target is None:
-            return super().map_nodes_to_values(args, n)
-        return fx.map_arg(args, lambda arg: self.env[arg] if arg is target else _detached(self.env[arg]))
-
-    def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:
-        if target is _SET_GRAD:
-            self.grad_enabled = args[0]
-            return None
-        if target is _ENTER_INFERENCE:
-            before, self.grad_enabled = self.grad_enabled, self.grad_enabled and not args[0]
-            return before
-        if target is _EXIT_INFERENCE:
-            self.grad_enabled = args[0]
-            return None
-        if target in (ENTER_AUTOCAST, EXIT_AUTOCAST):
-            return record_autocast(target, args, kwargs)
-        return super().call_function(target, args, kwargs)
-
-    def call_module(self, target: Any, args: tuple, kwargs: dict) -> Any:
-        module = self.fetch_attr(target)
-        return Retrace(module).run(*args) if isinstance(module, fx.GraphModule) else module(*args, **kwargs)
-
-    def _after(self, value: Any) -> Any:
-        """Inside ``no_grad`` a result carries no gradient."""
-        return value if self.grad_enabled else pytree.tree_map(_detached, value)
-
-    def _higher_order(self, node: fx.Node, args: tuple, kwargs: dict) -> Any:
-        if node.target.name() in _INLINED:
-            body, *operands = args
-            return Retrace(body).run(*operands)
-        if any(map(_launches_triton, (node, *_nodes_in(args)))):
-            raise GraphNotSupported(
-                "The model launches a Triton kernel of its own, and what it reads and writes can't be told.",
-                "Make it an operation: torch.library.triton_op, or custom_op with a fake and a gradient.",
-                node,
-            )
-        example = node.meta.get("example_value", node.meta.get("val"))
-        if node.target is CUSTOM_FUNCTION:
-            forward, backward, count = without_idle_results(node, *args[:2])
-            args, example = (forward, backward, *args[2:]), example[:count]
-        return record_opaque(node.target, args, kwargs, example)
-
-
-def _nodes_in(bodies: Iterable[Any]) -> Iterator[fx.Node]:
-    """Of the graphs among some arguments, and of what these call."""
-    modules = (module for body in bodies if isinstance(body, torch.nn.Module) for module in body.modules())
-    return (node for module in modules if isinstance(module, fx.GraphModule) for node in module.graph.nodes)
-
-
-def _launches_triton(node: fx.Node) -> bool:
-    target = node.target
-    return isinstance(target, torch._ops.HigherOrderOperator) and target.name().startswith("triton_kernel_wrapper")
-
-
-def _detached(value: Any) -> Any:
-    """A value that may carry gradient, without it."""
-    can = isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
-    return value.detach() if can else value
-
-
-def record_autocast(target: Any, args: tuple, kwargs: dict) -> Any:
-    """Record an autocast switch and throw it for real, so that the values traced inside have their true dtypes."""
-    mode = get_proxy_mode()
-    if mode is None:
-        return target(*args, **kwargs)
-    proxies = tuple(getattr(arg, "_tokenseek_proxy", arg) for arg in args)
-    proxy = mode.tracer.create_proxy("call_function", target, proxies, kwargs)
-    with torch._C.DisableTorchFunction():
-        switch = target(*args, **kwargs)
-    if switch is not None:
-        switch._tokenseek_proxy = proxy
-    return switch
-
-
-def record_opaque(target: Any, args: tuple, kwargs: dict, example: Any) -> Any:
-    """Record a call as one node without looking inside; ``example`` gives the shapes of its results."""
-    mode = get_proxy_mode()
-    if mode is None:
-        return target(*args, **kwargs)
-    plain_args, plain_kwargs = pytree.tree_map_only(FunctionalTensor, _unwrap, (args, kwargs))
-    for body in (arg for arg in args if isinstance(arg, torch.nn.Module)):
-        if not any(body is known for known in mode.tracer.root.modules()):
-            mode.tracer.root.register_module(mode.tracer.get_fresh_qualname("body_"), body)
-    proxy_args, proxy_kwargs = pytree.tree_map(mode.tracer.unwrap_proxy, (plain_args, plain_kwargs))
-    proxy = mode.tracer.create_proxy("call_function", target, proxy_args, proxy_kwargs)
-    result = track_tensor_tree(fresh_like(example, plain_args), proxy, constant=None, tracer=mode.tracer)
-    if any(isinstance(leaf, FunctionalTensor) for leaf in pytree.tree_leaves((args, kwargs))):
-        result = pytree.tree_map_only(torch.Tensor, FunctionalTensor.to_functional, result)
-    return result
-
-
-def fresh_like(example: Any, args: Any) -> Any:
-    """Fresh fake tensors with the shapes of ``example`` in the fake mode of ``args``."""
-    with disable_functional_mode(), disable_proxy_modes_tracing(), fake_mode_of(args):
-        return pytree.tree_map_only(
-            torch.Tensor,
-            lambda x: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device),
-            example,
-        )
-
-
-def _unwrap(tensor: FunctionalTensor) -> torch.Tensor:
-    torch._sync(tensor)  # pyright: ignore[reportPrivateImportUsage]
-    return torch._from_functional_tensor(tensor.elem)  # pyright: ignore[reportPrivateImportUsage]
-
-
 def _functional(module: fx.GraphModule, writes: list[int]) -> Any:
-    """``module`` as a function without writes; positions of the inputs it writes to are appended to ``writes``."""
+    """``module`` as a function without writes; appends the positions of the inputs that it writes to ``writes``."""
 
     def run(*args: Any) -> tuple:
         outside = torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.Functionalize))
         with outside, FunctionalTensorMode(pre_dispatch=True, export=True):
             wrapped = pytree.tree_map_only(torch.Tensor, FunctionalTensor.to_functional, args)
-            outputs = pytree.tree_map_only(FunctionalTensor, _unwrap, Retrace(module).run(*wrapped))
-            updates = {i: _unwrap(x) for i, x in enumerate(wrapped) if isinstance(x, FunctionalTensor)}
+            outputs = pytree.tree_map_only(FunctionalTensor, unwrap, Retrace(module).run(*wrapped))
+            updates = {i: unwrap(x) for i, x in enumerate(wrapped) if isinstance(x, FunctionalTensor)}
         changed = {i: new for i, new in updates.items() if new is not args[i]}
         writes[:] = changed
         flat = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
@@ -225,7 +94,7 @@ def _functional(module: fx.GraphModule, writes: list[int]) -> Any:
 
 
 def _refuse_function_transforms(module: fx.GraphModule) -> None:
-    """``torch.func`` transforms (vmap, grad) wrap values in a way that functionalization can't see through."""
+    """Refuse ``torch.func`` transforms (vmap, grad), whose wrapped values functionalization can't trace."""
     for node in module.graph.nodes:
         if node.op == "call_function" and (getattr(node.target, "__module__", None) or "").startswith(
             "torch._functorch"
@@ -238,13 +107,13 @@ def _refuse_function_transforms(module: fx.GraphModule) -> None:
 
 
 def _refuse_wrapped_tensors(program: Program) -> None:
-    """A tensor that is made of others (a quantised weight of torchao, a DTensor) has operations of its own."""
+    """Refuse tensor subclasses made of other tensors (a quantised weight of torchao, a DTensor)."""
     for node, value in zip(program.placeholders, program.inputs, strict=True):
         if is_traceable_wrapper_subclass(value):
             raise GraphNotSupported(
-                f"The input {node.name} is a {type(value).__name__}, a tensor made of other tensors, which can't be traced "
-                "to ATen yet.",
-                "For a base in 4 bits use bitsandbytes.",
+                f"The input {node.name} is a {type(value).__name__}, a tensor made of other tensors, which can't be "
+                "traced to ATen yet.",
+                "For a 4-bit base model, use bitsandbytes.",
                 node,
             )
 
@@ -256,12 +125,13 @@ def _traced(function: Any, inputs: tuple) -> fx.GraphModule:
         raise
     except Exception as error:
         first_line = str(error).strip().split("\n")[0]
-        raise GraphNotSupported(f"The graph can't be traced to ATen ({type(error).__name__}: {first_line}).") from error
+        refused = GraphNotSupported(f"The graph can't be traced to ATen ({type(error).__name__}: {first_line}).")
+        refused.__dict__.update(error.__dict__)  # its place
+        raise refused from error
 
 
 def _tidy(module: fx.GraphModule) -> None:
-    """Drop asserts, aliases, slices of everything, dropout and concatenations of nothing, and autocast switches that change nothing; spell
-    ``copy`` differentiably."""
+    """Remove operations without effect (asserts, aliases, full slices, idle dropout and autocast); expand ``copy``."""
     for node in list(module.graph.nodes):
         if node.op != "call_function":
             continue
@@ -283,21 +153,20 @@ def _tidy(module: fx.GraphModule) -> None:
 
 
 def _not_empty(node: fx.Node) -> list[fx.Node]:
-    """What a concatenation joins, but tensors of nothing: an empty cache beside the first keys, what a rotation of whole heads passes by.
-    Inductor lays the result out as the others are, and not as it is traced."""
+    """The operands of a concatenation without empty tensors, for which Inductor's layout differs from the trace's."""
     dtype, joined = node.meta["val"].dtype, list[Any](node.args[0])  # type: ignore[call-overload]
     rest = [x for x in joined if not any(isinstance(size, int) and size == 0 for size in x.meta["val"].shape)]
     return rest if all(x.meta["val"].dtype is dtype for x in rest) else joined
 
 
 def _is_whole(node: fx.Node) -> bool:
-    """Whether a slice takes all there is: indexing leaves such slices where sizes are symbols."""
+    """True if a slice takes all of its operand; with symbolic sizes, indexing leaves such slices."""
     value, whole = node.meta["val"], node.args[0].meta["val"]
     return all(map(same_size, value.shape, whole.shape))
 
 
 def _expand_copy(node: fx.Node) -> None:
-    """``aten.copy`` has no derivative; ``src.to(dtype).expand(shape)`` is the same value with one."""
+    """Replace ``aten.copy``, which has no derivative, by ``src.to(dtype).expand(shape)``."""
     target, source = (arg.meta["val"] for arg in node.args[:2])
     with node.graph.inserting_before(node):
         cast = emit(node, aten._to_copy.default, node.args[1], dtype=target.dtype)
@@ -306,12 +175,8 @@ def _expand_copy(node: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
-def is_autocast(node: fx.Node) -> bool:
-    return node.target in (ENTER_AUTOCAST, EXIT_AUTOCAST)
-
-
 def _drop_idle_autocast(graph: fx.Graph, leave: fx.Node) -> None:
-    """Remove a region that switches autocast off where it is off, or that holds nothing."""
+    """Remove an autocast region that is empty, or that switches autocast off where it is off already."""
     enter = leave.args[0]
     device, _, enabled, *_ = (*enter.args, None, None, None)
     outer = torch.is_autocast_enabled(device) or any(
@@ -339,8 +204,8 @@ def _check_constant(module: fx.GraphModule, node: fx.Node) -> None:
         return
     if value.requires_grad or value.numel() > _LARGEST_LITERAL:
         raise GraphNotSupported(
-            f"The trace turned a tensor of shape {tuple(value.shape)} into a constant, so its gradient or its dependence "
-            "on the inputs would be lost.",
-            "It comes from code that the tracer can't follow (a vmap or a tensor created outside the model).",
+            f"The trace turned a tensor of shape {tuple(value.shape)} into a constant, so its gradient or its "
+            "dependence on the inputs would be lost.",
+            "Make it a buffer or an input of the model; replace vmap by batched operations.",
             node,
         )

@@ -1,7 +1,7 @@
-"""Unshift labels: a loss over a slice of the tokens -> the same loss over all tokens.
+"""Unshift labels: rewrite a loss over a slice of the tokens as the same loss over all tokens.
 
-``cross_entropy(logits[:, a:b], labels)`` is ``cross_entropy(logits, padded labels)`` where the positions outside the slice
-are ignored. So a hand-written next-token loss keeps the token axis of its logits, as transformers' own does.
+``cross_entropy(logits[:, a:b], labels)`` equals ``cross_entropy(logits, padded labels)`` if positions outside the slice
+are ignored. So the logits of a hand-written next-token loss keep the token axis, as in transformers.
 """
 
 from __future__ import annotations
@@ -12,30 +12,33 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..graph.copies import copied
 from ..graph.emit import emit
 from ..graph.factors import same_size
 from ..graph.nodes import bind
-from ..graph.op_sets import LABEL_LOSSES
+from ..graph.op_sets import CASTS, LABEL_LOSSES, VIEWS
 from ..graph.program import Program
 
 aten = torch.ops.aten
-_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-_SAME_SHAPE = (aten.clone.default, aten.contiguous.default, aten._to_copy.default, aten.to.dtype)
 
 
 @dataclass(frozen=True)
 class UnshiftLabels:
-    """Push a slice of the token axis from the logits of a loss to its labels. Rewrites ``module``."""
+    """Move a slice of the token axis from the logits of a loss to its labels.
+
+    Reads and writes ``module``.
+    """
 
     name: str = "unshift labels"
 
     def run(self, program: Program) -> Program:
-        losses = [node for node in program.graph.nodes if node.target in LABEL_LOSSES]
+        module, _ = copied(program.module)
+        losses = [node for node in module.graph.nodes if node.target in LABEL_LOSSES]
         unshifted = [_unshift(node) for node in losses]
         if not any(unshifted):
             return program
-        module = fx.GraphModule(program.module, program.graph)
         module.graph.eliminate_dead_code()
+        module.recompile()
         return replace(program, module=module)
 
     def check(self, program: Program) -> None:
@@ -63,11 +66,15 @@ def _unshift(loss: fx.Node) -> bool:
 
 
 def _chain_to_slice(node: Any) -> tuple[list[fx.Node], fx.Node | None]:
-    """Copies, casts and slices of the classes between the logits ``[B * T', C]`` of a loss and a slice ``x[:, a:b]``; that, or None."""
+    """Follow the logits ``[B * T', C]`` of a loss back to a slice ``x[:, a:b]``.
+
+    Returns:
+        The copies, casts and slices of the classes on the way, and the slice; ``None`` if there is no such slice.
+    """
     chain: list[fx.Node] = []
     classes = node.meta["val"].shape[-1]
     while isinstance(node, fx.Node) and node.op == "call_function":
-        if node.target in _SAME_SHAPE:
+        if node.target in CASTS:
             chain.append(node)
         elif _is_class_slice(node):
             chain.append(node)
@@ -75,7 +82,7 @@ def _chain_to_slice(node: Any) -> tuple[list[fx.Node], fx.Node | None]:
         elif node.target is aten.slice.Tensor and not same_size(_rows(node), _rows(node.args[0])):
             return chain, node if _is_token_slice(node) else None
         elif node.target is not aten.slice.Tensor and not (
-            node.target in _VIEWS and same_size(node.meta["val"].shape[-1], classes)
+            node.target in VIEWS and same_size(node.meta["val"].shape[-1], classes)
         ):
             break
         node = node.args[0]
@@ -83,7 +90,7 @@ def _chain_to_slice(node: Any) -> tuple[list[fx.Node], fx.Node | None]:
 
 
 def _is_class_slice(node: fx.Node) -> bool:
-    """Of the last dim."""
+    """True for a slice of the last dim."""
     return node.target is aten.slice.Tensor and bind(node)["dim"] in (-1, node.meta["val"].ndim - 1)
 
 
@@ -98,7 +105,7 @@ def _is_token_slice(cut: fx.Node) -> bool:
 
 
 def _range(cut: fx.Node) -> tuple[int, Any]:
-    """Positions before and after the slice."""
+    """The numbers of positions before and after the slice."""
     arguments = bind(cut)
     whole, part = cut.args[0].meta["val"].shape[1], cut.meta["val"].shape[1]
     start = arguments["start"] or 0

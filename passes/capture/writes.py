@@ -1,7 +1,8 @@
 """Writes: what a model's forward writes to, and which writes have no functional form.
 
-Autograd does not see what is written under ``torch.no_grad``, through ``detach()`` or ``.data``: the value changes, its gradient stays
-that of what was there. Made functional, such a write would be differentiated, or would cut the gradient.
+Autograd does not see a write under ``torch.no_grad``, through ``detach()`` or ``.data``: the value changes, and its
+gradient stays that of the old value. A functional form of such a write would be differentiated, or would cut the
+gradient.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ _IN_PLACE = {
     operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod,
     operator.ipow, operator.iand, operator.ior, operator.ixor, operator.imatmul, operator.ilshift, operator.irshift,
 }  # fmt: skip
-#: Named like writes; they change no value.
+#: Named like writes, but they change no value.
 _HARMLESS = {"requires_grad_", "detach_"}
 
 
 def written_by(node: fx.Node) -> fx.Node | None:
-    """What an operation of Dynamo's graph writes to; ``None``: it writes nothing."""
+    """The node that an operation of Dynamo's graph writes to; ``None`` if it writes nothing."""
     if node.op not in ("call_function", "call_method"):
         return None
     if isinstance(node.kwargs.get("out"), fx.Node):
@@ -39,10 +40,18 @@ def written_by(node: fx.Node) -> fx.Node | None:
 
 
 def refuse_hidden_write(node: fx.Node, grad_enabled: bool, live: set[int]) -> None:
-    """Raise ``GraphNotSupported`` where a node writes to a value that carries gradient, and autograd does not see it. ``live``: the memory of
-    such values before the node; what it gives is added.
+    """Refuse a write that autograd does not see to a value that carries gradient.
 
-    Dynamo's examples tell what requires grad and what shares memory; a graph without them is taken to have no such write.
+    Dynamo's example values tell what requires grad and what shares memory; a graph without them is assumed to have no
+    such write.
+
+    Args:
+        node: the operation to check.
+        grad_enabled: whether grad mode is enabled at the node.
+        live: the memory of values that carry gradient before the node; that of its results is added.
+
+    Raises:
+        GraphNotSupported: the node is such a write.
     """
     target = written_by(node)
     value = None if target is None else target.meta.get("example_value")
@@ -50,21 +59,25 @@ def refuse_hidden_write(node: fx.Node, grad_enabled: bool, live: set[int]) -> No
         raise GraphNotSupported(
             "The forward writes to a value that carries gradient where autograd does not see it (under no_grad, or "
             "through detach() or .data).",
-            "Write the new value as an expression: torch.where, or x + (new - x).detach() for a gradient as before.",
+            "Compute the new value out of place: torch.where, or x + (new - x).detach() to keep the gradient of x.",
             node,
         )
-    if node.op != "placeholder":  # a parameter that is written to is refused by its update
+    if node.op != "placeholder":  # a write to a parameter is refused later, by its update
         values = pytree.tree_leaves(node.meta.get("example_value"))
         live.update(memory_of(x) for x in values if isinstance(x, Tensor) and x.requires_grad)
 
 
 def refuse_aliases(program: Program, writes: Sequence[int]) -> None:
-    """Raise ``GraphNotSupported`` where an input that is written to shares memory with another."""
+    """Refuse a write to an input that shares memory with another input.
+
+    Raises:
+        GraphNotSupported: there is such a write.
+    """
     memory = {i: memory_of(x) for i, x in enumerate(program.inputs) if isinstance(x, Tensor)}
     for i in writes:
         if sum(place == memory[i] for place in memory.values()) > 1:
             raise GraphNotSupported(
                 "The forward writes to a buffer that shares its memory with another one.",
-                "Keep one of them, and take the other from it in the forward.",
+                "Keep one of them and compute the other from it in the forward.",
                 program.placeholders[i],
             )

@@ -1,1 +1,1 @@
-"""A traced graph, what is known of its nodes, and how nodes are added."""
+"""The graph: traced programs, facts about their nodes, and ways to add nodes."""

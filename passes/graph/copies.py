@@ -1,4 +1,4 @@
-"""Copies of graphs: a pass changes a copy, never the graph that it was given."""
+"""Copies of graphs: a pass changes a copy, never the graph that it receives."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from torch import fx
 
 
 def copied(module: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
-    """A module with a copy of the graph, and the node of the copy for every node. Parameters and submodules are shared."""
+    """Copy the graph of a module; parameters and submodules are shared.
+
+    Returns:
+        The module with the copy, and the copy of every node.
+    """
     graph, nodes = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in module.graph.nodes:
         nodes[node] = graph.node_copy(node, nodes.__getitem__)

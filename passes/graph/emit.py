@@ -1,4 +1,4 @@
-"""Adding nodes to a graph by hand, with the metadata that passes rely on."""
+"""Emit: add nodes to a graph by hand, with the metadata that passes rely on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from .fake import fake_mode_of
 
 
 def emit(like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """A call at the graph's insertion point, in the place (module, source line) of ``like``, its fake value computed."""
+    """Add a call at the graph's insertion point and compute its fake value.
+
+    The new node has the metadata (module, source line) of ``like``.
+    """
     values = pytree.tree_map_only(fx.Node, lambda node: node.meta["val"], (args, kwargs))
     node = like.graph.call_function(target, args, kwargs)
     with fake_mode_of(values):

@@ -1,4 +1,4 @@
-"""Errors of the passes: one fact, one remedy; the node's place is a note."""
+"""Errors of the passes: a message is a fact and a remedy; the place of the node is a note."""
 
 from __future__ import annotations
 
@@ -17,17 +17,24 @@ class TokenSeekError(Exception):
 
 
 class ConfigError(TokenSeekError, ValueError):
-    """An unknown or bad option, or a scorer that fails."""
+    """An option is unknown or invalid, or a scorer fails."""
 
 
 class GraphNotSupported(TokenSeekError):
-    """A graph that can't be rewritten exactly. The backend falls back to the plain graph with a warning, or raises it
-    when ``strict=True``."""
+    """A graph can't be rewritten exactly.
+
+    The backend then compiles the plain graph and warns; with ``strict=True`` it raises this error.
+
+    Args:
+        fact: what prevents the rewrite, one sentence.
+        remedy: what the user can do about it.
+        node: the node in question; its module path and source line become a note.
+    """
 
     def __init__(self, fact: str, remedy: str = "", node: fx.Node | None = None) -> None:
         super().__init__(f"{fact} {remedy}".strip())
         if node is not None:
-            self.add_note(f"at {where(node)}")
+            _locate(self, node)
 
     def __str__(self) -> str:
         return " ".join([super().__str__(), *getattr(self, "__notes__", ())])
@@ -35,17 +42,27 @@ class GraphNotSupported(TokenSeekError):
 
 @contextmanager
 def located(node: fx.Node) -> Iterator[None]:
-    """Whatever is raised inside names the place of ``node``, unless it names one already."""
+    """Add the place of ``node`` to any error raised inside, unless the error has a place already."""
     try:
         yield
     except Exception as error:
         if not getattr(error, "__notes__", ()):
-            error.add_note(f"at {where(node)}")
+            _locate(error, node)
         raise
 
 
+def _locate(error: Exception, node: fx.Node) -> None:
+    """Note the module path and the user's line of a node, and remember its name."""
+    error.add_note(f"at {where(node)}")
+    error.tokenseek_node = node.name  # type: ignore[attr-defined]
+
+
 def tell_no_effect(facts: Iterable[tuple[str, str]], strict: bool) -> None:
-    """Warn of options that a graph has no use for, given as (fact, remedy); raise ``GraphNotSupported`` where ``strict``."""
+    """Warn about options that have no effect on a graph, given as (fact, remedy).
+
+    Raises:
+        GraphNotSupported: if ``strict``, for the first of them.
+    """
     for fact, remedy in facts:
         if strict:
             raise GraphNotSupported(fact, remedy)
@@ -54,23 +71,24 @@ def tell_no_effect(facts: Iterable[tuple[str, str]], strict: bool) -> None:
 
 @contextmanager
 def in_pass(name: str) -> Iterator[None]:
-    """Whatever is raised inside names the pass, unless it names one already."""
+    """Add the name of the pass to any error raised inside, unless the error names one already."""
     try:
         yield
     except Exception as error:
         if not hasattr(error, "tokenseek_pass"):
             error.tokenseek_pass = name  # type: ignore[attr-defined]
-            error.add_note(f"in the pass {name!r}")
+            node = getattr(error, "tokenseek_node", None)
+            error.add_note(f"(pass {name!r})" if node is None else f"(pass {name!r}, node {node!r})")
         raise
 
 
 class NothingToSelect(GraphNotSupported):
-    """There is nothing to choose from (sequences of one token): plain training is the definition."""
+    """Sequences have a single token, so there is nothing to select; the model is trained as usual."""
 
 
 class NoAttention(GraphNotSupported):
-    """No attention tells the token axis."""
+    """The graph has no attention, so its token axis is unknown."""
 
 
 class InvariantBroken(TokenSeekError):
-    """A pass left a graph that breaks its stage's invariant: a bug in a pass or in a rule."""
+    """A pass returned a graph that breaks its invariant: a bug in a pass or in a rule."""

@@ -1,9 +1,9 @@
-"""The algebra of axes: every dim of a value is an ordered product of factors, and operations equate factors.
+"""Factors: the algebra of axes. A dim is an ordered product of factors, and operations equate factors.
 
 A *factor* is a variable with a size. A *dim* is a tuple of factors (row-major, outermost first); a dim of size 1 is the
-empty product. Views regroup factors without renaming them (the algebra of einops); every other operation equates dims
-(union-find). Sizes are used only where row-major order makes the answer the definition of a view, never to guess that two
-dims mean the same thing.
+empty product. Views regroup factors without renaming them, as in einops. Every other operation equates dims
+(union-find). Sizes only decide how a view regroups factors, as row-major order defines; two dims of equal size are
+never assumed to be the same axis.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ Axes = tuple[Dim, ...]
 
 
 def same_size(a, b) -> bool:
-    """True when two sizes (int or SymInt) are known to be equal without adding a guard."""
+    """True if two sizes (int or SymInt) are known to be equal without adding a guard."""
     return statically_known_true(a == b)
 
 
 def guarded_same_size(a, b) -> bool:
-    """True when two sizes are equal in the example at hand; symbolic ones get a guard that says so."""
+    """True if two sizes are equal for the example inputs; symbolic sizes get a guard."""
     return same_size(a, b) or bool(a == b)
 
 
 def divides(a, b) -> bool:
-    """True when ``b`` is known to be a multiple of ``a``."""
+    """True if ``b`` is known to be a multiple of ``a``."""
     return statically_known_true(b % a == 0)
 
 
 class Space:
-    """The factors of one graph: union-find over factors, where a factor may also be defined as a product of others.
+    """The factors of one graph: union-find, where a factor may also be defined as a product of others.
 
     >>> space = Space()
     >>> batch, tokens = space.fresh(2), space.fresh(6)
     >>> flat = space.regroup((batch, tokens), [12])[0]
     >>> flat == batch + tokens
     True
-    >>> windows = space.regroup((tokens,), [3, 2])   # splits the token factor, everywhere
+    >>> windows = space.regroup((tokens,), [3, 2])   # splits the token factor in every value that has it
     >>> space.resolve(flat) == batch + windows[0] + windows[1]
     True
     """
@@ -52,7 +52,7 @@ class Space:
         self._mixtures: list[Dim] = []
 
     def fresh(self, size) -> Dim:
-        """A dim that nothing is known about yet."""
+        """Create a dim with a new factor of this size; the empty dim for size 1."""
         if same_size(size, 1):
             return ()
         self._sizes.append(size)
@@ -62,24 +62,24 @@ class Space:
         return tuple(self.fresh(size) for size in shape)
 
     def fresh_part(self, size, whole: Dim) -> Dim:
-        """A new dim made from some positions of ``whole`` (a slice, a top-k): not the same axis, but known to be of it."""
+        """Create a dim for some positions of ``whole`` (a slice, a top-k): another axis, recorded as a part of it."""
         dim = self.fresh(size)
         self._parts.update(dict.fromkeys(dim, whole))
         return dim
 
     def fresh_mixture(self, size) -> Dim:
-        """A new dim every position of which is made of several positions of another one (a convolution)."""
+        """Create a dim whose positions each combine several positions of another dim (a convolution)."""
         dim = self.fresh(size)
         self._mixtures.append(dim)
         return dim
 
     @property
     def mixtures(self) -> set[int]:
-        """The root factors of such dims."""
+        """The root factors of all dims made by ``fresh_mixture``."""
         return {root for dim in self._mixtures for root in self.resolve(dim)}
 
     def parts_of(self, dim: Dim) -> set[int]:
-        """The root factors of dims that were made from positions of ``dim``, but are not ``dim`` itself."""
+        """The root factors of all parts of ``dim``, at any depth, without the factors of ``dim`` itself."""
         inside = set(self.resolve(dim))
         found: set[int] = set()
         for part, whole in self._parts.items():
@@ -94,10 +94,11 @@ class Space:
         return tuple(root for f in dim for root in (self.resolve(self._meaning[f]) if f in self._meaning else (f,)))
 
     def size(self, dim: Dim):
+        """The size of a dim: the product of its factors' sizes."""
         return prod(self._sizes[f] for f in dim)
 
     def equate(self, left: Dim, right: Dim) -> None:
-        """State that two dims are the same axis. Dims that can't be aligned factor by factor stay apart."""
+        """State that two dims are the same axis. Factors that can't be aligned stay distinct."""
         while True:
             left, right = self._strip_common(self.resolve(left), self.resolve(right))
             if not left or not right or not self._equate_first(left[0], right[0], len(left) == len(right)):
@@ -111,8 +112,11 @@ class Space:
         return left[n:], right[n:]
 
     def _equate_first(self, a: int, b: int, one_to_one: bool) -> bool:
-        """Make the outermost factors of two dims agree. Where the rest may correspond one to one, symbolic sizes that
-        Dynamo has not equated (ids and labels have symbols of their own) are compared by a guard."""
+        """Equate the outermost factors of two dims; False if their sizes don't align.
+
+        If the rest may correspond one to one, symbolic sizes that Dynamo has not equated (ids and labels have symbols
+        of their own) are compared by a guard.
+        """
         size_a, size_b = self._sizes[a], self._sizes[b]
         if same_size(size_a, size_b) or (one_to_one and guarded_same_size(size_a, size_b)):
             self._meaning[b] = (a,)
@@ -125,7 +129,7 @@ class Space:
         return True
 
     def _split(self, factor: int, head) -> tuple[int, int]:
-        """Define ``factor`` as ``(head, tail)``: it is so in every value that has it."""
+        """Define ``factor`` as ``(head, tail)`` in every value that has it."""
         (outer,), (inner,) = self.fresh(head), self.fresh(self._sizes[factor] // head)
         self._meaning[factor] = (outer, inner)
         return outer, inner
@@ -137,7 +141,7 @@ class Space:
         return tuple(dim if dim is not None else self.fresh(size) for dim, size in zip(result, shape, strict=True))
 
     def _take(self, pending: list[int], size) -> Dim | None:
-        """Remove factors from the front of ``pending`` that multiply to ``size``."""
+        """Remove factors from the front of ``pending`` that multiply to ``size``; None if there are no such factors."""
         taken: list[int] = []
         while not same_size(size, 1):
             if not pending:

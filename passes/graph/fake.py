@@ -1,4 +1,4 @@
-"""Fake tensors: how a pass knows shapes and dtypes without computing anything."""
+"""Fake tensors: shapes and dtypes without computing values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 
 def fake_inputs(module: fx.GraphModule, inputs: Iterable[Any]) -> tuple[Any, ...]:
-    """``inputs`` as fake tensors of one mode: the one of the running compilation, of the inputs, or a new one."""
+    """``inputs`` as fake tensors of one mode: that of the running compilation, that of the inputs, or a new one."""
     inputs = tuple(inputs)
     context = TracingContext.try_get()
     mode = (context.fake_mode if context else None) or detect_fake_mode(inputs) or FakeTensorMode()
@@ -23,7 +23,7 @@ def fake_inputs(module: fx.GraphModule, inputs: Iterable[Any]) -> tuple[Any, ...
 
 
 def _fake(mode: FakeTensorMode, x: torch.Tensor, contexts: Any) -> torch.Tensor:
-    """``x`` in ``mode``, with the symbols that Dynamo gave its sizes."""
+    """``x`` in ``mode``, with the symbols that Dynamo assigned to its sizes."""
     if isinstance(x, FakeTensor):
         return x
     if x not in contexts:
@@ -33,6 +33,6 @@ def _fake(mode: FakeTensorMode, x: torch.Tensor, contexts: Any) -> torch.Tensor:
 
 
 def fake_mode_of(values: Any) -> AbstractContextManager:
-    """The fake mode of the first fake tensor in ``values`` (nothing to enter where there is none)."""
+    """The fake mode of the fake tensors in ``values``; a null context if there are none."""
     leaves = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
     return detect_fake_mode(leaves) or nullcontext()

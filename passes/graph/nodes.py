@@ -1,4 +1,4 @@
-"""Nodes of a traced graph: their arguments by schema name, their tensors, their sizes."""
+"""Nodes of a traced graph: arguments by schema name, tensors and sizes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ def is_tensor(node: Any) -> bool:
 
 
 def bind(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a node by their schema names, defaults filled in (positional ones as "0", "1" without a schema)."""
+    """The arguments of a node by schema name, with defaults filled in.
+
+    Without a schema, positional arguments are named "0", "1", ...
+    """
     if not isinstance(node.target, torch._ops.OpOverload):
         return {**{str(i): arg for i, arg in enumerate(node.args)}, **node.kwargs}
     schema = node.target._schema.arguments
@@ -31,12 +34,12 @@ def bind(node: fx.Node) -> dict[str, Any]:
 
 
 def made_by(node: fx.Node) -> fx.Node:
-    """The operation that a value is a result of."""
+    """The operation that returns this value, alone or as one of several results."""
     return node.args[0] if node.target is operator.getitem else node  # type: ignore[return-value]
 
 
 def is_random(node: fx.Node) -> bool:
-    """True for an operation that draws (an attention without dropout does not, nor does dropout of nothing)."""
+    """True for an operation that draws random numbers; not for attention without dropout, or dropout with p = 0."""
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
     given = bind(node)
@@ -44,27 +47,27 @@ def is_random(node: fx.Node) -> bool:
 
 
 def bind_values(node: fx.Node, values: Mapping[fx.Node, Any]) -> dict[str, Any]:
-    """The same with values in place of nodes."""
+    """``bind`` with values in place of nodes."""
     return {name: values[arg] if isinstance(arg, fx.Node) else arg for name, arg in bind(node).items()}
 
 
 def operands_of(node: fx.Node) -> list[fx.Node]:
-    """The tensor operands of a node in argument order, repeated ones repeated."""
+    """The tensor operands of a node in argument order, with repetitions."""
     return [leaf for leaf in pytree.arg_tree_leaves(*node.args, **node.kwargs) if is_tensor(leaf)]
 
 
 def bytes_hint(node: fx.Node) -> int:
-    """Bytes of a node's example values; symbolic sizes count as those of the example inputs."""
+    """Bytes of a node's example values; symbolic sizes count as in the example inputs."""
     return sum(math.prod(map(hint, x.shape)) * x.element_size() for x in tensors_in(node.meta["val"]))
 
 
 def hint(size: Any) -> int:
-    """A size as a number; a symbolic one as it is in the example inputs."""
+    """A size as an int; a symbolic one as in the example inputs."""
     return size if isinstance(size, int) else size.node.hint
 
 
 def first_alike(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """For every node the first that computes the same of the same (what is random: itself)."""
+    """Map every node to the first node that computes the same from the same operands (a random one to itself)."""
     known: dict[Any, fx.Node] = {}
     found: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:

@@ -1,4 +1,4 @@
-"""Sets of operations that several passes ask for, each in this one place."""
+"""Sets of operations that several passes use."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import torch
 
 aten = torch.ops.aten
 
-#: Views that regroup the factors of dims, and the calls that do so where a copy may be needed.
+#: Views that regroup the factors of dims; ``reshape`` may copy.
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-#: Copies of equal dtype.
+#: Copies with the same dtype.
 COPIES = (aten.clone.default, aten.contiguous.default)
 #: Changes of dtype or device.
 CONVERSIONS = (aten._to_copy.default, aten.to.dtype)
 #: Operations that change neither the shape nor (up to rounding) the values.
 CASTS = (*CONVERSIONS, *COPIES)
-#: Operations that only lay out their operand, in every overload.
+#: Operations that change only the shape or layout of their operand, in every overload.
 LAYOUT = {
     getattr(packet, overload)
     for packet in (
@@ -39,7 +39,7 @@ LAYOUT = {
     for overload in packet.overloads()
 }
 
-#: Matrix products: autocast gives their operands the dtype of the result.
+#: Matrix products: under autocast, their operands are cast to the dtype of the result.
 MATMULS = (
     aten.linear.default,
     aten.matmul.default,
@@ -55,7 +55,7 @@ MULTIPLICATIONS = (aten.mul.Tensor, aten.mul.Scalar)
 DIVISIONS = (aten.div.Tensor, aten.div.Scalar)
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
 
-#: Operations that fill a new tensor and read only the dtype, device and shape of their operand.
+#: Operations that create a tensor and read only the dtype, device and shape of their operand.
 NEW_TENSORS = (
     aten.new_empty.default,
     aten.new_zeros.default,
@@ -80,7 +80,7 @@ PICKS = (
 
 #: ATen's codes for the reduction of a loss.
 NONE, MEAN, SUM = 0, 1, 2
-#: Losses whose target holds class labels, or marks a position without a label.
+#: Losses whose target holds class labels; ``ignore_index`` marks positions without a label.
 LABEL_LOSSES = (aten.cross_entropy_loss.default, aten.nll_loss_nd.default)
 #: Losses of two tensors of equal shape.
 ELEMENTWISE_LOSSES = (

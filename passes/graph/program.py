@@ -1,4 +1,4 @@
-"""Program: a traced graph, and the results of the passes that ran on it, by type."""
+"""Program: a traced graph and the results of the passes that ran on it, by type."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ class Program:
     """A traced forward and the results of the passes that ran on it.
 
     Args:
-        module: after ``canonicalize`` a functional pre-dispatch ATen graph whose nodes carry fake tensors in ``meta["val"]``.
+        module: after ``canonicalize`` a functional pre-dispatch ATen graph whose nodes have fake tensors in
+            ``meta["val"]``.
         inputs: example inputs (real or fake tensors, numbers).
-        mutated: positions of the inputs that the forward writes to. Their new values are the last ``len(mutated)`` outputs.
-        results: the result of each pass by its type; a type is defined beside the pass that writes it.
+        mutated: positions of the inputs that the forward mutates. Their new values are the last ``len(mutated)``
+            outputs.
+        results: the result of each pass by its type; a type is defined in the file of the pass that writes it.
         done: names of the passes that ran, in order.
 
     >>> program[TokenAxes].tokens  # doctest: +SKIP
@@ -35,7 +37,11 @@ class Program:
     done: tuple[str, ...] = ()
 
     def __getitem__(self, kind: type[Result]) -> Result:
-        """The result of a type. Raises ``KeyError`` where the pass that writes it has not run."""
+        """The result of this type.
+
+        Raises:
+            KeyError: the pass that writes it has not run.
+        """
         if kind not in self.results:
             raise KeyError(
                 f"No pass has written {kind.__name__} yet; passes that ran: {', '.join(self.done) or 'none'}."
@@ -43,11 +49,11 @@ class Program:
         return self.results[kind]
 
     def get(self, kind: type[Result]) -> Result | None:
-        """The result of a type, or ``None`` where the pass that writes it has not run."""
+        """The result of this type; ``None`` if the pass that writes it has not run."""
         return self.results.get(kind)
 
     def with_(self, *results: Any) -> Program:
-        """The program with further results; one of the same type is replaced."""
+        """A copy of the program with these results; each replaces one of the same type."""
         return replace(self, results={**self.results, **{type(result): result for result in results}})
 
     @property
@@ -60,7 +66,7 @@ class Program:
 
     @property
     def outputs(self) -> list[Any]:
-        """The values that the model returns (without updates of mutated inputs), flat; may hold ``None`` and numbers."""
+        """The flat outputs of the model, without updates of mutated inputs; may contain ``None`` and numbers."""
         flat = self._all_outputs
         return flat[: len(flat) - len(self.mutated)]
 
@@ -88,7 +94,7 @@ def module_path(node: fx.Node) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """``(file:line)`` of the innermost frame outside torch (inside torch, where there is no other)."""
+    """``(file:line)`` of the innermost stack frame outside torch; inside torch if there is no other."""
     trace = (node.meta.get("stack_trace") or "").splitlines()
     frames = [line.strip().split('"', 2) for line in trace if line.strip().startswith("File")]
     if not frames:

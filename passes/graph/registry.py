@@ -1,4 +1,4 @@
-"""Registry: a table of rules by operation, in which every entry is made once."""
+"""Registry: a table of rules by operation that rejects duplicate entries."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ Entry = TypeVar("Entry")
 
 
 class Registry(dict[Any, Entry], Generic[Entry]):
-    """Entries by operation (``OpOverload``, ``"library::operation"`` for a library that may not be imported) or by name.
+    """Entries by name or by operation.
 
-    ``kind`` says in errors what the entries are.
+    An operation is an ``OpOverload``, or ``"library::operation"`` for a library that may not be imported. ``kind``
+    names the entries in error messages.
     """
 
     def __init__(self, kind: str) -> None:
@@ -24,18 +25,18 @@ class Registry(dict[Any, Entry], Generic[Entry]):
         """Add an entry for every target.
 
         Raises:
-            ValueError: a target has an entry already, or none is given.
+            ValueError: a target has an entry already, or there are no targets.
         """
         targets = tuple(targets)
         if not targets:
             raise ValueError(f"{self.kind}: name at least one target.")
         for target in targets:
             if self.setdefault(target, entry) is not entry:
-                raise ValueError(f"{self.kind}: {target} is registered already.")
+                raise ValueError(f"{self.kind}: {target} is already registered.")
 
 
 def aten_overloads(names: str) -> list[Any]:
-    """The overloads of ATen that a text names, ``"mm.default bmm.default"``.
+    """The ATen overloads named in a string such as ``"mm.default bmm.default"``.
 
     Raises:
         ValueError: ATen has no such operation.

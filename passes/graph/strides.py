@@ -1,4 +1,4 @@
-"""How values lie in memory."""
+"""Strides: memory and layout of values."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from .nodes import hint
 
 
 def memory_of(x: Tensor) -> int:
-    """What tells the memory of ``x`` from that of others: views of one value have the same."""
+    """An identifier of the memory of ``x``; views of one value have the same."""
     return x.untyped_storage()._cdata
 
 
 def order_in_memory(x: Tensor) -> list[int]:
-    """The dims of ``x`` from the outermost in memory; of an example where sizes are symbols."""
+    """The dims of ``x`` from the outermost in memory; symbolic strides count as in the example inputs."""
     return sorted(range(x.ndim), key=lambda dim: -hint(x.stride(dim)))
 
 
 def copied_in_order(x: Tensor, order: list[int]) -> Tensor:
-    """``x``, dense, with its dims in ``order`` in memory."""
+    """A dense copy of ``x`` whose dims are in this order in memory."""
     return x.permute(order).contiguous().permute([order.index(dim) for dim in range(x.ndim)])

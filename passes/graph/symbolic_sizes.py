@@ -1,4 +1,4 @@
-"""Sizes that are symbols: where the inputs have them, and how a graph computes with them."""
+"""Symbolic sizes: where the inputs have them, and how a graph computes with them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from .emit import emit
 
 
 def places_of_symbols(inputs: Sequence[Any]) -> dict[sympy.Symbol, tuple[int, int | None]]:
-    """Symbols of sizes and the first place where the inputs have each: the number of an input and its dim (``None``: it is a number)."""
+    """The symbols of sizes, each with the first place where the inputs have it.
+
+    A place is (position of the input, dim); the dim is ``None`` if the input is a number.
+    """
     found: dict[sympy.Symbol, tuple[int, int | None]] = {}
     for i, value in enumerate(inputs):
         dims = enumerate(value.shape) if isinstance(value, torch.Tensor) else [(None, value)]
@@ -29,23 +32,28 @@ def places_of_symbols(inputs: Sequence[Any]) -> dict[sympy.Symbol, tuple[int, in
 
 
 def canonical_symint(value: Any) -> Any:
-    """A symbolic size as the symbol that it is known to equal by now. Inductor reads a number as it was created: where ids and mask have
-    lengths of their own that a guard found equal, it would not know the symbol that other sizes are made of."""
+    """A symbolic size in terms of the symbol that it is now known to equal; anything else unchanged.
+
+    Inductor reads the expression that a SymInt was created with. If ids and mask have their own lengths and a guard
+    found them equal, it would not know the symbol that the other sizes are made of.
+    """
     if not isinstance(value, torch.SymInt):
         return value
     return value.node.shape_env.create_symintnode(value.node.expr, hint=value.node.hint)
 
 
 def symbols_of(sizes: Iterable[Any]) -> list[torch.SymInt]:
-    """The symbols that ``sizes`` are made of, each once, in the order of their names."""
+    """The distinct symbols in ``sizes``, sorted by name."""
     found = {symbol: size for size in sizes for symbol in free_symbols(size)}
     return [found[s].node.shape_env.create_symintnode(s, hint=None) for s in sorted(found, key=str)]
 
 
 class Numbers:
-    """Sizes as arguments of the operations of a graph: those that symbols are part of are computed where it begins.
+    """Symbolic sizes as arguments of a graph's operations, computed at the start of the graph.
 
-    ``inputs``: examples of what the graph is called with.
+    Args:
+        graph: the graph; nodes are added to it.
+        inputs: example inputs of the graph.
     """
 
     def __init__(self, graph: fx.Graph, inputs: Sequence[Any]) -> None:
@@ -54,11 +62,11 @@ class Numbers:
         self._known: dict[sympy.Expr, Any] = {}
 
     def knows(self, symbols: Iterable[torch.SymInt]) -> bool:
-        """Whether the inputs have all of these (a size that depends on data is in none)."""
+        """True if the inputs have all of these symbols (a data-dependent size is in no input)."""
         return all(symbol.node.expr in self._places for symbol in symbols)
 
     def __call__(self, size: Any) -> Any:
-        """A number, or the node that computes it; anything but a symbolic size as it is."""
+        """The number, or the node that computes a symbolic size; anything else unchanged."""
         if not isinstance(size, torch.SymInt):
             return size
         expr = size.node.expr
@@ -80,7 +88,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class _Emitted:
-    """The arithmetic of sizes as ``sympy_interp`` calls it, as nodes."""
+    """The arithmetic of sizes that ``sympy_interp`` calls, as nodes."""
 
     like: fx.Node
 

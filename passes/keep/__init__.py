@@ -1,1 +1,1 @@
-"""What the two streams keep or recompute beside the kept rows."""
+"""Keep: which values of other tokens are kept for the kept rows, and which are recomputed."""

@@ -1,8 +1,8 @@
-"""Frozen rows: which values without gradient are recomputed on the kept rows instead of gathered from the seek stream.
+"""Frozen rows: values without gradient that are recomputed on the kept rows instead of gathered from the seek stream.
 
-A value without gradient is the seek stream's, and the kept rows are gathered from it, so it exists for all tokens until rows are
-selected. Under LoRA these are, in the first block, the residual stream, its norm, and the result of every frozen linear.
-The rows of the residual stream are enough: the others are computed from them.
+A value without gradient belongs to the seek stream. Gathering the kept rows from it keeps it alive for all tokens until
+rows are selected. Under LoRA these are, in the first block, the residual stream, its norm and the result of every
+frozen linear. The rows of the residual stream are enough, since the other values can be computed from them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import fx
 from ..analysis.activity import Activity
 from ..analysis.token_axes import TokenAxes
 from ..attention.positional import PositionalAttentions
-from ..capture.canonicalize import is_autocast
+from ..capture.retrace import is_autocast
 from ..graph.program import Program
 from ..rules.axes import rule_for
 from .token_parallel import is_parallel, reads
@@ -29,9 +29,10 @@ class FrozenRows:
 
 @dataclass(frozen=True)
 class FindFrozenRows:
-    """Find them from the rows that are gathered anyway. None under autocast, whose regions enclose the operations of all tokens.
+    """Find values without gradient that can be recomputed from gathered rows.
 
-    Reads ``Activity``, ``TokenAxes``, ``PositionalAttentions``; writes ``FrozenRows``.
+    Reads ``Activity``, ``TokenAxes``, ``Routes``, ``PositionalAttentions``; writes ``FrozenRows``. None are found under
+    autocast, whose regions enclose operations of all tokens.
     """
 
     name: str = "frozen rows"
@@ -43,18 +44,18 @@ class FindFrozenRows:
         read = [(x, carried) for node in live for x, carried in reads(program, node)]
         gathered = {x for x, carried in read if carried and x not in live and axes.has_rows(x)}
         found: set[fx.Node] = set()
-        for node in program.graph.nodes:  # token ids and token types are small
+        for node in program.graph.nodes:  # floating point alone: token ids and token types are small
             if node in gathered and node.meta["val"].is_floating_point():
                 found |= _computed(program, node, gathered - {node}) or set()
         return program.with_(FrozenRows(frozenset(found)))
 
     def check(self, program: Program) -> None:
-        """None of them carries gradient."""
+        """None of these values carries gradient."""
         assert program[FrozenRows].nodes.isdisjoint(program[Activity].live)
 
 
 def _computed(program: Program, node: fx.Node, gathered: set[fx.Node]) -> set[fx.Node] | None:
-    """The operations from gathered rows to ``node``; None where something else is needed."""
+    """The operations from gathered rows to ``node``; ``None`` if they need other values."""
     found, todo = set[fx.Node](), [node]
     while todo:
         node = todo.pop()

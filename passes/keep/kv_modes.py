@@ -1,14 +1,15 @@
-"""Keys/values modes: how keys and values of all tokens are kept from the forward to the backward.
+"""Keys/values modes: how keys and values of all tokens are kept from forward to backward.
 
-The forward of a block always uses them as they are. A mode may save other tensors in their place (``store``) and compute keys and
-values from these in the backward (``restore``). Both add nodes to the graphs that AOTAutograd partitioned. A mode is one value;
-``register_kv_mode`` makes it a value of ``Config.kv``.
+The forward of a block always uses the keys and values themselves. A mode may save other tensors in their place
+(``store``) and compute keys and values from these in backward (``restore``). Both add nodes to the graphs that
+AOTAutograd partitioned. A mode is one ``KVMode``; ``register_kv_mode`` makes it available as a value of ``Config.kv``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -21,25 +22,26 @@ from ..graph.registry import Registry
 aten = torch.ops.aten
 _CONVERT, _MOVE = torch.ops.prims.convert_element_type.default, torch.ops.prims.device_put.default
 FP8 = torch.float8_e4m3fn
-#: Triton converts to it from this compute capability on.
+#: The lowest compute capability on which Triton converts to this dtype.
 _CONVERTS_FP8 = (8, 9)
-#: Of magnitudes: a head that is 0 throughout has a scale too.
+#: The smallest magnitude of a head, so that the scale of a head of zeros isn't 0.
 _SMALLEST = 1e-30
 
 
 @dataclass(frozen=True)
 class KVMode:
-    """One way of keeping keys and values.
+    """One way to keep keys and values.
 
     Args:
         name: the value of ``Config.kv``.
         check: ``check(device, is_inductor)`` returns why the mode can't be used there (fact and remedy), or "".
         kept_bytes: bytes on the device for one key or value, given its node.
-        store: adds nodes to the forward graph and returns what is saved in place of a key or value ``[B, H, S, E]``.
-        restore: ``restore(old, stored)`` adds nodes to the backward graph and returns the value in place of ``old``.
-        is_exact: False: the backward recomputes attention from the restored values. Attention weights are exp(scores - lse); with
-            rounded keys and the exact log-sum-exp they would not sum to 1.
-        recomputes: keys and values are recomputed from smaller values instead (``recompute_kv.py``).
+        store: adds nodes to the forward graph and returns the values that are saved in place of a key or value ``[B, H,
+            S, E]``.
+        restore: ``restore(old, stored)`` adds nodes to the backward graph and returns the value that replaces ``old``.
+        is_exact: False: backward recomputes attention from the restored values. Attention weights are exp(scores -
+            lse); with rounded keys and the exact log-sum-exp they would not sum to 1.
+        recomputes: keys and values are recomputed from smaller values (``recompute_kv.py``).
     """
 
     name: str
@@ -50,12 +52,20 @@ class KVMode:
     is_exact: bool = True
     recomputes: bool = False
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by its name: Inductor's cache keys hold it, and a lambda can't be pickled."""
+        return _named, (self.name,)
+
 
 KV_MODES: Registry[KVMode] = Registry("keys/values mode")
 
 
+def _named(name: str) -> KVMode:
+    return KV_MODES[name]
+
+
 def register_kv_mode(mode: KVMode) -> KVMode:
-    """Let ``Config(kv=mode.name)`` mean ``mode``.
+    """Make ``mode`` available as ``Config(kv=mode.name)``.
 
     Raises:
         ValueError: another mode has the name.
@@ -71,7 +81,10 @@ def _no_host(device: torch.device, is_inductor: bool) -> str:
 
 
 def _on_host(node: fx.Node) -> list[fx.Node]:
-    """Not waited for: all copies of a graph are in order on one stream. Inductor makes the target pinned memory."""
+    """Copy to host memory without waiting, since all copies of a graph run in order on one stream.
+
+    Inductor pins the target.
+    """
     stored = emit(node, _MOVE, node, torch.device("cpu"), True)
     tag(stored, Kind.HOST, Mark.ON_HOST)
     return [stored]
@@ -94,7 +107,10 @@ def _no_fp8(device: torch.device, is_inductor: bool) -> str:
 
 
 def _rounded(node: fx.Node) -> list[fx.Node]:
-    """A value in 8 bits, and its scale: the largest magnitude of the last two dims (of a head) over the largest of the format."""
+    """The value in 8 bits and its scale per head.
+
+    The scale is the largest magnitude of the last two dims over the largest number of the format.
+    """
     value = emit(node, _CONVERT, node, torch.float32)
     largest = emit(node, aten.amax.default, emit(node, aten.abs.default, value), [-2, -1], True)
     scale = emit(node, aten.div.Tensor, emit(node, aten.clamp_min.default, largest, _SMALLEST), torch.finfo(FP8).max)

@@ -1,4 +1,4 @@
-"""Live keys/values: with ``kv_grad="all"``, what is computed with gradient for all tokens."""
+"""Live keys/values: with ``kv_grad="all"``, the values that are computed with gradient for all tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from ..graph.program import Program
 
 
 def live_kv(program: Program) -> frozenset[fx.Node]:
-    """Keys and values, what else queries look at, and what computes them from the input of their block."""
+    """Keys and values and the operations that compute them in their block.
+
+    Other values that queries read across tokens are included.
+
+    Raises:
+        GraphNotSupported: the keys of an attention depend on another attention in the same block.
+    """
     live, axes, stream = program[Activity].live, program[TokenAxes], program[Blocks].stream
     found: set[fx.Node] = set()
     for node in reversed(program.graph.nodes):
@@ -25,15 +31,18 @@ def live_kv(program: Program) -> frozenset[fx.Node]:
     for attention in axes.attentions:
         if attention.node in found:
             raise GraphNotSupported(
-                "The keys of an attention are made of another attention in its block, so that kv_grad='all' is not defined.",
-                "Choose kv_grad='selected', or add what the first attention gives to the residual stream.",
+                "The keys of an attention depend on another attention in its block, so kv_grad='all' is not defined.",
+                "Use kv_grad='selected', or add the output of the first attention to the residual stream.",
                 attention.node,
             )
     return frozenset(found)
 
 
 def _is_read_across(program: Program, node: fx.Node) -> bool:
-    """True where its rows are of keys, and what reads it has the rows of queries (a part of scores that keys alone give)."""
+    """True if its rows are those of keys, and a value with the rows of queries reads it.
+
+    Such a value is a term of the scores that depends on keys alone.
+    """
     axes = program[TokenAxes]
     for user in node.users:
         if user in program[Activity].live and is_tensor(user) and axes.has_rows(user):

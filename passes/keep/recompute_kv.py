@@ -1,8 +1,9 @@
-"""Remake: keys and values made again where rows look at them, from values of all tokens that take fewer bytes.
+"""Recomputed keys/values: keep smaller values of all tokens, and recompute keys and values where rows attend to them.
 
-A minimum cut finds, for every attention that looks at keys and values by position, the fewest bytes from which its block can
-make them token by token: mostly the normed input of the block, which is half of them in a model with as many key heads as
-query heads, or what a smaller projection gives. Where nothing takes fewer bytes than the keys and values, these are kept.
+For every attention by position, a minimum cut finds the fewest bytes from which its block can compute keys and values
+token by token: usually the normed input of the block (half the bytes of keys and values if there are as many key heads
+as query heads), or the result of a smaller projection. If no such values are smaller, keys and values themselves are
+kept.
 """
 
 from __future__ import annotations
@@ -30,16 +31,18 @@ from .token_parallel import is_parallel
 aten = torch.ops.aten
 _GIVEN, _WANTED = "given", "wanted"
 
-#: A value as it is (``None``), or cast to a dtype.
+#: A value in its own dtype (``None``), or cast to this dtype.
 Value = tuple[fx.Node, torch.dtype | None]
 
 
 @dataclass(frozen=True)
 class KVRecompute:
-    """Keys and values that are recomputed on the way to the kept rows.
+    """Keys and values that are recomputed in the ditch stream.
 
-    ``nodes``: the operations that run once more. ``sources``: the values of all tokens that they start from. ``attentions``: the
-    attentions whose keys or values are recomputed.
+    Args:
+        nodes: the operations that run again.
+        sources: the values of all tokens that these start from.
+        attentions: the attentions whose keys or values are recomputed.
     """
 
     nodes: frozenset[fx.Node] = frozenset()
@@ -49,10 +52,18 @@ class KVRecompute:
 
 @dataclass(frozen=True)
 class PlanKV:
-    """Check the keys/values mode, and find what it recomputes.
+    """Check the keys/values mode and find what it recomputes.
 
-    Reads ``TokenAxes``, ``Activity``, ``Blocks``, ``PositionalAttentions``; writes ``KVRecompute``. ``is_inductor``: the graph will be
-    compiled by Inductor. ``strict``: a mode without effect is an error instead of a warning.
+    Reads ``TokenAxes``, ``Activity``, ``Routes``, ``Blocks``, ``PositionalAttentions``; writes ``KVRecompute``.
+
+    Args:
+        mode: the keys/values mode.
+        is_inductor: Inductor will compile the graph.
+        strict: a mode without effect is an error instead of a warning.
+
+    Raises:
+        ConfigError: the mode can't be used on this device or with this compiler.
+        GraphNotSupported: ``strict``, and the mode has no effect.
     """
 
     mode: KVMode = KEEP
@@ -68,16 +79,19 @@ class PlanKV:
         return program.with_(found)
 
     def check(self, program: Program) -> None:
-        """Nothing to verify: the values are the same a second time."""
+        """Nothing to verify: recomputed values equal the first ones."""
 
     def _without_effect(self, program: Program, found: KVRecompute) -> Iterator[tuple[str, str]]:
-        """A fact and a remedy where attentions keep their keys and values all the same."""
+        """A fact and a remedy if attentions keep their keys and values despite the mode."""
         live = [a.out for a in program[TokenAxes].attentions if a.out in program[Activity].live]
         count = sum(node not in program[PositionalAttentions] for node in live)
         if self.mode.recomputes and count < len(live):
             if not found.attentions:
-                fact = f"kv={self.mode.name!r} has no effect: nothing smaller makes the keys and values (attentions: {len(live) - count})."
-                yield fact, "Keep them (kv='keep'), as grouped heads are."
+                fact = (
+                    f"kv={self.mode.name!r} has no effect: keys and values can't be recomputed from fewer bytes "
+                    f"(attentions: {len(live) - count})."
+                )
+                yield fact, "Use kv='keep': with grouped heads, keys and values are small already."
         elif self.mode != KEEP and count:
             fact = f"kv={self.mode.name!r}: {count} of {len(live)} attentions keep their keys and values as they are."
             yield fact, "Use scaled_dot_product_attention without dropout, with a mask that compares positions."
@@ -88,10 +102,10 @@ def _device(program: Program) -> torch.device:
 
 
 def recomputed_kv(program: Program) -> KVRecompute:
-    """What can be recomputed in every block."""
+    """The keys and values that can be recomputed, in every block."""
     blocks, positional = _block_numbers(program), program[PositionalAttentions]
     nodes, sources, attentions = set[fx.Node](), set[Value](), set[fx.Node]()
-    for attention in reversed(positional):  # keys that a later block reads too are kept for both
+    for attention in reversed(positional):  # keys that a later block reads too are kept once for both
         if attention not in program[Activity].live:
             continue
         inside = {node for node, block in blocks.items() if block == blocks[attention]}
@@ -104,7 +118,7 @@ def recomputed_kv(program: Program) -> KVRecompute:
 
 
 def cast_by(reader: fx.Node, node: fx.Node) -> torch.dtype | None:
-    """The dtype that autocast gives ``node`` for a product that reads it; ``None``: its own."""
+    """The dtype to which autocast converts ``node`` for the matrix product ``reader``; ``None``: its own dtype."""
     if reader.target not in MATMULS or not is_tensor(node) or not node.meta["val"].is_floating_point():
         return None
     dtype = reader.meta["val"].dtype
@@ -119,7 +133,7 @@ def value_bytes(value: Value) -> int:
 
 
 def _block_numbers(program: Program) -> dict[fx.Node, int]:
-    """The block of the ditch stream that a node is traced in."""
+    """The block of the ditch stream in which each node is traced."""
     number, found = 1, {}
     for node in program.graph.nodes:
         found[node] = number
@@ -130,8 +144,19 @@ def _block_numbers(program: Program) -> dict[fx.Node, int]:
 def _cut(
     program: Program, attention: PositionalAttention, inside: set[fx.Node], kept: set[Value]
 ) -> tuple[set[fx.Node], set[Value]]:
-    """The operations ``inside`` a block that make key and value again, and what they start from; what is ``kept`` costs nothing.
-    Of several cuts that take as many bytes the one with the fewest operations."""
+    """A minimum cut between the inputs of a block and the key and value of its attention.
+
+    Of several cuts with as many bytes, the one with the fewest operations is taken.
+
+    Args:
+        program: the program.
+        attention: the attention.
+        inside: the nodes of its block.
+        kept: values that are kept anyway and cost nothing.
+
+    Returns:
+        The operations that recompute key and value, and the values that they start from.
+    """
     wanted: tuple[Value, ...] = ((attention.key, None), (attention.value, None))
     reads = _reads(program, wanted, inside)
     flow = nx.DiGraph()
@@ -149,7 +174,10 @@ def _cut(
 
 
 def _reads(program: Program, wanted: Iterable[Value], inside: set[fx.Node]) -> dict[Value, list[Value] | None]:
-    """What may be made again ``inside`` a block, ``wanted`` first, and from what each is made; ``None``: it can't be."""
+    """The values from which each value may be recomputed ``inside`` a block, ``wanted`` first.
+
+    ``None``: the value can't be recomputed.
+    """
     found, todo = dict[Value, list[Value] | None](), [*wanted]
     while todo:
         value = node, dtype = todo.pop()
@@ -166,7 +194,7 @@ def _reads(program: Program, wanted: Iterable[Value], inside: set[fx.Node]) -> d
 
 
 def _can_recompute(program: Program, node: fx.Node) -> bool:
-    """Computed for every token alone, or without tokens, and the same a second time."""
+    """True if a second run gives the same value, for each token independently or without tokens."""
     target = node.target
     if target is operator.getitem:
         return True
@@ -179,8 +207,10 @@ def _can_recompute(program: Program, node: fx.Node) -> bool:
 
 
 def _size(program: Program, value: Value) -> int | None:
-    """The bytes that it takes to keep a value; ``None``: it can't be. Nothing: what is there anyway, as inputs without tokens are, and
-    what rows read too."""
+    """Bytes to store a value; 0 if it is live anyway; ``None`` if it can't be stored.
+
+    Inputs without tokens are live anyway, and so are values that rows read too.
+    """
     (node, _), axes = value, program[TokenAxes]
     if not is_tensor(node):
         return None if isinstance(node.meta.get("val"), (tuple, list)) else 0

@@ -1,7 +1,8 @@
-"""Parallel: along which dims of its outputs a graph works on every row alone, whichever of them is the token axis.
+"""Token-parallel values: along which dims of its outputs a graph computes each row independently.
 
-A part of a model without an attention does not tell its token axis. Where it is parallel along it, gradient that comes to
-some rows alone stays in them, so the part is right as it is. Sound rather than complete: an operation without a rule is none.
+A fragment of a model without attention does not name its token axis. If it is parallel along a dim, gradients that
+reach only some rows stay in these rows, so the fragment needs no rewrite. The analysis is sound but not complete: an
+operation without a rule is not parallel.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from ..graph.op_sets import LOSSES
 from ..graph.program import Program
 from ..rules.attention import attention_op
 
-#: For a dim of an output: the dims of the inputs that carry gradient which its rows come from.
+#: Dim of an output -> position of a live input -> the dim of that input that its rows come from.
 Sources = dict[int, dict[int, int]]
 
 
 def parallel_dims(program: Program) -> dict[int, Sources]:
-    """By the position of every live output, its parallel dims. Reads ``activity``."""
+    """The parallel dims of every live output, by its position. Reads ``Activity``."""
     found, places = inferred(program), {node: i for i, node in enumerate(program.placeholders)}
     live = program[Activity].live
     result: dict[int, Sources] = {}
@@ -44,7 +45,10 @@ def parallel_dims(program: Program) -> dict[int, Sources]:
 
 
 def _works_by_rows(axes: TokenAxes, node: fx.Node, live: frozenset[fx.Node]) -> bool:
-    """Every row of the result comes from the same row of the operands that have rows, of which there is one at least."""
+    """True if every row of the result depends on the same row of the operands with rows.
+
+    At least one operand must have rows.
+    """
     operands, dims = operands_of(node), axes.token_dims(node)
     having = [i for i, arg in enumerate(operands) if axes.token_dims(arg)]
     if node.target is operator.getitem:
@@ -60,8 +64,11 @@ def _carries(axes: TokenAxes, node: fx.Node, operand: int, dim: int) -> bool:
 
 
 def reads(program: Program, node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
-    """The tensors that the seek stream's ``node`` reads, and whether it does so row by row. One of several results reads what these are made
-    of; where rows come back from a route it is what the route reads."""
+    """The tensors that a node of the seek stream reads, and whether it reads them row by row.
+
+    One of several results reads the operands of the operation that returns it; the exit of a route reads the inputs of
+    the route.
+    """
     attention = program[PositionalAttentions].get(node)
     if attention is not None:
         yield attention.query, True
@@ -78,7 +85,7 @@ def reads(program: Program, node: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
 
 
 def is_parallel(program: Program, node: fx.Node) -> bool:
-    """True where a row of the result depends on the same row of what it is made of, and is not random."""
+    """True if a row of the result depends only on the same row of its operands, and is not random."""
     axes, operation = program[TokenAxes], made_by(node)
     target = operation.target
     if not isinstance(target, torch._ops.OpOverload) or not is_tensor(node) or not axes.has_rows(node):

@@ -1,1 +1,1 @@
-"""The rewritten graph in chunks and segments."""
+"""Lower: the rewritten graph in chunks and segments, ready to be compiled."""

@@ -1,9 +1,9 @@
-"""Chunks: what the seek stream does token by token, done for a chunk of tokens after the other.
+"""Chunks: run the token-parallel regions of the seek stream on one chunk of tokens after another.
 
-Between two places where tokens mix the seek stream works on every token alone (projections, MLP, norms; attention too looks
-from every query alone). Such a region, where its values inside are large, becomes calls of one subgraph, one for every chunk
-of tokens: only what comes out of it exists for all tokens. Layers that are alike share the subgraph. An attention whose result is
-small is not cut: it is faster with all queries at once.
+Between two operations that mix tokens, the seek stream processes each token independently: projections, MLP, norms, and
+also attention, for every query. A region with large intermediate values becomes calls of one subgraph, one for every
+chunk of tokens, so that only its outputs exist for all tokens. Equal layers share a subgraph. An attention with a small
+result is not cut, since it is faster with all queries at once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..analysis.activity import Activity
 from ..analysis.row_index import example_sizes
 from ..analysis.token_axes import TokenAxes
-from ..capture.canonicalize import is_autocast
+from ..capture.retrace import is_autocast
 from ..graph.emit import emit
 from ..graph.errors import InvariantBroken, TokenSeekError
 from ..graph.nodes import bytes_hint
@@ -34,21 +34,30 @@ from ..streams.trace import Rewrite
 from .regions import Region, are_large, cut_alike, regions_of
 
 aten = torch.ops.aten
-#: What a value inside a region may take: about what a CPU's caches hold; a GPU is busy with larger ones only.
+#: Bytes that a value inside a region may take: about the caches of a CPU; a GPU needs larger values to be busy.
 CHUNK_BYTES = {"cpu": 12 * 2**20, "cuda": 256 * 2**20}
 
 
 @dataclass(frozen=True)
 class ChunkedPrefill:
-    """``spare_bytes``: how much the kept rows may save without raising the peak that chunked prefill sets; 0 where nothing is cut."""
+    """``spare_bytes``: how much the kept rows may save without raising the peak of the chunked prefill.
+
+    It is 0 if nothing is cut.
+    """
 
     spare_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Cut the regions of the seek stream so that no value inside one takes more than ``chunk_bytes`` (``None``: ``CHUNK_BYTES`` of
-    the device). Reads and writes ``rewrite``. A length that is a symbol is cut into as many chunks as the example would be."""
+    """Run the token-parallel regions of the seek stream in chunks of tokens.
+
+    Reads and writes ``Rewrite``; writes ``ChunkedPrefill``. A symbolic length is cut into as many chunks as the example
+    is.
+
+    Args:
+        chunk_bytes: bytes that a value inside a region may take; ``None``: ``CHUNK_BYTES`` of the device.
+    """
 
     chunk_bytes: int | None = None
     name: str = "chunks"
@@ -68,7 +77,7 @@ class Chunk:
             if wanted and region.can_stand and number.knows(region.symbols):
                 _call_in_chunks(region, sizes, bodies, number)
         for node in module.graph.find_nodes(op="call_function", target=aten.view.default):
-            node.target = aten.reshape.default  # what chunks are joined to may have another layout
+            node.target = aten.reshape.default  # joined chunks may have another layout
         module.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or is_autocast(node))
         module.recompile()
         return program.with_(ChunkedPrefill(spare_bytes))
@@ -81,8 +90,8 @@ class Chunk:
 def _spare_bytes(program: Program, regions: Sequence[Region], chunk_bytes: int) -> int:
     """Spare bytes: how much the kept rows may save without raising the peak that chunked prefill sets.
 
-    Beside keys and values the prefill holds three chunks for a moment: two inside (gate and up), and what enters and leaves. The backward
-    begins with the gradient of the head's weight; what that takes beyond one chunk is not spare.
+    Beside keys and values, the prefill briefly holds three chunks: two inside (gate and up), and the input and output
+    of the region. Backward begins with the gradient of the head's weight; its bytes beyond one chunk are not spare.
     """
     if not are_large(regions, chunk_bytes):
         return 0
@@ -90,28 +99,35 @@ def _spare_bytes(program: Program, regions: Sequence[Region], chunk_bytes: int) 
 
 
 def _gradient_of_head(program: Program) -> int:
-    """Bytes of the largest trained parameter that is read behind the last attention."""
+    """Bytes of the largest trained parameter that is read after the last attention."""
     attentions = {a.node for a in program[TokenAxes].attentions}
     behind = {*takewhile(lambda node: node not in attentions, reversed(program.graph.nodes))}
     return max((bytes_hint(p) for p in program[Activity].trainable if not behind.isdisjoint(p.users)), default=0)
 
 
 def default_bytes(inputs: Sequence[Any]) -> int:
-    """``CHUNK_BYTES`` of the device that inputs are on."""
+    """``CHUNK_BYTES`` of the device of these inputs."""
     devices = {x.device.type for x in inputs if isinstance(x, Tensor)}
     return CHUNK_BYTES["cuda" if "cuda" in devices else "cpu"]
 
 
 class _Bodies:
-    """The subgraphs of a module: traced ones that are alike are one. ``inside``: the operations of regions that are cut. ``chunks``: of
-    values that nothing but those reads, by value and sizes; what others read is joined anyway, and held once where it is cut again."""
+    """The subgraphs of a module; equal ones are stored once.
+
+    Args:
+        module: the module.
+        inside: the operations of regions that are cut.
+
+    ``chunks`` has the chunks of values that only ``inside`` reads, by value and sizes. Other values are joined anyway,
+    and held once if they are cut again.
+    """
 
     def __init__(self, module: fx.GraphModule, inside: Set[fx.Node]) -> None:
         self.module, self.inside, self._known = module, inside, dict[Any, str]()
         self.chunks = dict[tuple[fx.Node, str], list[fx.Node]]()
 
     def call(self, body: fx.GraphModule, examples: Sequence[Any], operands: Sequence[Any], like: fx.Node) -> fx.Node:
-        """A call of ``body``, which was traced with ``examples``, where the graph inserts."""
+        """Add a call of ``body``, which was traced with ``examples``, at the graph's insertion point."""
         name, graph = self._named(body, examples), self.module.graph
         call = graph.call_function(invoke_subgraph, (graph.get_attr(name), name, *operands))
         results: Any = body.graph.output_node().args[0]
@@ -120,7 +136,7 @@ class _Bodies:
 
     def _named(self, body: fx.GraphModule, inputs: Sequence[Any]) -> str:
         key = (body.code, *(f"{x.shape} {x.stride()} {x.dtype}" for x in inputs if isinstance(x, Tensor)))
-        if [*body.named_buffers()]:  # it holds constants
+        if [*body.named_buffers()]:  # it has constants
             key = id(body)
         if key not in self._known:
             self._known[key] = f"chunk_{len(self._known)}"
@@ -129,7 +145,7 @@ class _Bodies:
 
 
 def _call_in_chunks(region: Region, sizes: Sequence[Any], bodies: _Bodies, number: Numbers) -> None:
-    """Replace a region by calls of a subgraph; one that can't be cut after all stays."""
+    """Replace a region by calls of a subgraph; a region that can't be traced on a chunk stays."""
     graph, seek = bodies.module.graph, region.seek
     order = {node: i for i, node in enumerate(graph.nodes)}
     last = max((seek[node] for node in (*region.rows, *region.whole)), key=order.__getitem__)
@@ -160,7 +176,7 @@ def _call_in_chunks(region: Region, sizes: Sequence[Any], bodies: _Bodies, numbe
 
 
 def _chunk(region: Region, node: fx.Node, sizes: Sequence[Any], i: int, bodies: _Bodies, number: Numbers) -> fx.Node:
-    """A chunk of what a region reads: as it was made, or cut from the whole."""
+    """A chunk of a value that a region reads: the chunk as it was computed, or cut from the whole value."""
     whole = region.seek[node]
     apply = partial(number.emit, whole)
     if parts := bodies.chunks.get((whole, str(sizes))):
@@ -169,14 +185,14 @@ def _chunk(region: Region, node: fx.Node, sizes: Sequence[Any], i: int, bodies: 
 
 
 def _positions(region: Region, like: fx.Node, start: Any, size: Any, number: Numbers) -> fx.Node:
-    """Those of the tokens from ``start`` on, of every instance."""
+    """The positions of ``size`` tokens from ``start`` on, for every instance."""
     batch, _ = example_sizes(region.program, region.axis)
     positions = number.emit(like, aten.arange.start, start, start + size, device=like.meta["val"].device)
     return number.emit(like, aten.expand.default, positions, [batch, size])
 
 
 def _rows(region: Region, node: fx.Node, start: Any, size: Any, apply: Callable[..., fx.Node]) -> fx.Node:
-    """The rows of a value from ``start`` on, contiguous whatever its layout is when it is computed; ``apply`` calls an operation."""
+    """The rows of a value from ``start`` on, contiguous in any layout of the value; ``apply`` adds an operation."""
     (sizes, at, is_cut), whole = region.layout(node), region.seek[node]
     if not is_cut:
         return apply(aten.contiguous.default, apply(aten.slice.Tensor, whole, at, start, start + size))
@@ -196,7 +212,7 @@ def _joined(region: Region, node: fx.Node, parts: list[fx.Node], apply: Callable
 
 
 def _after(node: fx.Node) -> fx.Node:
-    """The next place where a call may stand."""
+    """The next place where a call may be inserted."""
     node = node.next
     while node.op == "placeholder":
         node = node.next
@@ -204,8 +220,13 @@ def _after(node: fx.Node) -> fx.Node:
 
 
 def _trace(region: Region, size: Any, read: Sequence[fx.Node]) -> tuple[fx.GraphModule, list[Any]]:
-    """(positions, *rows, *whole, *symbols) -> outputs for ``size`` tokens, and examples of its inputs; ``read``: what it is called with but
-    for the symbols."""
+    """Trace a region on ``size`` tokens: (positions, *rows, *whole, *symbols) -> outputs.
+
+    ``read``: the arguments of the call without the symbols.
+
+    Returns:
+        The graph and its example inputs.
+    """
 
     def body(positions: Tensor, *args: Any) -> tuple[Tensor, ...]:
         rows = dict(zip(region.rows, args, strict=False))
@@ -220,5 +241,5 @@ def _trace(region: Region, size: Any, read: Sequence[fx.Node]) -> tuple[fx.Graph
     with torch.no_grad():
         module = trace_whole(body, inputs)
     if any(isinstance(x, FakeTensor) for x in module.buffers()):
-        raise InvariantBroken("A region reads a value that it does not name.")
+        raise InvariantBroken("A region reads a tensor that is not one of its inputs.")
     return module, inputs

@@ -1,4 +1,4 @@
-"""Regions: parts of the seek stream that work on every token alone, between places where tokens mix."""
+"""Regions: parts of the seek stream that process each token independently, between operations that mix tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..streams.trace import Rewrite
 
 @dataclass(frozen=True)
 class Region:
-    """Operations of the program (``nodes``) that work on every token of an axis alone, between places where tokens mix."""
+    """Operations of the program (``nodes``) that process each token of an axis independently."""
 
     program: Program
     axis: TokenAxis
@@ -34,36 +34,37 @@ class Region:
 
     @property
     def is_attention(self) -> bool:
-        """Whether it is one attention and nothing else."""
+        """True if it is a single attention by position."""
         return len(self.nodes) == 1 and self.nodes[0] in self.program[PositionalAttentions]
 
     @property
     def seek(self) -> dict[fx.Node, fx.Node]:
+        """For nodes of the program, the node of the seek stream's value in the rewritten graph."""
         return self.program[Rewrite].seek
 
     @cached_property
     def rows(self) -> tuple[fx.Node, ...]:
-        """What it reads row by row."""
+        """The values that it reads row by row."""
         axes, inside = self.program[TokenAxes], {*self.nodes}
         read = [x for node in self.nodes for x, carried in reads(self.program, node) if carried and axes.has_rows(x)]
         return tuple(x for x in dict.fromkeys(read) if x not in inside)
 
     @cached_property
     def whole(self) -> tuple[fx.Node, ...]:
-        """What else it reads."""
+        """The other values that it reads."""
         inside = {*self.nodes, *self.rows}
         read = dict.fromkeys(x for node in self.nodes for x, _ in reads(self.program, node))
         return tuple(x for x in read if x not in inside)
 
     @cached_property
     def between(self) -> set[fx.Node]:
-        """What is computed on the way to them: operations with several results, and what sorts rows and brings them back."""
+        """Further operations that compute ``nodes``: those with several results, and those of routes."""
         routes = {self.program[Routes].to(node) for node in self.nodes} - {None}
         return {*map(made_by, self.nodes), *(node for route in routes for node in route.nodes)} - {*self.nodes}
 
     @cached_property
     def computed(self) -> tuple[fx.Node, ...]:
-        """All that it computes."""
+        """All tensors that it computes."""
         return tuple(node for node in (*self.nodes, *self.between) if is_tensor(node))
 
     @cached_property
@@ -80,32 +81,35 @@ class Region:
 
     @cached_property
     def outputs(self) -> tuple[fx.Node, ...]:
-        """What is read outside of it."""
+        """The values that are read outside it."""
         return tuple(node for node in self.nodes if not self.inside >= {*self.seek[node].users})
 
     @cached_property
     def symbols(self) -> list[torch.SymInt]:
-        """What sizes of what it reads and gives are made of."""
+        """The symbols in the sizes and strides of the values that it reads and returns."""
         read = [node.meta["val"] for node in (*self.rows, *self.whole, *self.outputs)]
         return symbols_of(
             [*example_sizes(self.program, self.axis), *(size for x in read for size in (*x.shape, *x.stride()))]
         )
 
     def sizes(self, chunk_bytes: int) -> list[Any]:
-        """The chunks of tokens in which no value inside takes more than ``chunk_bytes``."""
+        """The sizes of chunks of tokens such that no value inside takes more than ``chunk_bytes``."""
         inner = [bytes_hint(node) for node in self.computed if node not in self.outputs]
         _, tokens = example_sizes(self.program, self.axis)
         return cut_to(tokens, max([1, *inner]), chunk_bytes)
 
     def row_index(self, size: int, positions: Any = None) -> RowIndex:
-        """That of ``size`` tokens."""
+        """The row index of ``size`` tokens."""
         batch, tokens = example_sizes(self.program, self.axis)
         with fake_mode_of(self.program.inputs):
             positions = torch.empty(batch, size) if positions is None else positions
         return RowIndex(self.program[TokenAxes], self.axis, positions, batch, tokens)
 
     def layout(self, node: fx.Node) -> tuple[list[int], int, bool]:
-        """The sizes of a value with the tokens as a dim of their own, which dim, and whether they share one as it is."""
+        """The factored sizes of a value, its token dim there, and whether factoring changes its shape.
+
+        In the factored sizes the tokens are a dim of their own.
+        """
         axes, shape = self.program[TokenAxes], node.meta["val"].shape
         pieces = self.row_index(1).cut(shape, axes.of(node), axes.row_dim(node))
         at = [kind for kind, _ in pieces].index("token")
@@ -113,7 +117,7 @@ class Region:
 
     @property
     def can_stand(self) -> bool:
-        """Whether all that it reads comes before all that reads it."""
+        """True if all values that it reads are computed before all operations that read its outputs."""
         place = {node: i for i, node in enumerate(self.program[Rewrite].module.graph.nodes)}
         last = max((place[self.seek[node]] for node in (*self.rows, *self.whole)), default=-1)
         users = {user for node in self.outputs for user in self.seek[node].users} - self.inside
@@ -121,8 +125,10 @@ class Region:
 
 
 def regions_of(program: Program, chunk_bytes: int) -> list[Region]:
-    """All regions: what is connected of what has as many mixing operations before it. An attention that gives no more than ``chunk_bytes``
-    is one."""
+    """All regions: connected operations with the same number of mixing operations before them.
+
+    An attention whose result takes at most ``chunk_bytes`` is a region of its own.
+    """
     there, seek = {*program[Rewrite].module.graph.nodes}, program[Rewrite].seek
     small = {node for node in program[PositionalAttentions] if bytes_hint(node) <= chunk_bytes}
     levels: dict[fx.Node, int] = {}
@@ -142,7 +148,7 @@ def regions_of(program: Program, chunk_bytes: int) -> list[Region]:
 
 
 def _connected(program: Program, nodes: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, ...]]:
-    """The parts of ``nodes`` between which nothing goes, each in order."""
+    """The connected components of ``nodes``, each in order."""
     inside = {*nodes}
     graph: nx.Graph[fx.Node] = nx.Graph((x, node) for node in nodes for x, _ in reads(program, node) if x in inside)
     graph.add_nodes_from(nodes)
@@ -151,12 +157,15 @@ def _connected(program: Program, nodes: Sequence[fx.Node]) -> Iterator[tuple[fx.
 
 
 def are_large(regions: Sequence[Region], chunk_bytes: int) -> bool:
+    """True if some value in a region takes more than ``chunk_bytes``."""
     return any(bytes_hint(node) > chunk_bytes for region in regions for node in region.computed)
 
 
 def cut_alike(regions: Sequence[Region], chunk_bytes: int) -> list[tuple[Region, list[Any]]]:
-    """Regions with their chunks of tokens: those of an axis that are cut are cut into as many as the one that needs most, so that chunks go
-    from one to the next as they are."""
+    """Regions with their chunks of tokens; all regions of an axis that are cut have the same number of chunks.
+
+    So chunks can be passed from one region to the next. The number is that of the region that needs most.
+    """
     cut = [(region, region.sizes(chunk_bytes)) for region in regions]
     most = {region.axis: sizes for region, sizes in sorted(cut, key=lambda pair: len(pair[1]))}
     return [(region, most[region.axis] if len(sizes) > 1 else sizes) for region, sizes in cut]

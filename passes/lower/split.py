@@ -1,9 +1,10 @@
-"""Split: the rewritten graph in segments, to be compiled one by one and run in order.
+"""Split: cut the rewritten graph into segments that are compiled one by one and run in order.
 
-The first holds what carries no gradient: the seek stream and the selection. Then comes one for every block of the ditch
-stream, so that autograd calls their backwards one after the other: the gradients of a block are accumulated, and its keys and
-values freed, before the next one's exist. Blocks that are alike give graphs that are alike, names included. Keys and values
-that are segments of one product with the queries are copied: as views they would keep the queries of all tokens.
+The first segment has the operations without gradient: the seek stream and the selection. One segment follows for every
+block of the ditch stream. Autograd then runs their backwards one after another: it accumulates the gradients of a block
+and frees its keys and values before those of the next block exist. Equal blocks give equal graphs, including the names.
+Keys and values that are parts of one product with the queries are copied, since views would keep the queries of all
+tokens.
 """
 
 from __future__ import annotations
@@ -36,7 +37,14 @@ Run = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Segment:
-    """``run(*takes) -> gives``: nodes of the whole graph, and symbols of sizes. ``last``: what no later segment takes."""
+    """One segment, ``run(*takes) -> gives``.
+
+    Args:
+        run: the graph, or its compiled function.
+        takes: its inputs: nodes of the whole graph, and symbols of sizes.
+        gives: its outputs.
+        last: the inputs that no later segment takes.
+    """
 
     run: Run
     takes: tuple[Any, ...]
@@ -46,9 +54,15 @@ class Segment:
 
 @dataclass(frozen=True)
 class Segments:
-    """A graph in segments. Called with its inputs (``inputs`` are examples of them) it gives its ``outputs``.
+    """A graph in segments. Called with the inputs of the graph, it returns the outputs.
 
-    ``sizes``: where the symbols that segments take are found, the number of an input and its dim (``None``: it is a number).
+    Args:
+        inputs: example inputs.
+        placeholders: the placeholders of the graph.
+        sizes: where the inputs have the symbols that segments take: the position of an input and its dim (``None``: it
+            is a number).
+        segments: the segments, in order.
+        outputs: the outputs of the graph.
     """
 
     inputs: tuple[Any, ...]
@@ -61,12 +75,15 @@ class Segments:
         return self._each(lambda segment, taken: segment.run(*taken), args)
 
     def on_examples(self, look: Callable[[Segment, list, Sequence[Any]], None]) -> None:
-        """Call ``look(segment, examples of what it takes, examples of what it gives)`` for every segment, under a tracing context of its own."""
+        """Call ``look(segment, example inputs, example outputs)`` for every segment.
+
+        Each call has its own tracing context.
+        """
         mode = detect_fake_mode(self.inputs)
 
         def run(segment: Segment, taken: list) -> Sequence[Any]:
             taken = [canonical_symint(x) for x in taken]
-            # the dispatcher: composite operations in Python; in C++ some can't take symbolic sizes
+            # some composite operations accept symbolic sizes only in Python
             with fake_mode_of(self.inputs), enable_python_dispatcher():
                 given = segment.run(*taken)
             with tracing(TracingContext(mode)):
@@ -76,8 +93,11 @@ class Segments:
         self._each(run, self.inputs)
 
     def compiled(self, compile: Callable[[int, Any, Sequence[Any]], Run]) -> Segments:
-        """The same with every segment, given with its number, compiled for its examples. What it gives has their layout, with which the next
-        ones are compiled: Inductor may choose another."""
+        """A copy with every segment compiled by ``compile(number, run, example inputs)``.
+
+        The results of each are converted to the layout of its example outputs, for which the next ones are compiled;
+        Inductor may choose another layout.
+        """
         segments: list[Segment] = []
 
         def look(segment: Segment, taken: list, given: Sequence[Any]) -> None:
@@ -87,7 +107,7 @@ class Segments:
         return replace(self, segments=tuple(segments))
 
     def _each(self, run: Callable[[Segment, list], Sequence[Any]], args: Sequence[Any]) -> tuple[Any, ...]:
-        """Run segment after segment; what no later one takes is let go."""
+        """Run the segments in order; a value is freed as soon as no later segment takes it."""
         values: dict[Any, Any] = dict(zip(self.placeholders, args, strict=True))
         values |= {s: args[i] if dim is None else args[i].shape[dim] for s, (i, dim) in self.sizes.items()}
         for segment in self.segments:
@@ -99,7 +119,7 @@ class Segments:
 
 
 def _laid_out(run: Run, examples: Sequence[Any]) -> Run:
-    """``run`` with results whose dims are in the order in memory of ``examples``, and dense, where these are."""
+    """``run`` with results in the dim order of ``examples``, dense, for every example that is dense."""
     orders = [_dense_order(x) if isinstance(x, Tensor) else None for x in examples]
 
     def laid_out(*args: Any) -> list[Any]:
@@ -109,7 +129,7 @@ def _laid_out(run: Run, examples: Sequence[Any]) -> Run:
 
 
 def _dense_order(x: Tensor) -> list[int] | None:
-    """The dims of an example from the outermost in memory; ``None`` where it has gaps."""
+    """The dims of an example from the outermost in memory; ``None`` if it has gaps."""
     sizes, strides = ([*map(hint, numbers)] for numbers in (x.shape, x.stride()))
     order = order_in_memory(x)
     inside = [prod(sizes[dim] for dim in order[i + 1 :]) for i in range(x.ndim)]
@@ -123,8 +143,11 @@ def _in_order(x: Tensor, order: list[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class CopyKV:
-    """Copy what the blocks of the ditch stream read of the seek stream, where a larger value would be kept for it: keys and values
-    that are views of one product with the queries would keep the queries of all tokens. Reads and writes ``Rewrite``."""
+    """Copy keys and values that would keep a larger tensor alive.
+
+    Reads and writes ``Rewrite``. Blocks of the ditch stream read values of the seek stream; keys and values that are
+    views of one product with the queries would keep the queries of all tokens.
+    """
 
     name: str = "kv copies"
 
@@ -141,7 +164,10 @@ class CopyKV:
 
 @dataclass(frozen=True)
 class Split:
-    """Cut the rewritten graph where blocks of the ditch stream end. Reads ``rewrite``; writes ``segments``."""
+    """Cut the rewritten graph at the block boundaries of the ditch stream.
+
+    Reads ``Rewrite``; writes ``Segments``.
+    """
 
     name: str = "split"
 
@@ -158,7 +184,7 @@ class Split:
         return program.with_(Segments(inputs, placeholders, sizes, tuple(segments), outputs))
 
     def check(self, program: Program) -> None:
-        """Every segment is well-formed and takes what is there when it runs."""
+        """Every segment is well-formed and takes only values that exist when it runs."""
         there = {*program[Segments].placeholders, *program[Segments].sizes}
         for segment in program[Segments].segments:
             assert isinstance(segment.run, fx.GraphModule)
@@ -169,8 +195,10 @@ class Split:
 
 
 def _blocks(graph: fx.Graph) -> list[list[fx.Node]]:
-    """The operations of every segment: a node belongs to the block that it was traced in, or to that of what it gets, where
-    this is later."""
+    """The operations of every segment.
+
+    A node belongs to the block in which it was traced, or to that of its operands if that is later.
+    """
     numbers: dict[fx.Node, int] = {}
     found: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
@@ -182,7 +210,7 @@ def _blocks(graph: fx.Graph) -> list[list[fx.Node]]:
 
 
 def _copy_views(graph: fx.Graph) -> None:
-    """Give blocks of the ditch stream copies of what they read of the seek stream, where all of a larger value would be kept."""
+    """Give blocks of the ditch stream copies of seek-stream values that would keep a larger tensor alive."""
     read: dict[Any, list[fx.Node]] = {}
     kept = {_storage(node) for node in (*graph.find_nodes(op="placeholder"), *graph.output_node().all_input_nodes)}
     for node in graph.nodes:
@@ -205,7 +233,7 @@ def _copy_for_blocks(node: fx.Node) -> None:
 
 
 def _segment(module: fx.GraphModule, nodes: list[fx.Node], sizes: dict, wanted: set) -> Segment:
-    """``nodes`` as a graph of their own that gives what is ``wanted`` behind them."""
+    """``nodes`` as a graph of their own, which returns the values that are ``wanted`` after them."""
     nodes = [*_numbers_read(nodes), *nodes]
     read = dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if arg not in {*nodes})
     takes = [node for node in read if node.op != "get_attr"]
@@ -226,7 +254,10 @@ def _segment(module: fx.GraphModule, nodes: list[fx.Node], sizes: dict, wanted: 
 
 
 def _numbers_read(nodes: list[fx.Node]) -> list[fx.Node]:
-    """What makes the floats that ``nodes`` read, which no compiled graph can give: each segment makes them anew."""
+    """The operations that compute floats which ``nodes`` read.
+
+    A compiled graph can't return floats, so each segment computes them itself.
+    """
     found: dict[fx.Node, None] = {}
     waiting = [arg for node in nodes for arg in node.all_input_nodes if arg not in {*nodes}]
     while waiting:

@@ -1,7 +1,7 @@
-"""Un-aliased outputs: results of a subgraph get memory of their own.
+"""Un-aliased outputs: results of a subgraph do not share memory.
 
-A compiler that sees nothing but a call counts every result as memory of its own: Inductor used that of one again while a view of it was
-still read, and of a result that is a part of something larger it counts the offset twice.
+A compiler that sees only the call treats every result as memory of its own. Inductor reused the memory of one result
+while a view of it was still read, and counts the offset twice for a result that is a part of a larger value.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from ..streams.trace import Rewrite
 
 @dataclass(frozen=True)
 class UnaliasOutputs:
-    """Copy results of the subgraphs that chunked prefill calls. Reads and writes ``Rewrite``."""
+    """Copy results of subgraphs that share memory.
+
+    Reads and writes ``Rewrite``. The subgraphs are those that chunked prefill calls.
+    """
 
     name: str = "un-aliased outputs"
 
@@ -44,8 +47,10 @@ class UnaliasOutputs:
 
 
 def unalias_outputs(graph: fx.Graph) -> None:
-    """Copy an output that is, or may become, a part of a larger value or a view of another output or an input (queries, keys and values
-    of one product)."""
+    """Copy every output that is, or may become, a part of a larger value, or a view of an input or another output.
+
+    An example are queries, keys and values from one matrix product.
+    """
     output, constants = graph.output_node(), _constants(graph)
     taken = {memory_of(x.meta["val"]) for x in graph.find_nodes(op="placeholder") if is_tensor(x)}
     results = list[fx.Node]()
@@ -60,7 +65,7 @@ def unalias_outputs(graph: fx.Graph) -> None:
 
 
 def _constants(graph: fx.Graph) -> set[fx.Node]:
-    """What is made of nothing that ``graph`` takes."""
+    """The nodes that depend on no input of ``graph``."""
     found = set[fx.Node]()
     for node in graph.nodes:
         if node.op in ("call_function", "get_attr") and found.issuperset(node.all_input_nodes):
@@ -69,7 +74,10 @@ def _constants(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _may_become(node: fx.Node, constants: set[fx.Node]) -> Iterator[fx.Node]:
-    """``node``, and what it is once a compiler drops operations that change nothing: a copy, a product with ones."""
+    """``node``, and the values that may replace it if a compiler drops operations without effect.
+
+    Those are copies and products with ones.
+    """
     read, sizes = [node], _sizes(node)
     while len(read) == 1 and _sizes(read[0]) == sizes:
         yield read[0]

@@ -1,1 +1,1 @@
-"""What is saved for backward."""
+"""Memory: the tensors that are saved for backward."""

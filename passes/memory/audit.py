@@ -1,4 +1,4 @@
-"""Saved-tensor audit: every segment of the rewritten graph is partitioned, and what it saves is listed."""
+"""Saved-tensor audit: partition every segment of the rewritten graph and list the tensors that it saves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from .saved import saved_in
 
 @dataclass(frozen=True)
 class AuditSaved:
-    """Reads ``Segments`` and, where it is there, ``RecomputePlan`` (else nothing is recomputed); writes ``Audit``."""
+    """List the tensors that are saved for backward.
+
+    Reads ``Segments`` and, if it was written, ``RecomputePlan`` (else nothing is recomputed); writes ``Audit``.
+    """
 
     kv: KVMode = KEEP
     name: str = "saved tensors"
@@ -23,4 +26,4 @@ class AuditSaved:
         return program.with_(saved_in(program[Segments], 0 if plan is None else plan.segments, self.kv))
 
     def check(self, program: Program) -> None:
-        """Nothing is refused: a full-length activation is reported (``Audit.unexplained``), it is not wrong."""
+        """Nothing to verify: an activation of full length is reported (``Audit.unexplained``), but not wrong."""

@@ -1,7 +1,7 @@
-"""Storage of keys and values: in the partitioned graphs of a segment, what the keys/values mode saves in their place.
+"""Storage of keys and values: save what the keys/values mode stores, in the partitioned graphs of a segment.
 
-Keys and values are inputs of the segments (``Mark.KEYS_VALUES``). The forward graph gets the nodes of ``KVMode.store``, the backward
-graph those of ``KVMode.restore``.
+Keys and values are inputs of the segments (``Mark.KEYS_VALUES``). The nodes of ``KVMode.store`` are added to the
+forward graph, those of ``KVMode.restore`` to the backward graph.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from ..keep.kv_modes import KVMode
 
 
 def kv_inputs(segment: fx.GraphModule, taken: Sequence[Any]) -> tuple[int, ...]:
-    """The places of keys and values among the inputs of a segment; a tensor that comes twice counts once, as for AOTAutograd."""
+    """The positions of keys and values among the inputs of a segment.
+
+    As in AOTAutograd, a tensor that is passed twice counts once.
+    """
     nodes: dict[Any, fx.Node] = {}
     for node, value in zip(segment.graph.find_nodes(op="placeholder"), taken, strict=True):
         nodes.setdefault(id(value) if isinstance(value, torch.Tensor) else node, node)
@@ -30,7 +33,12 @@ def store_kv(
 ) -> None:
     """Save the inputs of ``forward`` at ``places`` as ``mode`` does.
 
-    ``outputs``: the number of outputs of ``forward`` before what it saves.
+    Args:
+        mode: the keys/values mode.
+        places: positions of keys and values among the inputs of ``forward``.
+        forward: the forward graph; changed in place.
+        backward: the backward graph; changed in place.
+        outputs: the number of outputs of ``forward`` before the saved values.
     """
     if mode.store is None or mode.restore is None:
         return
@@ -59,7 +67,11 @@ def _first_operation(module: fx.GraphModule) -> fx.Node:
 def _save_instead(
     forward: fx.GraphModule, backward: fx.GraphModule, node: fx.Node, stored: Sequence[fx.Node], outputs: int
 ) -> tuple[list[fx.Node], fx.Node]:
-    """Save ``stored`` in place of ``node``. Returns the new inputs of ``backward``, and the one that nothing fills any more."""
+    """Save ``stored`` in place of ``node``.
+
+    Returns:
+        The new inputs of ``backward``, and its input for ``node``, which is no longer passed.
+    """
     output, old = forward.graph.output_node(), next(n for n in backward.graph.nodes if n.name == node.name)
     returned: Any = output.args[0]
     saved = (x for out in returned[outputs:] for x in (stored if out is node else (out,)))

@@ -1,7 +1,7 @@
-"""Lower bound: the least that a rewritten graph saves for backward.
+"""Lower bound: the fewest bytes that a rewritten graph saves for backward.
 
-Keys and values of all tokens, before heads are repeated; and of the kept rows what the plain graph saves per token, or, where blocks are
-recomputed, one row at the input of every block and of the head.
+These are keys and values of all tokens, before heads are repeated, and for the kept rows what the plain graph saves per
+token; or, if blocks are recomputed, one row at the input of every block and of the head.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .saved import Audit
 
 
 def kv_to_keep(program: Program) -> list[fx.Node]:
-    """The keys and values of the attentions that carry gradient, each once, before heads are repeated."""
+    """The keys and values of the live attentions, each once, before heads are repeated."""
     live, axes = program[Activity].live, program[TokenAxes]
     context = [x for node in program.graph.nodes if node in live for x in read_across(node) if axes.token_dims(x)]
     return list(dict.fromkeys(map(_unrepeated, context)))
@@ -32,10 +32,16 @@ def kv_to_keep(program: Program) -> list[fx.Node]:
 def lower_bound(
     program: Program, shares: Mapping[TokenAxis, float], kv: KVMode = KEEP, plain: Audit | None = None
 ) -> int:
-    """Bytes that have to be saved where ``shares`` of the tokens of every axis are kept.
+    """Bytes that must be saved if these shares of the tokens of every axis are kept.
 
-    ``plain``: what the plain graph of all tokens saves, of which the kept rows save their share; ``None``: blocks are recomputed, so the
-    rows that enter each block are enough. Reads ``TokenAxes``, ``Activity``, ``Blocks`` and ``PositionalAttentions``.
+    Reads ``TokenAxes``, ``Activity``, ``Blocks`` and ``PositionalAttentions``.
+
+    Args:
+        program: the program.
+        shares: the share of kept tokens of every token axis.
+        kv: the keys/values mode.
+        plain: the tensors that the plain graph saves for all tokens; ``None``: blocks are recomputed, so the rows that
+            enter each block are enough.
     """
     context = _context(program, kv)
     if plain is not None:
@@ -45,7 +51,7 @@ def lower_bound(
 
 
 def _context(program: Program, kv: KVMode) -> float:
-    """Bytes on the device that keys and values take, or what is kept in their place."""
+    """Bytes on the device of keys and values, or of the values that are kept in their place."""
     if not kv.recomputes:
         return sum(map(kv.kept_bytes, kv_to_keep(program)))
     recomputed = recomputed_kv(program)

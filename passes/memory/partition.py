@@ -1,8 +1,8 @@
-"""Partition: which values of the ditch stream are saved for backward, and which are recomputed there.
+"""Partition: which values of the ditch stream are saved for backward, and which are recomputed.
 
-AOTAutograd's partitioner saves the smallest set of tensors from which backward can compute the rest without repeating a matrix
-product or an attention. Here it is told which segments of the rewritten graph are recomputed all the same, and that random operations
-never are.
+AOTAutograd's partitioner saves the smallest set of tensors from which backward can compute the rest without repeating a
+matrix product or an attention. This partition also recomputes whole segments where the plan says so, and never
+recomputes random operations.
 """
 
 from __future__ import annotations
@@ -31,17 +31,22 @@ Graphs = tuple[fx.GraphModule, fx.GraphModule]
 
 @contextmanager
 def partitioning(partition: Partition) -> Iterator[None]:
-    """Inductor partitions by ``partition``, and saves nothing that is cheap to recompute (on the kept rows nearly everything is)."""
+    """Let Inductor partition by ``partition``, and save nothing that is cheap to recompute.
+
+    On the kept rows nearly everything is cheap.
+    """
     cheap = torch._functorch.config.patch(aggressive_recomputation=True)
     with cheap, torch._inductor.config.patch(custom_partitioner_fn=partition):
         yield
 
 
 class Partition(CustomPartitionerFn):
-    """Cuts a joint graph into forward and backward.
+    """Cut a joint graph into forward and backward.
 
-    ``recompute``: backward recomputes the forward, and nothing is saved but what enters the segment. ``kv``: how keys and values are
-    saved, the inputs at ``places``.
+    Args:
+        recompute: backward recomputes the forward; only the inputs of the segment are saved.
+        kv: the keys/values mode.
+        places: positions of keys and values among the inputs.
     """
 
     def __init__(self, recompute: bool = False, kv: KVMode = KEEP, places: tuple[int, ...] = ()) -> None:
@@ -60,7 +65,7 @@ class Partition(CustomPartitionerFn):
         return graphs
 
     def uuid(self) -> Any:
-        """What AOTAutograd's cache tells two partitions apart by."""
+        """The key of this partition in AOTAutograd's cache."""
         files = {__file__, kv_storage.__file__, *_source_files(self.kv)}
         return get_hash_for_files(tuple(sorted(files))), self.recompute, self.kv.name, self.places
 
@@ -79,7 +84,7 @@ def partition_of(
 
 
 def save_random(graph: fx.Graph) -> None:
-    """Mark what would come out differently a second time: dropout in backward would not be that of the forward."""
+    """Mark random operations to be saved: recomputed dropout would differ from that of the forward."""
     for node in graph.nodes:
         if is_random(node):
             node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
@@ -95,7 +100,7 @@ def recompute_forward(graph: fx.Graph) -> None:
 
 
 def recompute_attention(graph: fx.Graph, places: Sequence[int]) -> None:
-    """Mark what reads the keys and values at these places of the inputs."""
+    """Mark the operations that read the keys and values at these positions of the inputs."""
     inputs = graph.find_nodes(op="placeholder")
     context, readers = {inputs[place] for place in places}, set[fx.Node]()
     for node in graph.nodes:
@@ -107,7 +112,7 @@ def recompute_attention(graph: fx.Graph, places: Sequence[int]) -> None:
 
 
 def recompute_kv(graph: fx.Graph) -> None:
-    """Mark what recomputes keys and values, and what only casts or lays them out."""
+    """Mark the operations that recompute keys and values, and those that only cast or lay out the result."""
     made: set[fx.Node] = set()
     for node in graph.nodes:
         if not partitioners._has_tag_is_forward(node) or node.op == "placeholder":
@@ -125,10 +130,10 @@ def _mark(nodes: Iterable[fx.Node]) -> None:
 
 
 def _can_repeat(node: fx.Node, recomputed: set[fx.Node]) -> bool:
-    """Computed in the forward from inputs and from what is recomputed.
+    """True if a node of the forward is computed from inputs or from recomputed values.
 
-    What is made of constants and of values that all blocks share (masks) is one value for all of them. The head gives its backward a
-    number for each row, and has no other use there.
+    Values computed from constants and from values that all blocks share (masks) are shared by all blocks. The fused
+    head saves one number per row for its backward, and has no other use there.
     """
     if (
         not partitioners._has_tag_is_forward(node)
@@ -143,8 +148,11 @@ def _can_repeat(node: fx.Node, recomputed: set[fx.Node]) -> bool:
 
 @contextmanager
 def without_generator_states() -> Iterator[None]:
-    """The partitioner would save a state of the random generator for every attention that is recomputed, whether it draws or not; those
-    that draw are not recomputed here."""
+    """Don't save states of the random generator.
+
+    The partitioner would save one for every attention that is recomputed, random or not; random ones are never
+    recomputed here.
+    """
     before = partitioners.has_recomputable_rng_ops
     partitioners.has_recomputable_rng_ops = lambda module: False
     try:

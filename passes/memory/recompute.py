@@ -1,4 +1,4 @@
-"""Recompute plan: of how many segments the backward recomputes the forward."""
+"""Recompute plan: of how many segments backward recomputes the forward."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .saved import saved_in
 
 @dataclass(frozen=True)
 class RecomputePlan:
-    """The first ``segments`` of ``of`` segments are recomputed in backward."""
+    """Backward recomputes the first ``segments`` of ``of`` segments."""
 
     segments: int
     of: int
@@ -36,14 +36,18 @@ class RecomputePlan:
 
 @dataclass(frozen=True)
 class PlanRecompute:
-    """Choose the segments. The first are recomputed, since their values are held the longest.
+    """Choose the segments that backward recomputes.
 
-    ``recompute``: "none" or "rows" (all segments), or the bytes that may be saved at most. ``None``: every segment except the last
-    ones whose matrix products and attentions fit into the bytes that chunked prefill leaves to spare. Reads ``Segments``,
-    ``ChunkedPrefill``; writes ``RecomputePlan``.
+    Reads ``Segments``, ``ChunkedPrefill``; writes ``RecomputePlan``. The first segments are recomputed, since their
+    values are held longest.
+
+    Args:
+        recompute: "none", "rows" (all segments), or the bytes that may be saved. ``None``: all segments except the last
+            ones whose matrix products and attentions fit into the spare bytes of the chunked prefill.
+        kv: the keys/values mode.
 
     Raises:
-        ConfigError: more is saved even where every segment is recomputed.
+        ConfigError: more bytes are saved even if every segment is recomputed.
     """
 
     recompute: str | int | None = None
@@ -69,14 +73,14 @@ class PlanRecompute:
         count = bisect_left(range(every + 1), -self.recompute, key=key)
         if count > every:
             raise ConfigError(
-                f"recompute={self.recompute}: {saved_in(segments, every, self.kv).bytes} bytes are saved for backward even where "
-                "every block is recomputed. Allow so many, or keep fewer tokens."
+                f"recompute={self.recompute}: {saved_in(segments, every, self.kv).bytes} bytes are saved for backward "
+                "even if every block is recomputed. Allow at least as many, or keep fewer tokens."
             )
         return count
 
 
 def _fitting(segments: Sequence[Segment], spare_bytes: int) -> int:
-    """How many of the last segments keep less than ``spare_bytes``: the results of their matrix products and attentions."""
+    """The number of last segments whose matrix products and attentions give less than ``spare_bytes`` in total."""
     sizes = [sum(bytes_hint(node) for node in segment.run.graph.nodes if _is_saved(node)) for segment in segments]
     return sum(total < spare_bytes for total in accumulate(reversed(sizes)))
 

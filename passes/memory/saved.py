@@ -1,7 +1,7 @@
-"""Saved tensors: what autograd keeps between forward and backward, edge by edge, on the partitioned graph.
+"""Saved tensors: what autograd keeps between forward and backward, edge by edge of the partitioned graph.
 
-The nodes of a graph carry a kind that survives AOTAutograd (``graph/kinds.py``), so an edge of the
-partitioned graph is explained by the operation that it comes from, not by its size.
+Nodes carry a kind that survives AOTAutograd (``graph/kinds.py``), so an edge of the partitioned graph is explained by
+the operation that it comes from, not by its size.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..keep.kv_modes import KEEP, KVMode
 from ..lower.split import Segment, Segments
 from .partition import Partition, partition_of, partitioning
 
-#: Kinds of edges that hold all tokens on purpose.
+#: Kinds of edges that may hold all tokens.
 EXPLAINED = frozenset(Kind) - {Kind.SEEK, Kind.ACTIVATIONS}
 
 
@@ -44,7 +44,10 @@ class Edge:
 
 @dataclass(frozen=True)
 class Audit:
-    """The saved edges of a partitioned forward graph; ``recomputed_share``: the share of its segments that backward recomputes."""
+    """The tensors that a partitioned forward graph saves.
+
+    ``recomputed_share``: the share of its segments that backward recomputes.
+    """
 
     edges: tuple[Edge, ...]
     recomputed_share: float = 0.0
@@ -67,9 +70,9 @@ class Audit:
 
 
 def saved_in(segments: Segments, recomputed: int, kv: KVMode = KEEP) -> Audit:
-    """What segments save, where the first ``recomputed`` of them are recomputed in backward.
+    """The tensors that segments save if backward recomputes the first ``recomputed`` of them.
 
-    What waits in host memory does not count.
+    Tensors in host memory are not counted.
     """
     found: dict[Any, Edge | None] = dict.fromkeys(segments.placeholders)
     numbers = {segment: number for number, segment in enumerate(segments.segments)}
@@ -90,7 +93,7 @@ def saved_in(segments: Segments, recomputed: int, kv: KVMode = KEEP) -> Audit:
 
 
 def saved_edges(module: fx.GraphModule, inputs: Sequence[Any]) -> Audit:
-    """What Inductor's partitioner saves for the backward of ``module``; parameters and inputs are not counted."""
+    """The tensors that Inductor's partitioner saves for the backward of ``module``, without parameters and inputs."""
     with tracing(TracingContext.try_get() or TracingContext(detect_fake_mode(inputs))):
         forward = partitioned(module, inputs, Partition())
     bases = {_base(node): node for node in forward.saved}
@@ -99,7 +102,10 @@ def saved_edges(module: fx.GraphModule, inputs: Sequence[Any]) -> Audit:
 
 @dataclass(frozen=True)
 class Forward:
-    """What a partitioned forward graph takes (no tensor twice), gives and saves; each without the views around it."""
+    """The inputs, outputs and saved values of a partitioned forward graph, without the views around them.
+
+    An input that is passed twice occurs once.
+    """
 
     inputs: list[fx.Node]
     outputs: list[Any]
@@ -107,7 +113,7 @@ class Forward:
 
 
 def partitioned(module: fx.GraphModule, inputs: Sequence[Any], partition: Partition) -> Forward:
-    """What a partition makes of the forward of ``module``."""
+    """The forward of ``module`` as this partition cuts it."""
     found: list[Forward] = []
 
     def look(graph: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
@@ -121,14 +127,14 @@ def partitioned(module: fx.GraphModule, inputs: Sequence[Any], partition: Partit
 
     from torch._inductor.compile_fx import compile_fx
 
-    # a cached graph would not be shown to ``look``
+    # ``look`` would not be called with a cached graph
     with partitioning(partition), torch._functorch.config.patch(enable_autograd_cache=False):
         compile_fx(copy.deepcopy(module), list(inputs), inner_compile=look)
     return found[0]
 
 
 def _base(node: Any) -> Any:
-    """What a view is one of."""
+    """The value that a view is a view of."""
     while isinstance(node, fx.Node):
         made = made_by(node)
         if not isinstance(made.target, torch._ops.OpOverload) or not made.target.is_view:
@@ -138,18 +144,18 @@ def _base(node: Any) -> Any:
 
 
 def _distinct(keys: Sequence[Any], values: Sequence[Any]) -> list[Any]:
-    """The keys without those whose tensor is that of an earlier one."""
+    """The keys without those whose tensor is that of an earlier key."""
     return [*{id(x) if isinstance(x, torch.Tensor) else key: key for key, x in zip(keys, values, strict=True)}.values()]
 
 
 def _edge(node: fx.Node) -> Edge:
-    """A view keeps all that it is one of."""
+    """The edge of a saved node; a view keeps its whole base."""
     value = _base(node).meta["val"]
     return Edge(node.name, kind_of_saved(node), tuple(value.shape), value.dtype, where(node))
 
 
 def kind_of_saved(node: fx.Node) -> str:
-    """What a saved value is counted as; of a value of the seek stream, the kind of what reads it."""
+    """The kind of a saved value; for a value of the seek stream, that of its readers."""
     readers = (node, *node.users)
     if any(mark_of(reader) is Mark.RECOMPUTED for reader in readers):
         return Kind.BLOCK_INPUTS

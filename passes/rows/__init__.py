@@ -1,4 +1,4 @@
-"""Row rules by family: an operation on the kept rows. Importing the package registers them."""
+"""Row rules by family: operations re-executed on the kept rows. Importing the package registers them."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ __all__ = ["attention", "custom", "losses", "row_rule_for"]
 
 
 def row_rule_for(node: fx.Node) -> RowsRule | None:
-    """The row rule of a node's operation; that of all attention operations is one."""
+    """The row rule of a node's operation; all attention operations have the same."""
     return ROWS_RULES.get(node.target) or (attention.attention if attention_op(node) is not None else None)

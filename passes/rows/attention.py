@@ -17,14 +17,14 @@ aten = torch.ops.aten
 
 
 def attention(call: RowOp) -> Any:
-    """An attention operation: by position where it can be, else as it is on the kept queries."""
+    """An attention operation: attention by position if it qualifies, else the same operation on the kept queries."""
     if not restricts(call):
         return NotImplemented
     if (found := by_position(call)) is not None:
         return _attend(call, found)
     given = attention_op(call.node)
     assert given is not None
-    if call.dim != given.query.meta["val"].ndim - 2:  # the tokens are a leading dim: one attention each
+    if call.dim != given.query.meta["val"].ndim - 2:  # tokens are a leading dim: attention runs within each token
         return rerun(call) if all(_carried(call, x) for x in (given.query, given.key, given.value)) else NotImplemented
     return NotImplemented if given.softcap or given.sinks is not None else _masked(call, given)
 
@@ -34,7 +34,7 @@ def _carried(call: RowOp, operand: fx.Node) -> bool:
 
 
 def _masked(call: RowOp, given: AttentionOp) -> Tensor:
-    """Attention of the kept queries to all keys, whose causal flag is a comparison of positions."""
+    """Attention of the kept queries to all keys; a causal flag becomes a mask by position."""
     place = call.operands.index
     mask = call.rows(place(given.mask)) if given.mask is not None else None
     if given.is_causal:
@@ -46,7 +46,7 @@ def _masked(call: RowOp, given: AttentionOp) -> Tensor:
 
 
 def _causal_mask(call: RowOp, given: AttentionOp) -> Tensor:
-    """True where a kept query stands at or after a key: bool ``[..., row, key]``."""
+    """True where the position of a kept query is at or after that of a key: bool ``[..., row, key]``."""
     streams, query, key = call.streams, given.query, given.key
     labels, device = streams.axes.of(query), call.row_index.indices.device
 
@@ -61,13 +61,13 @@ def _causal_mask(call: RowOp, given: AttentionOp) -> Tensor:
 
 @rows_rule(aten.matmul.default)
 def product(call: RowOp) -> Any:
-    """The product of attention weights with the values reads them by position, where it can."""
+    """The product of attention weights and values: attention by position if it qualifies."""
     found = by_position(call)
     return rerun(call) if found is None else _attend(call, found)
 
 
 def by_position(call: RowOp) -> PositionalAttention | None:
-    """The attention of this result by position; ``None`` where it does not qualify, or where keys of all tokens are live."""
+    """The attention by position of this result; ``None`` if there is none, or if keys of all tokens are live."""
     found = call.streams.program[PositionalAttentions].get(call.node)
     if found is None or any(map(call.streams.keeps_live, (found.key, found.value))):
         return None
@@ -82,7 +82,7 @@ def _attend(call: RowOp, found: PositionalAttention) -> Tensor:
 
 
 def _live_keys(call: RowOp, found: PositionalAttention) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The kept rows of keys and values, and their positions [B, m] (``None``: none of them is trained)."""
+    """The kept rows of keys and values, and their positions [B, m]; ``None`` if none of them carries gradient."""
     streams = call.streams
     if found.key not in streams.live and found.value not in streams.live:
         return None

@@ -11,7 +11,7 @@ from torch import fx
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
-from ..capture.canonicalize import CUSTOM_FUNCTION, fresh_like, record_opaque
+from ..capture.retrace import CUSTOM_FUNCTION, fresh_like, record_opaque
 from ..graph.fake import fake_mode_of
 from .row_op import RowOp
 from .rules import restricts, rows_rule
@@ -19,7 +19,7 @@ from .rules import restricts, rows_rule
 
 @rows_rule(CUSTOM_FUNCTION)
 def custom_function_on_rows(call: RowOp) -> Any:
-    """The same two bodies on the rows."""
+    """Record the same two bodies on the kept rows, if the forward body runs on them."""
     if not restricts(call):
         return NotImplemented
     example = _run_fake(call)
@@ -39,7 +39,7 @@ def _tagged(body: fx.GraphModule) -> fx.GraphModule:
 
 
 def _run_fake(call: RowOp) -> Sequence[torch.Tensor] | None:
-    """The results on the rows, run for their shapes; ``None`` for a body that was traced for all tokens' shapes."""
+    """The results on the kept rows as fake tensors; ``None`` if the body was traced for the shapes of all tokens."""
     body, _, *args = call.args
     with disable_proxy_modes_tracing(), fake_mode_of(args), torch.no_grad():
         try:

@@ -16,9 +16,9 @@ from .rules import rerun, rows_rule
 
 @rows_rule(*LABEL_LOSSES)
 def label_loss(call: RowOp) -> Any:
-    """The loss of the kept labelled positions at the scale of the full loss; 0 where no kept position has a label."""
+    """The loss of the kept labelled positions at the scale of the full loss; 0 if no kept position has a label."""
     classes = min(1, call.rank(0) - 1)
-    if call.streams.axes.row_dim(call.operands[0]) == classes:  # the tokens are the classes: each needs all of them
+    if call.streams.axes.row_dim(call.operands[0]) == classes:  # the tokens are the classes: a loss needs all of them
         return NotImplemented
     if call["reduction"] not in (MEAN, SUM) or call["target"].is_floating_point():
         return elementwise_loss(call)
@@ -53,7 +53,7 @@ def _weighted_label_loss(call: RowOp) -> Any:
 
 
 def token_losses(call: RowOp) -> Any:
-    """The loss of every row of a label loss, in the layout of its target, 0 where there is no label."""
+    """The losses of the rows of a label loss, in the layout of its target; 0 where there is no label."""
     head = call.streams.head_of(call.node)
     if head is not None:
         return head.losses(call.streams)
@@ -64,7 +64,7 @@ def token_losses(call: RowOp) -> Any:
 
 
 def divisor(target: torch.Tensor, ignore_index: int, weight: torch.Tensor | None) -> torch.Tensor:
-    """What a mean label loss divides by; 1 where no position has a label, so that the loss is 0."""
+    """The divisor of a mean label loss; 1 if no position has a label, so that the loss is 0."""
     labelled = _labelled(target, ignore_index, weight)
     return torch.where(labelled > 0, labelled, 1)
 
@@ -78,12 +78,12 @@ def _weights(call: RowOp, operand: int) -> torch.Tensor:
 
 
 def _no_narrower_than_float(x: torch.Tensor) -> torch.Tensor:
-    """A sum over many positions overflows in half precision; its mean, made of it before it is rounded, does not."""
+    """``x`` in at least float32: in half precision a sum over many positions may overflow where its mean does not."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _labelled(target: torch.Tensor, ignore_index: int, weight: torch.Tensor | None) -> torch.Tensor:
-    """How many positions have a label (by class weight, where given): what a mean loss divides by."""
+    """The number of positions with a label, or the sum of their class weights."""
     has_label = target != ignore_index
     return has_label.sum() if weight is None else (weight[torch.where(has_label, target, 0)] * has_label).sum()
 
@@ -94,7 +94,11 @@ def elementwise_loss(call: RowOp) -> Any:
     if call["reduction"] not in (MEAN, SUM):
         return _refuse_weights(call) or rerun(call)
     if any(_is_by_token(call, weight) for weight in call.operands[2:]):
-        raise GraphNotSupported("A loss is weighted by token inside its own call.", "Multiply it outside.", call.node)
+        raise GraphNotSupported(
+            "A loss is weighted by token inside its own call.",
+            'Use reduction="none", multiply by the weights and reduce.',
+            call.node,
+        )
     if call.row_index.weights is not None and call.streams.axes.row_dim(call.operands[0]) is not None:
         return _weighted_elementwise_loss(call)
     options = call.arguments_but("self", "target")
@@ -103,7 +107,7 @@ def elementwise_loss(call: RowOp) -> Any:
 
 
 def _is_by_token(call: RowOp, weight: fx.Node) -> bool:
-    """True where a weight of a loss has more than one entry along the tokens of its input."""
+    """True if a weight of a loss has more than one entry along the tokens of its input."""
     dim, shape = call.streams.axes.row_dim(call.operands[0]), weight.meta["val"].shape
     at = -1 if dim is None else dim - call.rank(0) + len(shape)
     return at >= 0 and not same_size(shape[at], 1)
@@ -121,7 +125,7 @@ def _weighted_elementwise_loss(call: RowOp) -> Any:
 def _refuse_weights(call: RowOp) -> None:
     if call.row_index.weights is not None and call.carries_rows:
         raise GraphNotSupported(
-            "The loss of every token is reduced outside of its own call, so sampled tokens have no place for a weight.",
-            'Let the loss reduce (mean or sum), or choose with select="topk".',
+            "The losses of tokens are reduced outside the loss call, so drawn tokens have no place for a weight.",
+            'Let the loss reduce them (reduction="mean" or "sum"), or use select="topk".',
             call.node,
         )

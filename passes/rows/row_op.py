@@ -1,4 +1,4 @@
-"""Row op: one operation of the ditch stream as a row rule sees it, its operands restricted to the kept rows or in full."""
+"""Row op: one operation of the ditch stream, with operands restricted to the kept rows or in full."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from ..graph.program import Program
 
 
 class LabelHead(Protocol):
-    """A linear head and its loss over labels, computed together."""
+    """A linear head fused with its loss over labels."""
 
-    def losses(self, streams: Streams) -> Tensor: ...
+    def losses(self, streams: Streams) -> Tensor:
+        """The losses of the rows."""
 
 
 class Streams(Protocol):
-    """What a row rule may ask of the two streams."""
+    """The two streams, as row rules use them."""
 
     program: Program
     axes: TokenAxes
@@ -34,29 +35,44 @@ class Streams(Protocol):
     live: Collection[fx.Node]
     """The nodes that are executed on the kept rows."""
     looked_at: Mapping[fx.Node, Any]
-    """What attentions by position read for all tokens."""
+    """Values of all tokens that attentions by position read."""
     first_alike: Mapping[fx.Node, fx.Node]
+    """The first node that computes the same value, for every node."""
 
-    def full(self, node: fx.Node) -> Any: ...
+    def full(self, node: fx.Node) -> Any:
+        """The value for all tokens."""
 
-    def rows(self, node: fx.Node, dim: int) -> Tensor: ...
+    def rows(self, node: fx.Node, dim: int) -> Tensor:
+        """The kept rows of a value along one of its token dims."""
 
-    def context(self, node: fx.Node) -> Any: ...
+    def context(self, node: fx.Node) -> Any:
+        """The value as rows read it at all positions."""
 
-    def keeps_live(self, node: fx.Node) -> bool: ...
+    def keeps_live(self, node: fx.Node) -> bool:
+        """True if rows read this value live in all tokens."""
 
-    def row_index_of(self, node: fx.Node) -> RowIndex: ...
+    def row_index_of(self, node: fx.Node) -> RowIndex:
+        """The row index of the token axis of a node's rows."""
 
-    def head_of(self, loss: fx.Node) -> LabelHead | None: ...
+    def head_of(self, loss: fx.Node) -> LabelHead | None:
+        """The linear head of a loss over labels, if there is one."""
 
-    def once(self, key: Any, compute: Callable[[], Tensor]) -> Tensor: ...
+    def once(self, key: Any, compute: Callable[[], Tensor]) -> Tensor:
+        """The result of ``compute``, called only the first time for this key."""
 
-    def aligned_rows(self, value: Any, labels: Axes, dim: int, like: Axes, result: Tensor, rank: int) -> Tensor: ...
+    def aligned_rows(self, value: Any, labels: Axes, dim: int, like: Axes, result: Tensor, rank: int) -> Tensor:
+        """Kept rows of a value that all instances may share, for a result with axes ``like``."""
 
 
 @dataclass(frozen=True)
 class RowOp:
-    """One operation. ``dim``: the dim of its result whose rows are tokens (None: the result has no rows)."""
+    """One operation of the ditch stream.
+
+    Args:
+        node: the operation.
+        streams: the two streams.
+        dim: the dim of the result whose rows are tokens; ``None``: the result has no rows.
+    """
 
     node: fx.Node
     streams: Streams
@@ -68,7 +84,7 @@ class RowOp:
 
     @cached_property
     def row_index(self) -> RowIndex:
-        """That of the token axis of its rows (of a result without rows: of its first operand with rows)."""
+        """The row index of its token axis; for a result without rows, that of its first operand with rows."""
         having = (node for node in (self.node, *self.operands) if self.streams.axes.axis_of(node) is not None)
         return self.streams.row_index_of(next(having))
 
@@ -77,11 +93,11 @@ class RowOp:
         return operands_of(self.node)
 
     def __getitem__(self, name: str) -> Any:
-        """An argument by its schema name; a tensor in full."""
+        """An argument by its schema name; tensors in full."""
         return self._mapped(bind(self.node)[name], self.streams.full)
 
     def arguments_but(self, *names: str) -> dict[str, Any]:
-        """The arguments by schema name, but those that the rule gives itself; tensors in full."""
+        """The arguments by schema name except ``names``, which the rule passes itself; tensors in full."""
         return {name: self[name] for name in bind(self.node) if name not in names}
 
     def rank(self, operand: int) -> int:
@@ -89,49 +105,51 @@ class RowOp:
 
     @property
     def shape(self) -> list:
-        """The shape of the result restricted to its rows."""
+        """The shape of the result restricted to the kept rows."""
         assert self.dim is not None
         return self.row_index.row_shape(self.streams.seek[self.node].shape, self.dim)
 
     @property
     def carries_rows(self) -> bool:
-        """True when a row of the result depends on the same row of some operand, and on the others in full."""
+        """True if some operand carries the rows of the result."""
         return any(self.carried(i) is not None for i in range(len(self.operands)))
 
     def full(self, operand: int) -> Tensor:
         return self.streams.full(self.operands[operand])
 
     def rows(self, operand: int) -> Tensor:
-        """The operand restricted where it carries the row of the result, else all that the row reads."""
+        """The operand restricted to the kept rows if it carries those of the result, else as ``context``."""
         dim = self.carried(operand)
         return self.context(operand) if dim is None else self._restricted(operand, dim)
 
     def context(self, operand: int) -> Tensor:
-        """An operand that a row reads at all positions: keys, values."""
+        """An operand that a row reads at all positions, such as keys and values."""
         return self.streams.context(self.operands[operand])
 
     def own_rows(self, operand: int) -> Tensor:
-        """The operand restricted along its own row dim: for results without rows (losses)."""
+        """The operand restricted along its own row dim, for results without rows (losses)."""
         node = self.operands[operand]
         dim = self.streams.axes.row_dim(node)
         return self.streams.full(node) if dim is None else self.streams.rows(node, dim)
 
     @property
     def args(self) -> tuple:
+        """The positional arguments of the call, restricted as in ``rows``."""
         return self._call_arguments[0]
 
     @property
     def kwargs(self) -> dict:
+        """The keyword arguments of the call, restricted as in ``rows``."""
         return self._call_arguments[1]
 
     @property
     def in_full(self) -> tuple[tuple, dict]:
-        """The arguments of the call with every operand in full."""
+        """The args and kwargs of the call with every operand in full."""
         return self._mapped((self.node.args, self.node.kwargs), self.streams.full)
 
     @property
     def in_context(self) -> tuple[tuple, dict]:
-        """The arguments of the call with every operand as the rows read it."""
+        """The args and kwargs of the call with every operand as ``context``."""
         return self._mapped((self.node.args, self.node.kwargs), self.streams.context)
 
     # -- how operands are restricted ----------------------------------------------------------------------------------
@@ -150,7 +168,7 @@ class RowOp:
         return pytree.tree_map(leaf, value)
 
     def carried(self, operand: int) -> int | None:
-        """The operand's dim that carries the token rows of the result."""
+        """The operand's dim that carries the token rows of the result; ``None`` if it has none."""
         if self.dim is None:
             return None
         axes, node = self.streams.axes, self.operands[operand]
@@ -166,7 +184,10 @@ class RowOp:
         )
 
     def place_of_batch(self, node: fx.Node) -> tuple:
-        """What rows that all instances share depend on: they get the batch axis where ``node`` has it."""
+        """The rank, batch dim and batch label of ``node``.
+
+        They decide how rows that all instances share are expanded.
+        """
         labels = self.streams.axes.of(node)
         at = self.row_index.axis.batch_dim_of(labels)
         return (len(labels), at, None if at is None else labels[at])
@@ -181,5 +202,5 @@ class RowOp:
 
 
 def pad_left(labels: tuple[Dim, ...], rank: int) -> tuple[Dim, ...]:
-    """``labels`` with empty ones in front, ``rank`` in all."""
+    """``labels`` with empty labels in front, ``rank`` in all."""
     return ((),) * (rank - len(labels)) + labels

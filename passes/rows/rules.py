@@ -1,9 +1,9 @@
-"""Rows rules: an operation re-executed on the selected rows.
+"""Row rules: how an operation is re-executed on the kept rows.
 
-Most operations need none: their operands are restricted along the dim that carries the row, and the call is the same
-(``rerun``). Rules are for operations whose *arguments* speak of tokens (the shape of a view, a causal flag) and for losses.
-A rule is ``rule(call) -> value``; with ``call.rows(i)`` and ``call.full(i)`` it sees an operand restricted or in full. It
-returns ``NotImplemented`` where it does not apply: the operation becomes a barrier.
+Most operations need no rule: their operands are restricted along the dim that carries the rows, and the call stays the
+same (``rerun``). A rule is for an operation whose *arguments* depend on tokens (the shape of a view, a causal flag), or
+for a loss. It is a function ``rule(call) -> value``; ``call.rows(i)`` and ``call.full(i)`` are an operand restricted to
+the kept rows or in full. A rule that does not apply returns ``NotImplemented``, and the operation becomes a barrier.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ aten = torch.ops.aten
 RowsRule = Callable[[RowOp], Any]
 ROWS_RULES: Registry[RowsRule] = Registry("row rule")
 
-#: Operations whose operands don't broadcast to one result: one that all instances share can't be given a batch dim.
+#: Operations whose operands don't broadcast to the result, so an operand without a batch dim can't be given one.
 _FIXED_RANK = (
     aten.broadcast_tensors.default,
     aten.linear.default,
@@ -34,7 +34,11 @@ _FIXED_RANK = (
 
 
 def rows_rule(*targets: Any) -> Callable[[RowsRule], RowsRule]:
-    """Register a rows rule for operations."""
+    """Register a row rule: ``rule(call) -> value``, or ``NotImplemented`` if it does not apply.
+
+    Raises:
+        ValueError: a target has a row rule already.
+    """
 
     def register(function: RowsRule) -> RowsRule:
         ROWS_RULES.register(targets, function)
@@ -44,17 +48,17 @@ def rows_rule(*targets: Any) -> Callable[[RowsRule], RowsRule]:
 
 
 def rerun(call: RowOp) -> Any:
-    """The default: the same call on operands restricted where they carry the row, in full elsewhere."""
+    """The default rule: the same call on operands restricted where they carry the row, in full elsewhere."""
     return call.target(*call.args, **call.kwargs) if restricts(call) else NotImplemented
 
 
 def restricts(call: RowOp) -> bool:
-    """True when the operation can run on rows: some operand carries them, and instances may have different ones."""
+    """True if the operation can run on rows: some operand carries them, and instances may keep different rows."""
     return call.carries_rows and _instances_stay_apart(call)
 
 
 def _instances_stay_apart(call: RowOp) -> bool:
-    """True when a row needs operands of its own instance alone, so that instances may have different rows."""
+    """True if a row needs only operands of its own instance, so that instances may keep different rows."""
     axes = call.streams.axes
     at = call.row_index.axis.batch_dim_of(axes.of(call.node))
     carrying = [i for i in range(len(call.operands)) if call.carried(i) is not None]
@@ -62,7 +66,7 @@ def _instances_stay_apart(call: RowOp) -> bool:
 
 
 def _has_instances(call: RowOp, operand: int, at: int) -> bool:
-    """True when an operand carries the batch to dim ``at`` of the result, or can be broadcast there."""
+    """True if an operand carries the batch to dim ``at`` of the result, or can be broadcast there."""
     axes = call.streams.axes
     labels, rank = axes.of(call.operands[operand]), len(axes.of(call.node))
     own = call.row_index.axis.batch_dim_of(labels)
@@ -89,7 +93,7 @@ def regroup(call: RowOp) -> Any:
 
 @rows_rule(aten.embedding.default)
 def embedding(call: RowOp) -> Any:
-    """A gradient by how often an id is there needs all ids."""
+    """``scale_grad_by_freq`` scales gradients by how often an id occurs, which needs all ids."""
     return NotImplemented if call["scale_grad_by_freq"] else rerun(call)
 
 

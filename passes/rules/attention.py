@@ -1,9 +1,9 @@
-"""Attention operations: one rule says what an operation's query, key, value, mask, scale, soft cap and sinks are.
+"""Attention rules: the query, key, value, mask, scale, soft cap and sinks of each attention operation.
 
     softmax over keys of (cap(Q K^T scale) + mask | sinks) V,   cap(x) = softcap tanh(x / softcap)
 
-Every pass asks ``attention_op(node)``; none names an attention operation. ``scaled_dot_product_attention`` is registered here; an
-operation of another library is registered in the same way.
+Every pass calls ``attention_op(node)``; no pass names an attention operation. ``scaled_dot_product_attention`` is
+registered here; operations of other libraries are registered in the same way.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ from .op import AXES_RULES, Carry, Flow, Op
 
 @dataclass(frozen=True)
 class AttentionOp:
-    """One call of an attention operation: nodes and numbers.
+    """One call of an attention operation: its operands as nodes, its options as numbers.
 
     Args:
-        query: [..., H, T, E]. ``key``, ``value``: [..., Hkv, S, E], where ``Hkv`` divides ``H`` if ``enable_gqa``, else ``Hkv = H``.
-        mask: bool (True: visible) or added to the scores, broadcast to [..., H, T, S].
-        is_causal: a query at position i sees keys 0..i.
+        query: [..., H, T, E].
+        key: [..., Hkv, S, E], where ``Hkv`` divides ``H`` if ``enable_gqa``, else ``Hkv = H``.
+        value: [..., Hkv, S, Ev].
+        mask: bool (True: visible) or float added to the scores; broadcasts to [..., H, T, S].
+        is_causal: the query at position i attends to keys 0..i.
         scale: factor of the scores; ``None``: ``1 / sqrt(E)``.
-        dropout_p: probability of dropout of the attention weights.
-        softcap: the scores are ``softcap * tanh(scores / softcap)``; 0: no cap.
+        dropout_p: dropout probability of the attention weights.
+        softcap: the scores become ``softcap * tanh(scores / softcap)``; 0: no cap.
         sinks: one score per head, [H], that takes part in the softmax without a value.
         takes_bias: the operation accepts a float mask in place of a bool one.
     """
@@ -55,7 +57,10 @@ ATTENTION_RULES: Registry[AttentionRule] = Registry("attention rule")
 
 
 def attention_rule(*targets: Any) -> Callable[[AttentionRule], AttentionRule]:
-    """Register an attention operation: ``rule(arguments by schema name) -> AttentionOp``. Its axes rule follows from it.
+    """Register an attention operation: ``rule(arguments by schema name) -> AttentionOp``. Its axes rule follows.
+
+    Raises:
+        ValueError: a target has a rule already.
 
     >>> @attention_rule(torch.ops.mylib.attention.default)  # doctest: +SKIP
     ... def my_attention(given):
@@ -71,7 +76,7 @@ def attention_rule(*targets: Any) -> Callable[[AttentionRule], AttentionRule]:
 
 
 def attention_op(node: Any) -> AttentionOp | None:
-    """What a node computes, if it is a registered attention operation; ``None`` otherwise."""
+    """The call as an ``AttentionOp`` if the node is a registered attention operation, else ``None``."""
     target = getattr(node, "target", None)
     rule = ATTENTION_RULES.get(target)
     if rule is None and isinstance(target, torch._ops.OpOverload):
@@ -80,7 +85,7 @@ def attention_op(node: Any) -> AttentionOp | None:
 
 
 def read_across(node: fx.Node) -> tuple[fx.Node, ...]:
-    """The operands that an operation reads at all positions: keys and values of an attention, the right side of a product."""
+    """The operands that an operation reads at all positions: keys and values, or the right side of a product."""
     attention = attention_op(node)
     if attention is not None:
         return (attention.key, attention.value)
@@ -122,6 +127,6 @@ def _mask_carry(op: Op, mask: Any, scores: Axes) -> Carry:
 
 @attention_rule(torch.ops.aten.scaled_dot_product_attention.default)
 def scaled_dot_product_attention(given: dict[str, Any]) -> AttentionOp:
-    """PyTorch's own."""
+    """PyTorch's own attention operation."""
     same = ("query", "key", "value", "is_causal", "scale", "dropout_p", "enable_gqa")
     return AttentionOp(**{name: given[name] for name in same}, mask=given["attn_mask"], takes_bias=True)

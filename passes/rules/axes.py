@@ -1,4 +1,4 @@
-"""Axes rules of ATen, by family. An operation without a rule has unknown axes: it becomes a barrier, never a guess."""
+"""Axes rules of ATen, by family. An operation without a rule has unknown axes, so it becomes a barrier."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def formula(spec: str) -> AxesRule:
 
 
 def elementwise(op: Op) -> Flow:
-    """The rule of pointwise operations: operands broadcast, rows never meet."""
+    """The rule of pointwise operations: operands broadcast, and rows stay separate."""
     return op.elementwise()
 
 
@@ -32,7 +32,7 @@ def along(argument: str) -> AxesRule:
 
 
 def rule_for(target: object) -> AxesRule | None:
-    """The axes rule of an operation: its own, or that of the pointwise family, or None."""
+    """The axes rule of an operation: its own, or that of pointwise operations; ``None`` if it has no rule."""
     if target in AXES_RULES:
         return AXES_RULES[target]
     if not isinstance(target, torch._ops.OpOverload):
@@ -40,19 +40,20 @@ def rule_for(target: object) -> AxesRule | None:
     return AXES_RULES.get(target.name(), elementwise if torch.Tag.pointwise in target.tags else None)
 
 
-# Pointwise in fact though not by tag.
+# Pointwise operations without the tag.
 axes_rule(
     *aten_overloads(
         "dropout.default native_dropout.default contiguous.default alias.default detach.default to.dtype to.device "
         "to.dtype_layout _to_copy.default lift_fresh_copy.default masked_fill.Tensor "
-        "__and__.Tensor __or__.Tensor __and__.Scalar __or__.Scalar hardswish.default leaky_relu.default log_sigmoid.default "
-        "floor_divide.default rand_like.default zeros_like.default ones_like.default full_like.default bernoulli.default "
-        "bernoulli.p fill.Scalar _conj.default broadcast_tensors.default empty_like.default randn_like.default"
+        "__and__.Tensor __or__.Tensor __and__.Scalar __or__.Scalar hardswish.default leaky_relu.default "
+        "log_sigmoid.default floor_divide.default rand_like.default zeros_like.default ones_like.default "
+        "full_like.default bernoulli.default bernoulli.p fill.Scalar _conj.default broadcast_tensors.default "
+        "empty_like.default randn_like.default"
     ),
     rule=elementwise,
 )
 
-# The second operand gives its dtype and device alone.
+# Only the dtype and device of the second operand are read.
 axes_rule(*aten_overloads("to.other type_as.default"), rule=lambda op: op.elementwise(op.operands[:1]))
 
 # Contractions.
@@ -64,7 +65,7 @@ axes_rule(*aten_overloads("embedding.default"), rule=formula("v d, ... -> ... d"
 
 @axes_rule("aten::_grouped_mm", "transformers::grouped_mm_fallback")
 def grouped_product(op: Op) -> Flow:
-    """Rows in groups, each group by a matrix of its own. No row is carried: where the groups end depends on all of them."""
+    """Rows in groups, one matrix per group. No row is carried: group ends depend on all rows."""
     if [len(op.axes(node)) for node in op.operands] != [2, 3, 1]:
         return op.unknown()
     return Flow(op.formula("s i, e i o, e -> s o").outputs, ({}, {}, {}))
@@ -78,7 +79,7 @@ def matmul(op: Op) -> Flow:
     return op.formula(", ".join(terms) + " -> " + out)
 
 
-# Products with a packed weight, whose rows are not a dim of it.
+# Products with a packed weight, whose rows are not one of its dims.
 axes_rule(
     "bitsandbytes::gemm_4bit",
     "bitsandbytes::gemv_4bit",
@@ -88,7 +89,7 @@ axes_rule(
 
 @axes_rule(aten.addmm.default, aten.baddbmm.default)
 def add_then_matmul(op: Op) -> Flow:
-    """``bias + a @ b``: the bias broadcasts to the result."""
+    """``bias + a @ b``; the bias broadcasts to the result."""
     bias, left, _ = op.operands
     rank = len(op.axes(left))
     letters = " ".join(["b", "i", "j"][3 - len(op.axes(bias)) :])
@@ -97,7 +98,7 @@ def add_then_matmul(op: Op) -> Flow:
 
 
 def convolution(op: Op) -> Flow:
-    """Channels and positions are mixed; instances, if there are any, stay apart."""
+    """Channels and positions are mixed; instances, if there is a batch dim, are not."""
     rank, weight = (len(op.axes(op[name])) for name in ("input", "weight"))
     return op.mixing(range(1, rank)) if rank == weight else op.unknown()
 
@@ -110,7 +111,7 @@ axes_rule(
 )
 
 
-# Images made larger or smaller: every channel on its own.
+# Resizing and pooling of images: channels stay separate.
 axes_rule(
     *aten_overloads(
         "upsample_bilinear2d.vec upsample_bicubic2d.vec upsample_nearest1d.vec upsample_nearest2d.vec "
@@ -131,7 +132,7 @@ def einsum(op: Op) -> Flow:
     return op.formula(", ".join(" ".join(term) for term in left.split(",")) + " -> " + " ".join(right))
 
 
-# Normalisations and scans: they mix along some dims and keep the labels.
+# Normalisations and scans: they mix along some dims and keep their labels.
 axes_rule(
     *aten_overloads("softmax.int _softmax.default log_softmax.int _log_softmax.default cumsum.default cumprod.default"),
     rule=along("dim"),
@@ -152,7 +153,7 @@ def group_norm(op: Op) -> Flow:
 
 @axes_rule(aten._native_batch_norm_legit_functional.default, aten._native_batch_norm_legit.no_stats)
 def batch_norm(op: Op) -> Flow:
-    """In training it mixes everything; then come statistics."""
+    """In training mode every dim is mixed; the further results are statistics."""
     statistics = op.results[1:]
     axes = op.axes(op.operands[0])
     return Flow((axes, *(op.space.fresh_axes(x.shape) for x in statistics)), tuple({} for _ in op.operands))
@@ -161,9 +162,9 @@ def batch_norm(op: Op) -> Flow:
 # Reductions.
 axes_rule(
     *aten_overloads(
-        "sum.dim_IntList mean.dim amax.default amin.default any.dim all.dim argmax.default argmin.default var.dim std.dim "
-        "var.correction std.correction logsumexp.default prod.dim_int linalg_vector_norm.default norm.ScalarOpt_dim "
-        "max.dim min.dim var_mean.correction count_nonzero.dim_IntList"
+        "sum.dim_IntList mean.dim amax.default amin.default any.dim all.dim argmax.default argmin.default var.dim "
+        "std.dim var.correction std.correction logsumexp.default prod.dim_int linalg_vector_norm.default "
+        "norm.ScalarOpt_dim max.dim min.dim var_mean.correction count_nonzero.dim_IntList"
     ),
     rule=lambda op: op.reduce(op.dims("dim"), bool(op.arguments.get("keepdim", False))),
 )
@@ -180,8 +181,10 @@ def one_hot(op: Op) -> Flow:
 
 @axes_rule(*LABEL_LOSSES)
 def cross_entropy(op: Op) -> Flow:
-    """Logits [N..., C] or [N, C, ...] and targets [N, ...], or probabilities like the logits: the positions are one axis, classes are
-    contracted."""
+    """Logits [N..., C] or [N, C, ...] and targets [N, ...], or probabilities of the shape of the logits.
+
+    The positions of logits and targets are the same axis; classes are contracted.
+    """
     logits, target = op.axes(op["self"]), op.axes(op["target"])
     class_dim = 0 if len(logits) == 1 else 1
     positions = [dim for dim in range(len(logits)) if dim != class_dim]
@@ -206,7 +209,7 @@ def elementwise_loss(op: Op) -> Flow:
 
 
 def flow_of(node: fx.Node, space: Space, axes: dict[fx.Node, tuple[Axes, ...]]) -> Flow:
-    """How axes go through a node, by its rule; unknown without one."""
+    """How axes flow through a node, by its rule; unknown without a rule."""
     tensors = tensors_in(node.meta.get("val")) if node.op != "output" else []
     if node.op != "call_function" or not tensors:
         return Flow(tuple(space.fresh_axes(x.shape) for x in tensors) or ((),))
@@ -216,7 +219,7 @@ def flow_of(node: fx.Node, space: Space, axes: dict[fx.Node, tuple[Axes, ...]]) 
 
 @axes_rule(operator.getitem)
 def getitem(op: Op) -> Flow:
-    """One result of several: the axes that the operation gave it."""
+    """One of several results, with the axes that its operation gave it."""
     source, index = op.node.args
     axes = op._axes[source][index]
     return Flow((axes,))

@@ -1,9 +1,9 @@
-"""Custom autograd functions: one opaque operation whose two bodies are read by the axes rules of what they do.
+"""Custom autograd functions: opaque operations whose axes follow from the rules of the operations in their two bodies.
 
-A dim of the results is carried where every operation of the forward body carries it and every operation of the backward body
-brings the rows of the gradient back to the same rows of the operands. Everything else leaves the function a barrier: rows that
-meet in either body, an operand without rows that gets a gradient (how it sums over the tokens is the function's own), a body
-that reads or has been given the number of the tokens.
+A result dim is carried if every operation of the forward body carries it, and every operation of the backward body
+returns the rows of the gradient to the same rows of the operands. Otherwise the function is a barrier: rows are mixed
+in either body, an operand without rows receives a gradient (how it is summed over tokens is the function's own choice),
+or a body reads the number of tokens or has it as a constant.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from ..capture.canonicalize import CUSTOM_FUNCTION, Canonicalize, fresh_like
+from ..capture.canonicalize import Canonicalize
+from ..capture.retrace import CUSTOM_FUNCTION, fresh_like
 from ..graph.errors import GraphNotSupported
 from ..graph.factors import Axes, Space
 from ..graph.nodes import is_tensor, operands_of, tensors_in
@@ -25,10 +26,7 @@ from ..graph.program import Program, attribute
 from .axes import flow_of
 from .op import Carry, Flow, Op, axes_rule
 
-if TYPE_CHECKING:
-    pass
-
-#: The dim along which a value is cut to its rows; the values that are not in it are whole.
+#: The row dim of each value that has rows.
 RowDims = dict[fx.Node, int]
 
 
@@ -42,7 +40,10 @@ class Body:
     flows: dict[fx.Node, Flow]
 
     def carried(self, dims: RowDims) -> RowDims | None:
-        """Where the rows of some inputs stand in the other values; ``None`` where they meet, or their number is read."""
+        """The row dims of all values, given those of some inputs.
+
+        ``None`` if rows are mixed, or their number is read.
+        """
         dims = dict(dims)
         for node in self.flows:
             if any(arg in dims for arg in node.all_input_nodes):
@@ -53,7 +54,7 @@ class Body:
         return dims
 
     def _dim_of(self, node: fx.Node, dims: RowDims) -> int | None:
-        """The dim to which the operands with rows carry them, and the whole operands nothing."""
+        """The result dim to which exactly the operands with rows carry them; ``None`` if there is none."""
         flow, rows = self.flows[node], [dims.get(operand) for operand in operands_of(node)]
         if not tensors_in(node.meta["val"]) or len(flow.carries) != len(rows):
             return None
@@ -62,7 +63,7 @@ class Body:
 
 @axes_rule(CUSTOM_FUNCTION)
 def custom_function(op: Op) -> Flow:
-    """The axes of its results are those of its forward body."""
+    """The results have the axes of the outputs of the forward body."""
     forward_graph, backward_graph, *args = op.node.args
     forward = _body(op, forward_graph, args, op._axes)
     count = len(pytree.tree_leaves(op.node.meta["val"]))
@@ -80,10 +81,10 @@ def custom_function(op: Op) -> Flow:
 
 
 def _body(op: Op, graph: fx.Node, args: Sequence[Any], known: Mapping[fx.Node, tuple[Axes, ...]]) -> Body | None:
-    """A body, traced on ``args``, nodes or numbers; ``None`` where it can't be, or writes to its inputs."""
+    """A body traced on ``args`` (nodes or numbers); ``None`` if it can't be traced, or writes to its inputs."""
     values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
     axes = [known.get(arg, ((),)) if isinstance(arg, fx.Node) else ((),) for arg in args]
-    step, inputs = Canonicalize(), tuple(fresh_like(value, op.results) for value in values)  # no two may be the same
+    step, inputs = Canonicalize(), tuple(fresh_like(value, op.results) for value in values)  # inputs must be distinct
     try:
         program = step.run(Program(_module(op, graph), inputs))
         step.check(program)
@@ -102,7 +103,7 @@ def _module(op: Op, graph: fx.Node) -> fx.GraphModule:
 
 
 def _reads_sizes(graph: fx.Graph) -> bool:
-    """True where something is computed from a dynamic size: on the rows it might be another number."""
+    """True if something is computed from a dynamic size, which would differ on the kept rows."""
     unused: set[fx.Node] = set()
     for node in (node for node in reversed(graph.nodes) if node.op.startswith("call")):
         values = pytree.tree_leaves(node.meta.get("example_value"))
@@ -114,12 +115,15 @@ def _reads_sizes(graph: fx.Graph) -> bool:
 
 
 def _backward(op: Op, graph: fx.Node, forward: Body) -> Body | None:
-    """The backward body: of the gradients of the results and of the values that the forward one saved."""
+    """The backward body; its inputs are the gradients of the results and the values that the forward saved."""
     return _body(op, graph, forward.outputs, forward.axes)
 
 
 def _row_dims(space: Space, forward: Body, outputs: Sequence[Axes]) -> Iterator[tuple[int, RowDims]]:
-    """For every dim of the first result: where its axis stands in the operands, and so in all values of the forward."""
+    """For every dim of the first result, the row dims that it implies.
+
+    Those are the row dims of the operands and of all values of the forward body.
+    """
     for to, label in enumerate(map(space.resolve, outputs[0])):
         at = {node: [space.resolve(dim) for dim in forward.axes[node][0]] for node in forward.inputs}
         found = forward.carried({node: labels.index(label) for node, labels in at.items() if label and label in labels})
@@ -128,7 +132,7 @@ def _row_dims(space: Space, forward: Body, outputs: Sequence[Axes]) -> Iterator[
 
 
 def _returns_rows(forward: Body, backward: Body, count: int, to: int, dims: RowDims) -> bool:
-    """True where every gradient of an operand has the rows of that operand."""
+    """True if every gradient of an operand has the rows of that operand."""
     gradients = dict.fromkeys(backward.inputs[:count], to)
     saved = {
         new: dims[old]

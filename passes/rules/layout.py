@@ -1,4 +1,4 @@
-"""Axes rules of layout: views, permutations, slices, indexing, concatenation."""
+"""Axes rules of layout operations: views, permutations, slices, indexing, concatenation."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def expand(op: Op) -> Flow:
 
 @axes_rule(aten.slice.Tensor)
 def slice_(op: Op) -> Flow:
-    """A slice that takes everything is the identity; another one is a new axis."""
+    """A slice of everything is the identity; any other slice is a new axis."""
     (dim,) = op.dims("dim")
     whole = same_size(op.operands[0].meta["val"].shape[dim], op.results[0].shape[dim]) and op["step"] == 1
     return op.along([] if whole else [dim])
@@ -70,7 +70,7 @@ axes_rule(*aten_overloads("argsort.default argsort.stable"), rule=lambda op: op.
 
 
 def ordered(op: Op) -> Flow:
-    """Values and where they stood have the same axes."""
+    """Sorted values and their indices have the same axes."""
     flow = op.along(op.dims("dim"))
     return Flow((flow.outputs[0],) * len(flow.outputs), flow.carries)
 
@@ -85,8 +85,10 @@ axes_rule(*aten_overloads("unbind.int"), rule=lambda op: op.reduce(op.dims("dim"
 
 @axes_rule(aten.index.Tensor)
 def index(op: Op) -> Flow:
-    """``x[:, i, j]`` with neighbouring integer indices: their broadcast dims stand in place of the dims that they index.
-    Nothing is carried: what is read of ``x`` depends on values."""
+    """``x[:, i, j]`` with adjacent integer indices: their broadcast dims replace the dims that they index.
+
+    Nothing is carried, because the rows that are read depend on values.
+    """
     indexed = [dim for dim, where in enumerate(op["indices"]) if where is not None]
     first, after, source = indexed[0], indexed[-1] + 1, op.axes(op.operands[0])
     if len(indexed) != after - first or any(where.meta["val"].dtype == torch.bool for where in op.operands[1:]):
@@ -94,7 +96,7 @@ def index(op: Op) -> Flow:
     last = op.results[0].ndim - (len(source) - after)
     found: list[Dim] = [()] * (last - first)
     for dim, where in zip(indexed, op.operands[1:], strict=True):
-        if _counts(where, op.operands[0].meta["val"].shape[dim]):  # x[arange(B), i]: every instance, in order
+        if _counts(where, op.operands[0].meta["val"].shape[dim]):  # x[arange(B), i] reads every instance in order
             op.space.equate(source[dim], op.axes(where)[0])
         for place, label in zip(range(1, last - first + 1), reversed(op.axes(where)), strict=False):
             found[-place] = op.join(found[-place], label)
@@ -103,7 +105,7 @@ def index(op: Op) -> Flow:
 
 @axes_rule(aten.gather.default)
 def gather(op: Op) -> Flow:
-    """``x[i][index[i, j]]``: every row by its own index, along the other dims."""
+    """``x[i][index[i, j]]``: along the other dims, every row is read by its own index."""
     source, where = op["self"], op["index"]
     (dim,) = op.dims("dim")
     rank, sizes = op.results[0].ndim, source.meta["val"].shape
@@ -115,7 +117,7 @@ def gather(op: Op) -> Flow:
 
 @axes_rule(aten.scatter.value, aten.scatter.src, aten.scatter_add.default)
 def scatter(op: Op) -> Flow:
-    """A value with some places along one dim replaced, every row by its own index."""
+    """A value with some positions along one dim replaced, every row by its own index."""
     whole, *parts = op.operands
     (dim,) = op.dims("dim")
     rows = [i for i in range(op.results[0].ndim) if i != dim]
@@ -153,11 +155,11 @@ def pad(op: Op) -> Flow:
 
 @axes_rule(aten.cat.default)
 def cat(op: Op) -> Flow:
-    """Concatenation: the other dims agree, the dim itself is new (empty 1-D operands are ignored by ATen)."""
+    """The other dims agree, the concatenated dim is new (ATen ignores empty 1-D operands)."""
     rank = op.results[0].ndim
     (dim,) = op.dims("dim", rank)
     parts = [node for node in op.operands if node.meta["val"].ndim == rank]
-    if len(parts) == 1:  # an empty key/value cache before the keys: nothing is joined
+    if len(parts) == 1:  # an empty key/value cache before the keys
         return Flow((op.axes(parts[0]),), tuple({i: i for i in range(rank)} if n in parts else {} for n in op.operands))
     others = [i for i in range(rank) if i != dim]
     for part in parts[1:]:
@@ -169,7 +171,7 @@ def cat(op: Op) -> Flow:
 
 @axes_rule(aten.slice_scatter.default, aten.select_scatter.default)
 def scatter_part(op: Op) -> Flow:
-    """A part of one dim is replaced; the other dims agree."""
+    """Some positions of one dim are replaced; the other dims agree."""
     whole, part = (op.axes(op[name]) for name in ("self", "src"))
     (dim,) = op.dims("dim")
     dims = {i: i - (op.node.target is aten.select_scatter.default and i > dim) for i in range(len(whole)) if i != dim}

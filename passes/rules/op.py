@@ -1,7 +1,7 @@
-"""What a rule sees of an operation, and the table of axes rules.
+"""Axes rules: how the axes of operands become the axes of results.
 
-An axes rule says how the axes of the operands become the axes of the result: labels in, labels out. It is a function
-``rule(op) -> Flow``. Most operations belong to a family (``passes/rules/axes.py``) and need one line.
+An axes rule is a function ``rule(op) -> Flow``; ``Op`` has the axes of the operands. Most operations belong to a family
+(``passes/rules/axes.py``) and need one line.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ from ..graph.factors import Axes, Dim, Space, same_size
 from ..graph.nodes import bind, operands_of, tensors_in
 from ..graph.registry import Registry
 
-#: out dim -> operand dim, for the dims along which a row of the result depends on the same row of the operand alone.
+#: Result dim -> operand dim, for dims along which a row of the result depends only on the same row of the operand.
 Carry = dict[int, int]
 
 
 @dataclass(frozen=True)
 class Flow:
-    """How axes go through one operation.
+    """How axes flow through one operation.
 
-    ``outputs``: the axes of each tensor result. ``carries``: one ``Carry`` per tensor operand (in the order of
-    ``op.operands``); a dim of the result that an operand does not carry is either broadcast there or mixed by the
-    operation. ``regrouped``: a view; dims correspond by position of their factors instead of by ``carries``.
+    Args:
+        outputs: the axes of each tensor result.
+        carries: one ``Carry`` per tensor operand, in the order of ``op.operands``. A result dim that an operand does
+            not carry is broadcast from that operand, or mixed by the operation.
+        regrouped: True for a view: dims correspond by the position of their factors instead of by ``carries``.
     """
 
     outputs: tuple[Axes, ...]
@@ -39,9 +41,14 @@ AXES_RULES: Registry[AxesRule] = Registry("axes rule")
 
 
 def axes_rule(*targets: Any, rule: AxesRule | None = None) -> Any:
-    """Register an axes rule for operations: as a decorator, or ``axes_rule(op, rule=formula("... i, o i -> ... o"))``.
+    """Register an axes rule, as a decorator or as ``axes_rule(op, rule=formula("... i, o i -> ... o"))``.
 
-    An operation of a library that may not be imported is given by its name, ``"library::operation"``.
+    Args:
+        targets: operations; one of a library that may not be imported by its name ``"library::operation"``.
+        rule: ``rule(op) -> Flow``; ``None``: the decorated function.
+
+    Raises:
+        ValueError: a target has an axes rule already.
     """
 
     def register(function: AxesRule) -> AxesRule:
@@ -52,7 +59,7 @@ def axes_rule(*targets: Any, rule: AxesRule | None = None) -> Any:
 
 
 class Op:
-    """One operation with the axes of its operands, and the families of ways in which axes flow."""
+    """One operation with the axes of its operands. Its methods are the families of rules."""
 
     def __init__(self, node: fx.Node, space: Space, axes: dict[fx.Node, tuple[Axes, ...]]) -> None:
         self.node, self.space, self._axes = node, space, axes
@@ -67,7 +74,7 @@ class Op:
         return self._axes[node][0]
 
     def dims(self, name: str, rank: int | None = None) -> list[int]:
-        """An argument that names one or several dims (``None`` and ``[]``: all), as non-negative numbers."""
+        """An argument that names dims (``None`` and ``[]``: all dims), as non-negative numbers."""
         rank = self.operands[0].meta["val"].ndim if rank is None else rank
         dims = self[name]
         dims = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
@@ -76,11 +83,11 @@ class Op:
     # -- families -----------------------------------------------------------------------------------------------------
 
     def unknown(self) -> Flow:
-        """Nothing is known: fresh axes, everything mixed."""
+        """Nothing is known: fresh axes, every dim mixed."""
         return Flow(tuple(self.space.fresh_axes(out.shape) for out in self.results), tuple({} for _ in self.operands))
 
     def elementwise(self, operands: Sequence[fx.Node] | None = None) -> Flow:
-        """Broadcasting from the right; every dim is carried."""
+        """Operands broadcast from the right; every dim is carried. Only ``operands`` count, if given."""
         shape = self.results[0].shape
         dims: list[Dim] = [()] * len(shape)
         carries: list[Carry] = []
@@ -96,7 +103,10 @@ class Op:
         return Flow(outputs, tuple(carries))
 
     def along(self, mixed: Iterable[int], keep_labels: bool = False) -> Flow:
-        """One main operand; the result has its rank; the ``mixed`` dims are not carried (and renamed unless kept)."""
+        """One main operand, a result of the same rank; ``mixed`` dims are not carried.
+
+        They get new labels unless ``keep_labels``.
+        """
         axes, mixed = self.axes(self.operands[0]), set(mixed)
         outputs = tuple(
             tuple(
@@ -108,7 +118,7 @@ class Op:
         return self._main(outputs, {dim: dim for dim in range(len(axes)) if dim not in mixed})
 
     def mixing(self, dims: Iterable[int]) -> Flow:
-        """One main operand; the result has its rank, its ``dims`` are made of several of its positions and have other sizes."""
+        """One main operand, a result of the same rank; each position in ``dims`` combines several of the operand."""
         axes, dims = self.axes(self.operands[0]), set(dims)
         outputs = tuple(
             tuple(self.space.fresh_mixture(out.shape[i]) if i in dims else label for i, label in enumerate(axes))
@@ -117,7 +127,7 @@ class Op:
         return self._main(outputs, {dim: dim for dim in range(len(axes)) if dim not in dims})
 
     def reduce(self, dims: Iterable[int], keepdim: bool = False) -> Flow:
-        """One main operand whose ``dims`` disappear (or become 1)."""
+        """One main operand whose ``dims`` are removed (``keepdim``: become 1)."""
         axes, dims = self.axes(self.operands[0]), set(dims)
         kept = [dim for dim in range(len(axes)) if keepdim or dim not in dims]
         outputs = tuple(tuple(() if dim in dims else axes[dim] for dim in kept) for _ in self.results)
@@ -130,15 +140,15 @@ class Op:
         return self._main((out,) * len(self.results), {i: dim for i, dim in enumerate(order) if dim is not None})
 
     def regroup(self) -> Flow:
-        """A view: factors keep their order, dims are cut anew."""
+        """A view: factors keep their order and are regrouped into dims."""
         out = self.space.regroup(self.axes(self.operands[0]), self.results[0].shape)
         return Flow((out,), ({},) * len(self.operands), regrouped=True)
 
     def formula(self, spec: str) -> Flow:
         """An einsum-like formula over the tensor operands in order, e.g. ``"... i, o i, o -> ... o"`` for linear.
 
-        A letter of the result that an operand has is carried; letters that vanish are contracted; ``...`` broadcasts.
-        Terms beyond the operands present (an absent bias) are ignored.
+        A letter of the result that an operand has is carried; letters that are not in the result are contracted;
+        ``...`` broadcasts. Terms beyond the operands present (a missing bias) are ignored.
         """
         left, right = (side.strip() for side in spec.split("->"))
         terms = [term.split() for term in left.split(",")][: len(self.operands)]
@@ -159,7 +169,7 @@ class Op:
     # -- helpers ------------------------------------------------------------------------------------------------------
 
     def join(self, left: Dim, right: Dim) -> Dim:
-        """The label of a dim that is both: they are the same axis."""
+        """The label of a dim that has both labels: they are the same axis."""
         if left and right:
             self.space.equate(left, right)
         return left or right

@@ -1,1 +1,1 @@
-"""The two streams: scores, selection, the kept rows."""
+"""Streams: scores and selection from all tokens, and the forward on the kept rows."""

@@ -17,7 +17,13 @@ from ..rules.axes import rule_for
 
 @dataclass(frozen=True)
 class Barrier:
-    """An operation that the ditch stream runs over all tokens: why, where, and the bytes of its full operands."""
+    """An operation that the ditch stream runs over all tokens.
+
+    Args:
+        node: the operation.
+        reason: why it can't be restricted to the kept rows.
+        bytes: the bytes of its operands in full.
+    """
 
     node: fx.Node
     reason: str
@@ -28,16 +34,19 @@ class Barrier:
 
 
 def barrier_at(node: fx.Node, live: Collection[fx.Node], axes: TokenAxes) -> Barrier:
-    """The barrier that an operation is, with the bytes of the live operands that are put together for it."""
+    """The barrier at ``node``, with the bytes of the live operands that are needed in full."""
     reason = "it mixes tokens" if rule_for(node.target) else "the operation has no rule"
     merged = [arg for arg in dict.fromkeys(operands_of(node)) if arg in live and axes.has_rows(arg)]
     return Barrier(node, reason, sum(bytes_hint(arg) for arg in merged))
 
 
 def refuse_partial_loss(program: Program, node: fx.Node) -> None:
-    """Raise ``GraphNotSupported`` for a loss over some part of the tokens: it has no kept share.
+    """Refuse a loss over a part of the tokens.
 
-    A loss per instance, or over what a decoder makes of the tokens (an image), is an ordinary loss.
+    A loss per instance, or over values decoded from the tokens (an image), is an ordinary loss.
+
+    Raises:
+        GraphNotSupported: the loss runs over positions that are neither all tokens nor one per sequence.
     """
     axes = program[TokenAxes]
     operand = axes.of(node.args[0])
@@ -47,7 +56,7 @@ def refuse_partial_loss(program: Program, node: fx.Node) -> None:
     if set(sum(positions, ())) - batches - axes.space.mixtures or set(sum(operand, ())) & parts:
         raise GraphNotSupported(
             "The loss runs over positions that are neither all tokens nor one per sequence (a part of the tokens "
-            "chosen before the loss), so its kept share is not defined.",
-            "Give all tokens to the loss and mark the others with ignore_index in the labels.",
+            "chosen before the loss), so the share of the kept tokens is not defined.",
+            "Pass all tokens to the loss and mark the others with ignore_index in the labels.",
             node,
         )

@@ -1,8 +1,9 @@
-"""Ditch stream: live operations re-executed on selected rows, beside their values for all tokens.
+"""Ditch stream: live operations re-executed on the kept rows, beside their values for all tokens.
 
-Every value is known in one of three ways: its selected *rows*; *whole*, where it has no rows; or *in full*, the rows put
-into the seek stream's value. What a row looks at as a whole (keys and values: its *context*) is the full value, or, with
-``kv_grad="all"``, computed anew for all tokens from the full input of its block, so that its own projections stay live.
+Every value has one of three forms: its kept *rows*; *whole*, if it has no rows; or *full*, the rows scattered into the
+seek stream's value. A value that a row reads at all positions (keys and values: its *context*) is the full value. With
+``kv_grad="all"`` it is recomputed for all tokens from the full input of its block, so that its own projections stay
+live.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ..analysis.routing import Routes
 from ..analysis.row_index import RowIndex
 from ..analysis.token_axes import TokenAxes
 from ..analysis.values import feeds_attention, kind_of_value
-from ..capture.canonicalize import ENTER_AUTOCAST, EXIT_AUTOCAST, Retrace, is_autocast, record_opaque
+from ..capture.retrace import ENTER_AUTOCAST, EXIT_AUTOCAST, Retrace, is_autocast, record_opaque
 from ..graph.errors import GraphNotSupported, InvariantBroken, located
 from ..graph.factors import Axes
 from ..graph.kinds import Kind, Mark, in_block, tagged
@@ -43,7 +44,16 @@ aten = torch.ops.aten
 
 
 class DitchStream:
-    """The ditch stream beside the seek stream: for every live node its selected rows, or (without rows) its whole value."""
+    """The ditch stream: for every live node its kept rows, or its whole value if it has no rows.
+
+    Args:
+        program: the analysed program.
+        seek: the values of the seek stream.
+        row_indices: the kept rows of every token axis.
+        inputs: the inputs of the forward.
+        kv_grad: "selected" or "all", as in ``Plan``.
+        cast: values of the seek stream in the dtype that autocast converts them to.
+    """
 
     def __init__(
         self,
@@ -55,7 +65,7 @@ class DitchStream:
         cast: Mapping[Value, torch.Tensor] | None = None,
     ) -> None:
         self.program, self.axes = program, program[TokenAxes]
-        #: What is executed on the rows.
+        #: The nodes that are executed on the kept rows.
         self.live = program[Activity].live | program[Activity].drawn
         self.seek, self.barriers = seek, list[Barrier]()
         self._row_indices = {row_index.axis: row_index for row_index in row_indices}
@@ -70,7 +80,7 @@ class DitchStream:
         self._frozen_rows = found.nodes if (found := program.get(FrozenRows)) else frozenset()
         self._to_recompute = plan.nodes if (plan := program.get(KVRecompute)) else frozenset()
         self._recomputed, self._cast = dict[fx.Node, Any](), cast or {}
-        #: What attentions by position read: the seek stream's values, or the keys and values that are recomputed.
+        #: Values that attentions by position read: recomputed keys and values, else those of the seek stream.
         self.looked_at = ChainMap(self._recomputed, seek)  # type: ignore[arg-type]
         self._switches = Retrace(program.module)
 
@@ -105,7 +115,7 @@ class DitchStream:
                     self._context[node] = self._for_all_tokens(node)
 
     def _reenter_autocast(self, block: int) -> None:
-        """Leave the open regions at the end of a block and enter them in the next: none lies in two."""
+        """Exit open autocast regions at the end of a block and enter them again in the next one."""
         switch, known = self._switches.call_function, self._switches.env
         entered = [
             node for node in known if node.target is ENTER_AUTOCAST and not any(map(known.__contains__, node.users))
@@ -117,15 +127,15 @@ class DitchStream:
             known.update({node: switch(ENTER_AUTOCAST, node.args, {}) for node in entered})
 
     def context(self, node: fx.Node) -> Any:
-        """What rows look at: the full value, or the one computed anew for all tokens."""
+        """The value as rows read it at all positions: the full value, or the one recomputed for all tokens."""
         return self._context[node] if node in self._context else self.full(node)
 
     def keeps_live(self, node: fx.Node) -> bool:
-        """True where rows look at this value live in all tokens (``kv_grad="all"``)."""
+        """True if rows read this value live in all tokens (``kv_grad="all"``)."""
         return node in self._in_context
 
     def full(self, node: fx.Node) -> Any:
-        """The value for all tokens: live in the selected rows, the seek stream's elsewhere."""
+        """The value for all tokens: live in the kept rows, the seek stream's elsewhere."""
         if node not in self.live:
             return self.seek[node]
         if node in self._whole:
@@ -137,7 +147,7 @@ class DitchStream:
         return self._merged[node]
 
     def rows(self, node: fx.Node, dim: int) -> torch.Tensor:
-        """The selected rows of a value along one of its token dims."""
+        """The kept rows of a value along one of its token dims."""
         if node in self._rows and dim == self.axes.row_dim(node):
             return self._rows[node]
         if node in self._frozen_rows and dim == self.axes.row_dim(node):
@@ -151,8 +161,11 @@ class DitchStream:
         return self.take(self.full(node), labels, dim)
 
     def _rows_across(self, node: fx.Node, labels: Axes, dim: int) -> torch.Tensor:
-        """Rows along ``dim`` of a value that is live in rows along another dim (what keys alone give to scores). They are taken of both
-        streams before these are put together, so that no block holds the value for all tokens of both dims."""
+        """Kept rows along ``dim`` of a value that is live in rows along another dim (scores that depend on keys alone).
+
+        They are taken from both streams before these are combined, so that no block holds the value for all tokens of
+        both dims.
+        """
         with in_block(0):
             value = self.take(self.seek[node], labels, dim)
         return self.row_index_of(node).put(
@@ -160,25 +173,25 @@ class DitchStream:
         )
 
     def take(self, value: torch.Tensor, labels: Axes, dim: int) -> torch.Tensor:
-        """The selected rows of a value with axes ``labels`` along ``dim``."""
+        """The kept rows of a value with axes ``labels`` along ``dim``."""
         axis = self.axes.axis_at(labels[dim])
         assert axis is not None
         return self._row_indices[axis].take(value, labels, dim)
 
     def row_index_of(self, node: fx.Node) -> RowIndex:
-        """The selection of the token axis that the rows of a node are of."""
+        """The row index of the token axis of a node's rows."""
         axis = self.axes.axis_of(node)
         assert axis is not None
         return self._row_indices[axis]
 
     def head_of(self, loss: fx.Node) -> Head | None:
-        """The linear head that leads to a loss over labels, where that is all that does, and nothing is rounded before the loss."""
+        """The linear head of a loss over labels; ``None`` if other operations lead to it, or round the logits."""
         having = {node for node in self.program.graph.nodes if is_tensor(node) and self.axes.has_rows(node)}
         head = find_head(loss, having & self.live, having)
         return head if head is not None and head.dtype.itemsize >= head.product.itemsize else None
 
     def once(self, key: Any, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """A value that carries no gradient and is the same wherever it is asked for: computed the first time."""
+        """A value without gradient that is needed in several places, computed once."""
         if key not in self._known:
             with in_block(0):
                 self._known[key] = compute()
@@ -187,7 +200,11 @@ class DitchStream:
     def aligned_rows(
         self, value: Any, labels: Axes, dim: int, like: Axes, result: torch.Tensor, rank: int
     ) -> torch.Tensor:
-        """Rows of a value that all instances share, where it meets a result with axes ``like``: it gets a batch dim."""
+        """Kept rows of a value that all instances may share, given the batch dim of a result with axes ``like``.
+
+        Raises:
+            GraphNotSupported: that dim of the value is another axis.
+        """
         axis = self.axes.axis_at(labels[dim])
         assert axis is not None
         if not axis.batch or axis.batch_dim_of(labels) is not None:
@@ -196,7 +213,10 @@ class DitchStream:
         value = value.reshape((1,) * (rank - len(labels)) + tuple(value.shape))
         at = axis.batch_dim_of(like)
         if at is None or padded[at]:
-            raise GraphNotSupported("A value that all instances share meets per-instance rows at a dim that is taken.")
+            raise GraphNotSupported(
+                "A value that all instances share is combined with per-instance rows, but has another axis in place of "
+                "the batch."
+            )
         value = value.expand([result.shape[at] if i == at else size for i, size in enumerate(value.shape)])
         padded = tuple(like[at] if i == at else label for i, label in enumerate(padded))
         return self.take(value, padded, dim + rank - len(labels))
@@ -207,7 +227,7 @@ class DitchStream:
         return Kind.KEYS_VALUES if feeds_attention(node) else Kind.BARRIER
 
     def _recompute(self, node: fx.Node) -> Any:
-        """A value of the seek stream once more, without gradient."""
+        """Compute a value of the seek stream again, without gradient."""
 
         def known(x: fx.Node) -> Any:
             source = (x, cast_by(node, x))
@@ -245,7 +265,7 @@ class DitchStream:
             self._whole[node] = value
 
     def _in_route(self, node: fx.Node, routed: Collection[fx.Node]) -> Any:
-        """A step of a region that sorts rows, on the kept ones: what it gets from outside is restricted to them."""
+        """Run one operation of a route on the kept rows; its inputs from outside are restricted to them."""
 
         def restricted(arg: Any) -> Any:
             if not isinstance(arg, fx.Node) or arg in routed:
@@ -253,7 +273,7 @@ class DitchStream:
             dim = self.axes.row_dim(arg) if is_tensor(arg) else None
             return self.full(arg) if dim is None else self.rows(arg, dim)
 
-        if node.target is aten.arange.default:  # the numbers of all rows
+        if node.target is aten.arange.default:  # the indices of all rows
             (places,) = (user for user in node.users if user in routed)
             return torch.arange(self._rows[places.args[0]].shape[0], device=node.meta["val"].device)
         args, kwargs = pytree.tree_map(restricted, (node.args, node.kwargs))
@@ -277,7 +297,7 @@ class DitchStream:
         (self._rows if has_rows else self._whole)[node] = result
 
     def _meets_rows(self, node: fx.Node) -> bool:
-        """False for operations on parameters and values without rows alone (they run as they are, in full)."""
+        """False for an operation on parameters and values without rows only, which runs unchanged."""
         return self.axes.has_rows(node) or any(self.axes.has_rows(arg) for arg in operands_of(node) if arg in self.live)
 
     def _restricted(self, call: RowOp) -> Any:
@@ -302,16 +322,16 @@ class DitchStream:
         )
 
     def _taken(self, value: Any, labels: Axes) -> Any:
-        """One result of several; it may have no rows (statistics)."""
+        """The rows of one of several results; the value itself if it has no rows (statistics)."""
         dim = next((i for i, label in enumerate(labels) if self.axes.axis_at(label) is not None), None)
         return value if dim is None or not isinstance(value, torch.Tensor) else self.take(value, labels, dim)
 
     def _check_shape(self, call: RowOp, result: Any) -> None:
-        """The rows of a result have the shape of its rows (a rule that lies about an axis would broadcast silently)."""
+        """The result has the shape of its rows; a wrong axes rule would otherwise broadcast silently."""
         if isinstance(result, torch.Tensor) and list(result.shape) != call.shape:
             raise InvariantBroken(
-                f"{call.node.target} on the selected rows gave shape {list(result.shape)}, its axes say {call.shape} "
-                f"(at {where(call.node)})."
+                f"{call.node.target} on the kept rows returned shape {list(result.shape)}, but its axes give "
+                f"{call.shape} (at {where(call.node)})."
             )
 
     def _merge(self, node: fx.Node) -> torch.Tensor:
@@ -322,9 +342,9 @@ class DitchStream:
 
 
 def _applied(node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    """The operation of a node on other values of all tokens; a higher-order one stays one node."""
+    """Apply a node's operation to other values of all tokens; a higher-order operation stays one node."""
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return record_opaque(node.target, args, kwargs, node.meta["val"])
-    if node.target is torch.ops.aten.view.default:  # other strides than the model's own may need a copy
+    if node.target is torch.ops.aten.view.default:  # strides may differ from the model's, so a copy may be needed
         return args[0].reshape(args[1])
     return node.target(*args, **kwargs)

@@ -1,6 +1,9 @@
-"""Head: the way from the input of a linear head to a loss over labels, where it is what ``ops/head.py`` computes.
+"""Linear head: the operations from the input of a linear head to a loss over labels.
 
-hidden -> linear (or a product with a transposed weight) -> factors, one soft cap, casts, views that keep all rows -> loss
+The fused head of ``ops/head.py`` computes them if they have this form:
+
+    hidden -> linear (or a product with a transposed weight)
+           -> factors, one soft cap, casts, views that keep all rows -> loss
 """
 
 from __future__ import annotations
@@ -18,32 +21,31 @@ from ...ops.head import head_loss, loss_of_head
 from ..graph.factors import same_size
 from ..graph.kinds import Kind, tagged
 from ..graph.nodes import bind
-from ..graph.op_sets import DIVISIONS, MULTIPLICATIONS
+from ..graph.op_sets import CASTS, DIVISIONS, MULTIPLICATIONS, VIEWS
 from ..rows.row_op import RowOp, Streams
 
 aten = torch.ops.aten
-_LAYOUT = (
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.flatten.using_ints,
-    aten.slice.Tensor,
-    aten.alias.default,
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.to.dtype,
-    aten._to_copy.default,
-)
+_LAYOUT = (*VIEWS, *CASTS, aten.flatten.using_ints, aten.slice.Tensor, aten.alias.default)
 _PRODUCTS = (aten.linear.default, aten.mm.default, aten.matmul.default)
 
 
 @dataclass(frozen=True)
 class Head:
-    """A linear head and a loss over labels.
+    """A linear head and its loss over labels.
 
-    ``nodes``: its operations, the product first, without the loss. ``weight``: [V, D], or [D, V] where ``transposed``.
-    ``product``: dtype of the product; ``dtype``: that of the logits in the loss. The logits are
-    ``scale * softcap * tanh(x / softcap)`` (``softcap`` 0: ``scale * x``).
+    The logits are ``scale * softcap * tanh(x / softcap)``, or ``scale * x`` if ``softcap`` is 0.
+
+    Args:
+        loss: the loss operation.
+        nodes: the operations of the head, the product first, without the loss.
+        hidden: the input of the head.
+        weight: [V, D], or [D, V] if ``transposed``.
+        bias: [V] or ``None``.
+        transposed: whether the weight is transposed.
+        scale: factor of the logits.
+        softcap: soft cap of the logits; 0: none.
+        product: dtype of the product.
+        dtype: dtype of the logits in the loss.
     """
 
     loss: fx.Node
@@ -58,19 +60,24 @@ class Head:
     dtype: torch.dtype
 
     def run(self, streams: Streams, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The losses of the rows; the rows of ``hidden``, and the gradient of the losses' sum there (empty without it)."""
+        """Compute losses and their gradient at the input of the head.
+
+        Returns:
+            The losses of the rows, the rows of ``hidden``, and the gradient of the sum of the losses there (empty
+            unless ``gradient``).
+        """
         hidden = streams.rows(self.hidden, streams.axes.row_dim(self.hidden))
         rows, *others = self._operands(streams)
         losses, found = loss_of_head(rows.detach(), *others, self.softcap, self.scale, self.dtype, gradient)
         return losses, hidden, found.reshape(hidden.shape).to(hidden.dtype) if gradient else found
 
     def losses(self, streams: Streams) -> Tensor:
-        """The losses of the rows, through which hidden, weight and bias get their gradient."""
+        """The losses of the rows, differentiable with respect to hidden, weight and bias."""
         with tagged(Kind.ROWS, self.nodes[0]):
             return head_loss(*self._operands(streams), self.softcap, self.scale, self.dtype, False)[0]
 
     def _operands(self, streams: Streams) -> tuple[Tensor, Tensor, Tensor | None, Tensor, int]:
-        """Hidden rows [N, D], weight [V, D], bias, and the targets with what marks one that is none."""
+        """Hidden rows [N, D], weight [V, D], bias, targets, and the index of targets that are ignored."""
         call = RowOp(self.loss, streams, None)
         hidden = streams.rows(self.hidden, streams.axes.row_dim(self.hidden)).to(self.product)
         weight = streams.full(self.weight)
@@ -80,8 +87,16 @@ class Head:
 
 
 def find_head(loss: fx.Node, rows: set[fx.Node], inside: set[fx.Node]) -> Head | None:
-    """The head of ``loss``, all of it among ``rows``, its input among the values ``inside`` that are differentiated; ``None``
-    where something else leads to the loss, or it has class weights or smoothes its labels."""
+    """The linear head of ``loss``.
+
+    Args:
+        loss: a loss over labels.
+        rows: the operations that may belong to the head.
+        inside: the values that are differentiated; the input of the head must be one of them, weight and bias must not.
+
+    Returns:
+        ``None`` if other operations lead to the loss, or it has class weights or label smoothing.
+    """
     given = bind(loss)
     way = list(_way_back(given["self"]))
     first = way[-1]
@@ -108,7 +123,7 @@ def find_head(loss: fx.Node, rows: set[fx.Node], inside: set[fx.Node]) -> Head |
 
 
 def _way_back(node: fx.Node) -> Iterator[fx.Node]:
-    """From the logits of a loss back to the first operation that is not one of a head's."""
+    """From the logits of a loss back to the first operation that is no step of a head."""
     yield node
     while _is_step(node):
         node = node.all_input_nodes[0]
@@ -122,7 +137,7 @@ def _is_step(node: fx.Node) -> bool:
 
 
 def _factor(node: fx.Node) -> float | None:
-    """c of an operation ``x * c``, where it is a plain number."""
+    """c of an operation ``x * c`` (or ``x / c``), if c is a Python number; ``None`` otherwise."""
     by = node.args[1] if len(node.args) == 2 else None
     if not isinstance(by, (int, float)) or node.kwargs:
         return None
@@ -132,8 +147,8 @@ def _factor(node: fx.Node) -> float | None:
 
 
 def _factors(way: list[fx.Node]) -> tuple[float, float] | None:
-    """(scale, softcap) of the operations after the product; ``None`` where they are not of this form."""
-    found = [1.0]  # outside of the cap, inside of it
+    """(scale, softcap) of the operations after the product; ``None`` if they are not of this form."""
+    found = [1.0]  # the factor outside the cap, then that inside it
     for position, node in enumerate(way[:-1]):
         if node.target is aten.log_softmax.int and position > 0:
             return None
@@ -147,7 +162,7 @@ def _factors(way: list[fx.Node]) -> tuple[float, float] | None:
 
 
 def _are_logits(way: list[fx.Node], weight: fx.Node) -> bool:
-    """True where the loss takes [N, V], and every step before it has just the rows of the product."""
+    """True if the loss takes [N, V], and every step before it has the rows of the product."""
     whole = _value(way[-1])
     same = (
         same_size(x.shape[-1], whole.shape[-1]) and same_size(x.numel(), whole.numel()) and x.device == whole.device
@@ -157,7 +172,7 @@ def _are_logits(way: list[fx.Node], weight: fx.Node) -> bool:
 
 
 def _widen(dtypes: list[torch.dtype]) -> bool:
-    """True where the logits are cast once at most, and not to less than float32."""
+    """True if the logits are cast at most once, and to at least float32."""
     return len(dtypes) == 1 or (len(dtypes) == 2 and dtypes[1].itemsize >= 4)
 
 

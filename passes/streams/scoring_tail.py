@@ -1,7 +1,8 @@
 """Scoring tail: the operations from the input of the last block (or of the head) to the loss.
 
-What follows the last place where tokens mix, the head above all, works on every token alone and is computed in chunks of tokens
-(``token_loss.py``)."""
+After the last operation that mixes tokens, the tail processes each token independently. This part, which includes the
+head, is computed in chunks of tokens (``token_loss.py``).
+"""
 
 from __future__ import annotations
 
@@ -29,12 +30,18 @@ _MOST_CHUNKS = 64
 
 @dataclass(frozen=True)
 class Tail:
-    """The operations between ``starts`` (one for each token axis that is scored, first that of the loss) and ``end``, the
-    scalar that is differentiated.
+    """The operations between ``starts`` and ``end``.
 
-    ``loss``: the label loss that is computed in chunks (``None``: there is no single one, all is done as a whole).
-    ``head``: what leads to it, where that is a linear head. ``rows``: the other operations before it that work on every token
-    alone. ``frontier``: what they start from. ``rest``: all others.
+    Args:
+        program: the program, with all parameters treated as trained.
+        starts: one value for each token axis that is scored, that of the loss first.
+        end: the scalar that is differentiated.
+        loss: the label loss that is computed in chunks; ``None``: there is not exactly one, and the tail is computed as
+            a whole.
+        head: the linear head before the loss, if there is one.
+        rows: the other operations before the loss that process each token independently.
+        frontier: the values that ``rows`` and ``head`` start from.
+        rest: all other operations.
     """
 
     program: Program
@@ -48,17 +55,19 @@ class Tail:
 
     @property
     def chunked(self) -> tuple[Any, ...]:
-        """The label loss and what leads to it from the frontier."""
+        """The operations from the frontier to the label loss."""
         return (*self.rows, *(() if self.head is None else self.head.nodes), self.loss)
 
     @property
     def after_loss(self) -> list[fx.Node]:
-        """What is computed from the label loss, in order."""
+        """The operations that depend on the label loss, in order."""
         return _reached(self.rest, {self.loss})
 
     def chunks(self, chunk_bytes: int) -> list[Any]:
-        """The sizes into which the tokens are cut, so that the largest value of a chunk takes ``chunk_bytes`` (more where that
-        were over 64 chunks); a head alone is not cut."""
+        """The sizes of the chunks of tokens, at most 64.
+
+        The largest value of a chunk takes ``chunk_bytes`` if 64 chunks suffice. A head alone is not cut.
+        """
         _, tokens = example_sizes(self.program, self.program[TokenAxes].main)
         if self.head is not None and not self.rows:
             return [tokens]
@@ -67,13 +76,17 @@ class Tail:
 
 
 def cut_to(tokens: Any, largest: int, chunk_bytes: int) -> list[Any]:
-    """Sizes of chunks in which a value that takes ``largest`` bytes for all tokens takes ``chunk_bytes``, at most 64 of them."""
+    """Sizes of at most 64 chunks of tokens.
+
+    A value that takes ``largest`` bytes for all tokens takes ``chunk_bytes`` per chunk, if 64 chunks suffice.
+    """
     return cut(tokens, min(_MOST_CHUNKS, -(-largest // chunk_bytes), hint(tokens)))
 
 
 def cut(tokens: Any, count: int) -> list[Any]:
-    """At most ``count`` sizes that add up to ``tokens``, all but the last alike; a symbolic length is cut so that none is
-    negative at any length.
+    """At most ``count`` sizes that add up to ``tokens``, equal except the last one.
+
+    A symbolic length is cut so that no size is negative at any length.
 
     >>> cut(100, 64)[-2:], len(cut(100, 64)), cut(13, 5)
     ([2, 2], 50, [3, 3, 3, 3, 1])
@@ -85,7 +98,10 @@ def cut(tokens: Any, count: int) -> list[Any]:
 
 
 def find_tail(program: Program, starts: Sequence[fx.Node]) -> Tail:
-    """What lies between the starts and the loss; a start that only leads to the loss through another one is left out."""
+    """The operations between ``starts`` and the loss.
+
+    A start that reaches the loss only through another start is left out.
+    """
     end = scored_loss(program)
     nodes = _between(program, starts, end)
     starts = tuple(start for start in starts if any(user in {*nodes} for user in start.users))
@@ -104,7 +120,10 @@ def find_tail(program: Program, starts: Sequence[fx.Node]) -> Tail:
 
 
 def scored_loss(program: Program) -> fx.Node:
-    """Of several scalar outputs the first that a label loss is part of (the others are parts or statistics of it)."""
+    """The first scalar output that depends on a label loss, else the first one.
+
+    A model may return terms or statistics of its loss beside it.
+    """
     parts = {node for node in program.graph.nodes if node.target in LABEL_LOSSES}
     found = parts.union(_reached(program.graph.nodes, parts))
     losses = program[Activity].losses
@@ -112,12 +131,12 @@ def scored_loss(program: Program) -> fx.Node:
 
 
 def has_token_loss(program: Program) -> bool:
-    """True where exactly one live loss is a mean or sum over labelled tokens (of the first token axis)."""
+    """True if exactly one live loss is a mean or sum over labelled tokens of the first token axis."""
     return sum(_has_token_losses(program, node) for node in label_losses(program)) == 1
 
 
 def head_input(program: Program) -> fx.Node | None:
-    """The input of the head: the last value with rows, on every path to the loss, that has no class dim yet."""
+    """The input of the head: the last value of the residual stream that has no class dim."""
     classes = class_factors(program)
     stream = [
         node
@@ -128,7 +147,7 @@ def head_input(program: Program) -> fx.Node | None:
 
 
 def _between(program: Program, starts: Sequence[fx.Node], end: fx.Node) -> list[fx.Node]:
-    """Live nodes on the paths from ``starts`` (without them and what they are computed from) to ``end``, in order."""
+    """The live nodes on paths from ``starts`` to ``end``, in order, without ``starts`` and their ancestors."""
     below = _reached([node for node in program.graph.nodes if node in program[Activity].live], {*starts})
     above, before = {end}, {*starts}
     for node in reversed(program.graph.nodes):
@@ -141,7 +160,7 @@ def _between(program: Program, starts: Sequence[fx.Node], end: fx.Node) -> list[
 
 
 def _reached(nodes: Iterable[fx.Node], sources: set[fx.Node]) -> list[fx.Node]:
-    """Those of ``nodes`` (in order) that are computed from ``sources``, without these."""
+    """The nodes among ``nodes``, in order, that depend on ``sources``, without the sources."""
     found: dict[fx.Node, None] = {}
     for node in nodes:
         if node not in sources and any(arg in sources or arg in found for arg in node.all_input_nodes):
@@ -150,7 +169,7 @@ def _reached(nodes: Iterable[fx.Node], sources: set[fx.Node]) -> list[fx.Node]:
 
 
 def _has_token_losses(program: Program, node: fx.Node) -> bool:
-    """A reduced label loss whose operands have one row for every token."""
+    """True for a reduced label loss whose operands have one row per token."""
     if node.target not in LABEL_LOSSES:
         return False
     given, axes = bind(node), program[TokenAxes]
@@ -168,8 +187,10 @@ def _has_token_losses(program: Program, node: fx.Node) -> bool:
 def _token_parallel(
     program: Program, nodes: list[fx.Node], loss: fx.Node, without: frozenset[Route] = frozenset()
 ) -> list[fx.Node]:
-    """The operations that lead to the loss alone and work on every token alone, in order. A route is there as a whole, with what it sorts
-    by, or not at all: those of ``without`` are not."""
+    """The operations that lead only to the loss and process each token independently, in order.
+
+    A route belongs to them as a whole, with the keys that it sorts by, or not at all; those in ``without`` do not.
+    """
     found, inside = {loss}, {*nodes}
     routes = program[Routes].by_node(inside)
     for node in reversed(nodes):
@@ -178,7 +199,7 @@ def _token_parallel(
             continue
         if _is_token_parallel(program, node, inside) if route is None else route not in without:
             found.add(node)
-    for node in nodes:  # a part of a tuple stays with the tuple
+    for node in nodes:  # a result of an operation with several results stays with the operation
         if node.target is operator.getitem and node.args[0] not in found:
             found.discard(node)
     if broken := {route for node, route in routes.items() if node in inside and node not in found} - without:

@@ -1,4 +1,4 @@
-"""Seek stream: the whole forward of all tokens without gradient (prefill), and what it tells about the tokens."""
+"""Seek stream: the forward of all tokens without gradient (prefill), and the signals of the tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..analysis.row_index import RowIndex, device_of, sizes_of
 from ..analysis.token_axes import TokenAxes, TokenAxis
 from ..attention.positional import PositionalAttentions, laid_out_as
 from ..attention.received import attended_in
-from ..capture.canonicalize import Retrace
+from ..capture.retrace import Retrace
 from ..graph.factors import same_size
 from ..graph.kinds import Kind, Mark, tagged
 from ..graph.nodes import bind, bind_values
@@ -32,7 +32,10 @@ aten = torch.ops.aten
 
 
 class Seek(Retrace):
-    """The seek stream. ``values`` holds every node's value; ``sources``: what keys and values are made from again."""
+    """The seek stream; ``values`` has the value of every node.
+
+    ``sources``: values from which keys and values are recomputed.
+    """
 
     def __init__(self, program: Program, inputs: tuple[Any, ...], sources: frozenset[Value] = frozenset()) -> None:
         super().__init__(program.module)
@@ -44,7 +47,7 @@ class Seek(Retrace):
         kinds = dict.fromkeys(looked_at, Kind.KEYS_VALUES) | dict.fromkeys(as_they_are, Kind.BLOCK_INPUTS)
         self._kept = {node: kind for node, kind in kinds.items() if isinstance(node.target, torch._ops.OpOverload)}
         self._casts = [(node, dtype) for node, dtype in sources if dtype is not None]
-        #: Sources that autocast gives another dtype, in it.
+        #: Sources that autocast converts, in the other dtype.
         self.cast: dict[Value, Tensor] = {}
         self.run(*map(_without_grad, inputs))
         self.values: dict[fx.Node, Any] = self.env
@@ -57,7 +60,7 @@ class Seek(Retrace):
         return value
 
     def _run_node(self, n: fx.Node) -> Any:
-        """A mean over no label is 0, not NaN; attention by position where it can be."""
+        """Run a node; a mean over no label is 0 instead of NaN, and attention by position is used if it qualifies."""
         if n in self.program[PositionalAttentions]:
             with tagged(Kind.SEEK, n):
                 return self._attend(n)
@@ -71,7 +74,7 @@ class Seek(Retrace):
             return torch.where((given["target"] != given["ignore_index"]).any(), value, 0)
 
     def _attend(self, n: fx.Node) -> Tensor:
-        """All tokens look at all keys."""
+        """All tokens attend to all keys."""
         attention, axes = self.program[PositionalAttentions][n], self.program[TokenAxes]
         axis = axes.axis_of(attention.query)
         if axis not in self._positions:
@@ -79,14 +82,14 @@ class Seek(Retrace):
         return laid_out_as(n.meta["val"], attention(self.env, self.env[attention.query], self._positions[axis]))
 
     def _seen_by_rows(self, n: fx.Node) -> Any:
-        """Keys and values, which rows look at, or what they are made from: kept for backward."""
+        """Keys and values that rows attend to, or the values that they are recomputed from: kept for backward."""
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         kind = self._kept[n]
         with tagged(kind, n, Mark.KEYS_VALUES if kind is Kind.KEYS_VALUES else None):
             return self._after(self.call_function(n.target, args, kwargs))
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple, dict]:
-        """As they are, but attentions share what a boolean mask adds to their scores."""
+        """The arguments of a node; attentions share the bias that a boolean mask adds to their scores."""
         given = attention_op(n)
         mask = given.mask if given is not None and given.takes_bias else None
         if mask is None or self.env[mask].dtype is not torch.bool:
@@ -95,11 +98,11 @@ class Seek(Retrace):
         return fx.map_arg((n.args, n.kwargs), lambda x: bias if x is mask else self.env[x])
 
     def _bias(self, mask: fx.Node, dtype: torch.dtype) -> Tensor:
-        """0 where ``mask`` is True, else -inf: PyTorch makes it of a boolean mask for every attention anew, here it is made once."""
+        """0 where ``mask`` is True, else -inf, computed once; PyTorch computes it for every attention."""
         if (mask, dtype) not in self._biases:
             shown = self.env[mask]
             bias = torch.zeros_like(shown, dtype=dtype).masked_fill(~shown, -torch.inf)
-            # Inductor copies a value that is in no buffer for every kernel that it calls; as_strided puts it in one
+            # as_strided puts the bias in a buffer; without one, Inductor copies it for every kernel that reads it
             self._biases[mask, dtype] = bias.as_strided(bias.shape, bias.stride())
         return self._biases[mask, dtype]
 
@@ -107,7 +110,7 @@ class Seek(Retrace):
         return _without_grad(super().get_attr(target, args, kwargs))
 
     def nodes(self) -> dict[fx.Node, fx.Node]:
-        """Where the tensors of this stream stand in the graph that is being traced."""
+        """The nodes of this stream's tensors in the graph that is being traced."""
         mode = get_proxy_mode()
         if mode is None:
             return {}
@@ -122,7 +125,14 @@ class Seek(Retrace):
         tail: Traced | None,
         noise: Mapping[TokenAxis, Tensor],
     ) -> dict[TokenAxis, ScoreInputs]:
-        """What is known of the tokens of every axis; ``needs``: the signals that are asked for."""
+        """The inputs of the scorer for every token axis.
+
+        Args:
+            signals: the options of the signals.
+            needs: the requested signals of every axis.
+            tail: the traced scoring tail.
+            noise: the noise of the axes that need it.
+        """
         row_indices = {axis: self._everything(axis) for axis in needs}
         told = TokenSignals(None, None, {})
         with tagged(Kind.SCORING):
@@ -137,7 +147,7 @@ class Seek(Retrace):
             }
 
     def _everything(self, axis: TokenAxis) -> RowIndex:
-        """All rows of a token axis."""
+        """The row index of all rows of a token axis."""
         batch, tokens = sizes_of(self.program, axis, self.env)
         everything = torch.arange(tokens, device=device_of(self.program)).expand(batch, tokens)
         return RowIndex(self.program[TokenAxes], axis, everything, batch, tokens)
@@ -159,21 +169,21 @@ class Seek(Retrace):
 
     @staticmethod
     def _told(prefill: Prefill) -> Iterator[str]:
-        """Signals that are known anyway: they are recorded."""
+        """Signals that are known in any case and therefore recorded."""
         if prefill.tail.loss is not None:
             yield "loss"
         if prefill.tail.gradients:
             yield "gradient"
 
     def _replace_loss(self, tail: Traced, total: Tensor | None) -> None:
-        """The loss of the chunks instead of the one that needs all logits, and what is computed from it."""
+        """Replace the loss that needs all logits by that of the chunks, and recompute what depends on it."""
         if total is not None:
             self.env[tail.tail.loss] = total
             for node in tail.tail.after_loss:
                 self.env[node] = self.run_node(node)
 
     def _labelled(self, row_index: RowIndex) -> Tensor | None:
-        """The tokens that have a label in any loss over tokens; ``None``: there is no such loss."""
+        """The tokens with a label in any loss over tokens; ``None`` if there is no such loss."""
         found = None
         for node in label_losses(self.program):
             found = self._add_labels(bind(node), found, row_index)
@@ -188,7 +198,7 @@ class Seek(Retrace):
         return mine if found is None else found | mine
 
     def _pinned(self, positions: tuple[int, ...], row_index: RowIndex) -> Tensor | None:
-        """``positions`` and those that the model itself picks out of the sequence, for a classification head."""
+        """``positions`` and the positions that the model itself picks from the sequence, for a classification head."""
         nodes = self.program.graph.nodes
         picks = [node for node in nodes if _picks_one_token(self.program, node, row_index.axis)]
         if not positions and not picks:
@@ -203,7 +213,7 @@ class Seek(Retrace):
         return pinned
 
     def _read_by(self, node: fx.Node, row_index: RowIndex) -> Tensor:
-        """The tokens that an operation picks, [B, T] bool: it picks out of their numbers instead."""
+        """The tokens that an operation picks, bool [B, T], found by running it on token numbers."""
         source, *rest = node.args
         number = torch.arange(row_index.batch * row_index.tokens, device=row_index.indices.device)
         number = row_index.like(
@@ -216,7 +226,7 @@ class Seek(Retrace):
 
 
 def _picks_one_token(program: Program, node: fx.Node, axis: TokenAxis) -> bool:
-    """True for a live operation that reads one row of every sequence (the position a classification head reads)."""
+    """True for a live operation that reads one row per sequence (the position that a classification head reads)."""
     if node.target not in PICKS or node not in program[Activity].live:
         return False
     source, axes = node.args[0], program[TokenAxes]
@@ -227,5 +237,8 @@ def _picks_one_token(program: Program, node: fx.Node, axis: TokenAxis) -> bool:
 
 
 def _without_grad(value: Any) -> Any:
-    """Other values stay the very same: a scalar that Dynamo passes as a tensor is known by its identity."""
+    """A tensor without gradient; any other value unchanged.
+
+    A value without gradient keeps its identity, by which a scalar that Dynamo passes as a tensor is known.
+    """
     return value.detach() if isinstance(value, Tensor) and value.requires_grad else value

@@ -1,12 +1,13 @@
-"""Select: what is known of the tokens -> scores -> the sorted indices (and weights) of the kept rows of every instance.
+"""Select: score the tokens, and return the sorted indices (and weights) of the kept rows of every instance.
 
-Two ways of choosing k rows (``Select.method``):
+There are two methods to choose k rows (``Select.method``):
 
-- ``"topk"`` (TokenSeek): those with the highest scores.
-- ``"sample"``: k rows drawn without replacement with probability by score, by the Gumbel top-k trick: the k largest keys
-  ``log p + G`` with ``p = (1 - mix) softmax(score) + mix / #labelled``. A kept row is weighted by ``1 / pi``,
-  ``pi = P(key > kappa) = 1 - exp(-p exp(-kappa))`` with kappa the threshold that its key had to pass, all other keys given:
-  the weighted loss is unbiased (Kool et al. 2019, "Stochastic beams and where to find them", section 4.1; priority sampling).
+- ``"topk"`` (TokenSeek): the rows with the highest scores.
+- ``"sample"``: k rows drawn without replacement, with probability by score, by the Gumbel top-k trick: the k largest
+  keys ``log p + G`` with ``p = (1 - mix) softmax(score) + mix / #labelled``. A kept row is weighted by ``1 / pi`` with
+  ``pi = P(key > kappa) = 1 - exp(-p exp(-kappa))``, where kappa is the threshold that its key had to pass given all
+  other keys. The weighted loss is unbiased (Kool et al. 2019, "Stochastic beams and where to find them", section 4.1;
+  priority sampling).
 """
 
 from __future__ import annotations
@@ -25,28 +26,38 @@ from ..graph.registry import Registry
 
 #: ``scorer(inputs) -> scores [B, T]``
 Scorer = Callable[["ScoreInputs"], Tensor]
-#: What a scorer can ask for with ``needs``, by name (``signals.py``).
+#: The signals that a scorer can request with ``needs``, by name (``signals.py``).
 SIGNALS: Registry[Any] = Registry("signal")
-#: The ways of choosing rows.
+#: The methods to choose rows.
 METHODS = ("topk", "sample")
 _TRACED = (
-    "It is called once, on tensors without values: what it doesn't ask for with tokenseek_fx.needs is None, it can't branch "
-    "on a value, and makes its tensors itself."
+    "It is called once, on tensors without values: signals that it doesn't request with tokenseek_fx.needs are None, "
+    "it can't branch on a value, and it must create its own tensors."
 )
-_EXPECTED = "Expected are float scores [B, T] = [inputs.batch, inputs.tokens] on inputs.device."
+_EXPECTED = "Expected float scores [B, T] = [inputs.batch, inputs.tokens] on inputs.device."
 _FIELDS = ("attention", "gradient", "loss", "noise")
 _PINNED, _RESERVED, _TOKEN, _PADDING = 3, 2, 1, 0
 
 
 @dataclass(frozen=True)
 class ScoreInputs:
-    """What a scorer sees of ``batch`` instances of ``tokens`` tokens, of which ``kept`` will be kept. All tensors [B, T].
+    """What a scorer reads: ``batch`` instances of ``tokens`` tokens, of which ``kept`` will be kept.
 
-    Only what the scorer asks for (``needs``) is computed, the rest is ``None``: ``attention``: attention that a token receives,
-    summed over queries and heads (I1). ``gradient``: sum over the hidden dim of the loss's absolute gradient at the token (I2).
-    ``loss``: loss of the token, 0 without a label. ``noise``: float32, uniform in [0, 1). Known without asking (``None``: all
-    tokens): ``labelled``: bool, the token has a label. ``attended``: bool, it is no padding. ``pinned``: bool, always kept. ``further``: signals that were
-    registered outside this package, by name.
+    All tensors are [B, T]. A signal is ``None`` unless the scorer requests it with ``needs``.
+
+    Args:
+        batch: the number of instances.
+        tokens: the number of tokens per instance.
+        device: the device of all tensors.
+        kept: the number of tokens to keep per instance.
+        noise: signal; float32, uniform in [0, 1).
+        attention: signal; attention that a token receives, summed over queries and heads (TokenSeek's I1).
+        gradient: signal; sum over the hidden dim of the loss's absolute gradient at the token (TokenSeek's I2).
+        loss: signal; loss of the token, 0 without a label.
+        labelled: bool, the token has a label; ``None``: all tokens.
+        attended: bool, the token is not padding; ``None``: all tokens.
+        pinned: bool, the token is always kept; ``None``: none.
+        further: signals registered outside this package, by name.
     """
 
     batch: Any
@@ -63,20 +74,24 @@ class ScoreInputs:
     further: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, signal: str) -> Tensor:
-        """A signal by its name. Raises ``KeyError`` for one that was not asked for with ``needs``."""
+        """A signal by its name.
+
+        Raises:
+            KeyError: the signal was not requested with ``needs``.
+        """
         found = self.further.get(signal, getattr(self, signal, None) if signal in _FIELDS else None)
         if found is None:
-            raise KeyError(f"The signal {signal!r} was not asked for: @needs({signal!r}).")
+            raise KeyError(f"The signal {signal!r} was not requested. Decorate the scorer with @needs({signal!r}).")
         return found
 
     def with_signals(self, signals: Mapping[str, Tensor | None]) -> ScoreInputs:
-        """The same with signals by name; those of this package are fields."""
+        """A copy with these signals; those of this package are fields."""
         own = {name: x for name, x in signals.items() if name in _FIELDS}
         further = {name: x for name, x in signals.items() if name not in _FIELDS and x is not None}
         return replace(self, **own, further={**self.further, **further})
 
     def mask(self, name: str) -> Tensor:
-        """A bool field [B, T]; all True (of ``pinned``: all False) where it is ``None``."""
+        """A bool field [B, T]; all True (``pinned``: all False) if it is ``None``."""
         found = getattr(self, name)
         if found is not None:
             return found
@@ -84,8 +99,13 @@ class ScoreInputs:
 
 
 class Selected(NamedTuple):
-    """``scores``: float [B, T], -inf for padding. ``indices``: int64 [B, k], sorted. ``weights``: float [B, k] of the kept
-    rows in the loss (``None``: all alike)."""
+    """The selection of one token axis.
+
+    Args:
+        scores: float [B, T], -inf for padding.
+        indices: int64 [B, k], sorted.
+        weights: float [B, k], the weights of the kept rows in the loss; ``None``: all 1.
+    """
 
     scores: Tensor
     indices: Tensor
@@ -93,8 +113,14 @@ class Selected(NamedTuple):
 
 
 def needs(*signals: str, select: str = "topk") -> Callable[[Scorer], Scorer]:
-    """State what a scorer reads of its inputs, of ``SIGNALS``; nothing else is computed for it. ``select``: what its scores are
-    made for, ranks ("topk") or logarithms of chances ("sample").
+    """Declare the signals that a scorer reads; no other signal is computed for it.
+
+    Args:
+        signals: names of registered signals.
+        select: the method that the scores are made for: "topk" (ranks) or "sample" (log-probabilities).
+
+    Raises:
+        ValueError: a signal or the method does not exist.
 
     >>> @needs("attention")
     ... def score(inputs):
@@ -103,7 +129,7 @@ def needs(*signals: str, select: str = "topk") -> Callable[[Scorer], Scorer]:
     if any(map(callable, signals)):
         raise ValueError('needs takes the names of signals: write @needs("loss"), or @needs() for none.')
     if unknown := set(signals) - set(SIGNALS):
-        raise ValueError(f"A scorer can't need {', '.join(sorted(unknown))}; it can need {', '.join(SIGNALS)}.")
+        raise ValueError(f"needs: unknown signal {', '.join(sorted(unknown))}. Choose from: {', '.join(SIGNALS)}.")
     if select not in METHODS:
         raise ValueError(f"select={select!r}: expected one of {', '.join(map(repr, METHODS))}.")
 
@@ -115,7 +141,7 @@ def needs(*signals: str, select: str = "topk") -> Callable[[Scorer], Scorer]:
 
 
 def _unlike_scores(scores: Any, inputs: ScoreInputs) -> str:
-    """What a scorer returned, where it is no float tensor [B, T]."""
+    """What a scorer returned, if it is not a float tensor [B, T]; "" if it is."""
     if not isinstance(scores, Tensor):
         return f"no tensor ({type(scores).__name__})"
     shape = [inputs.batch, inputs.tokens]
@@ -127,17 +153,17 @@ def _unlike_scores(scores: Any, inputs: ScoreInputs) -> str:
 
 
 def needs_of(scorer: Scorer) -> frozenset[str]:
-    """The signals that a scorer stated with ``needs``."""
+    """The signals that a scorer declared with ``needs``."""
     return getattr(scorer, "needs", frozenset())
 
 
 def method_of(scorer: Scorer) -> str:
-    """The way of choosing that a scorer stated with ``needs``."""
+    """The selection method that a scorer declared with ``needs``."""
     return getattr(scorer, "select", "topk")
 
 
 def kept_tokens(tokens: Any, keep_ratio: float | None = None, keep: int | None = None) -> Any:
-    """k = ceil(keep_ratio * T), computed exactly for the decimal the user wrote, or ``keep`` where T is larger.
+    """k = ceil(keep_ratio * T), exact for the decimal that the user wrote, or ``keep`` if T is larger.
 
     >>> kept_tokens(1024, 0.1), kept_tokens(100, 0.07), kept_tokens(8, keep=16)
     (103, 7, 8)
@@ -152,9 +178,17 @@ def kept_tokens(tokens: Any, keep_ratio: float | None = None, keep: int | None =
 class Select:
     """How scores become rows.
 
-    ``method``: "topk" or "sample", ``mix`` and ``weight_clip`` (largest weight) are for "sample". ``labelled_first``: share of
-    the k rows that go to labelled tokens first. ``keep_label``: at least one labelled token is kept where there is one.
     Pinned tokens come before all others, padding after all others; ties go to the earlier position.
+
+    Args:
+        scorer: ``scorer(inputs) -> scores [B, T]``.
+        keep_ratio: share of the tokens to keep.
+        keep_tokens: number of tokens to keep, in place of ``keep_ratio``.
+        method: "topk" or "sample"; ``None``: not resolved yet.
+        mix: share of the uniform distribution in the probabilities of "sample".
+        weight_clip: largest weight of "sample".
+        labelled_first: share of the k rows that go to labelled tokens first.
+        keep_label: keep at least one labelled token if there is one.
     """
 
     scorer: Scorer
@@ -168,14 +202,19 @@ class Select:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What is to be computed for this selection."""
+        """The signals to compute for this selection."""
         return needs_of(self.scorer) | ({"noise"} if self.method == "sample" else set())
 
     def kept(self, tokens: Any) -> Any:
+        """k, the number of rows to keep of this many tokens."""
         return kept_tokens(tokens, self.keep_ratio, self.keep_tokens)
 
     def __call__(self, inputs: ScoreInputs) -> Selected:
-        """Score and choose. ``scorer`` sees ``noise`` for "topk" only: for "sample" the draw itself is random."""
+        """Score and choose. The scorer reads ``noise`` only for "topk", since the draw of "sample" is random itself.
+
+        Raises:
+            ConfigError: the scorer fails, or returns no float scores [B, T].
+        """
         inputs = replace(inputs, kept=self.kept(inputs.tokens))
         sampled = self.method == "sample"
         scores = self._scores(replace(inputs, noise=None) if sampled else inputs)
@@ -193,7 +232,7 @@ class Select:
         return Selected(scores, indices, weights)
 
     def _scores(self, inputs: ScoreInputs) -> Tensor:
-        """What the scorer returns, or ``ConfigError``."""
+        """The scores, checked."""
         try:
             scores = self.scorer(inputs)
         except Exception as error:
@@ -212,8 +251,10 @@ class Select:
         return torch.log((1 - self.mix) * chosen + self.mix * uniform)
 
     def _order(self, keys: Tensor, inputs: ScoreInputs) -> tuple[Tensor, Tensor]:
-        """Positions from the first to be kept to the last, and the level of each: pinned, reserved for labels, token,
-        padding; within a level by key, then by position."""
+        """Positions in the order of choice, and the level of each.
+
+        Levels are pinned, reserved for labels, token, padding; within a level the order is by key, then by position.
+        """
         order = keys.sort(dim=-1, descending=True, stable=True).indices
         pinned, attended, labelled = (inputs.mask(name).gather(1, order) for name in ("pinned", "attended", "labelled"))
         levels = torch.where(pinned, _PINNED, torch.where(attended, _TOKEN, _PADDING))
@@ -224,7 +265,7 @@ class Select:
         return order.gather(1, again), levels
 
     def _reserved(self, pinned: Tensor, kept: Any) -> Tensor:
-        """Rows that labelled tokens get first, [B, 1]."""
+        """The number of rows reserved for labelled tokens, [B, 1]."""
         pins = pinned.sum(-1, keepdim=True)
         share = (kept_tokens(kept, self.labelled_first) - pins).clamp(min=int(self.keep_label))
         return torch.minimum(share, (kept - pins).clamp(min=0))
@@ -239,10 +280,10 @@ class Select:
         return torch.where(drawn, (1 / chance).clamp(max=self.weight_clip), 1.0)
 
     def _threshold(self, keys: Tensor, levels: Tensor, labelled: Tensor, kept: Any) -> Tensor:
-        """The key below which a kept labelled token would not have been kept, [B, 1]; all given in order of choice.
+        """The key below which a kept labelled token would not have been kept, [B, 1]; arguments are in order of choice.
 
-        It is the best key left out; only where all kept labelled tokens hold reserved rows do they compete among
-        themselves, with the best labelled key left out. -inf: every one is kept anyway.
+        It is the best key left out. Only if all kept labelled tokens have reserved rows, they compete among themselves,
+        and it is the best labelled key left out. -inf: every token is kept anyway.
         """
         nothing = torch.full_like(keys[:, :1], -torch.inf)
         left_out = torch.cat([keys.masked_fill(levels == _PADDING, -torch.inf)[:, kept:], nothing], -1)

@@ -1,4 +1,4 @@
-"""Selection plan: how the rows of every token axis are chosen, given what the graph has: a loss over tokens, further axes."""
+"""Selection plan: how the rows of every token axis are chosen, given the losses and token axes of the graph."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .signals import Signals
 
 @dataclass(frozen=True)
 class Selections:
-    """How the tokens of every axis are chosen, first those of the axis that the loss runs over."""
+    """How the tokens of every axis are chosen, the axis of the loss first."""
 
     by_axis: Mapping[TokenAxis, Select]
 
@@ -32,24 +32,27 @@ class Selections:
 
     @property
     def noisy(self) -> tuple[int, ...]:
-        """The numbers of the token axes whose choice needs noise."""
+        """The numbers of the token axes whose selection needs noise."""
         return tuple(i for i, select in enumerate(self.by_axis.values()) if "noise" in select.needs)
 
 
 @dataclass(frozen=True)
 class PlanSelection:
-    """Resolve the scorer and the way of choosing for each token axis. Reads ``TokenAxes``, ``Activity``; writes ``Selections``.
+    """Resolve the scorer and the selection method of every token axis.
+
+    Reads ``TokenAxes``, ``Activity``; writes ``Selections``. Warns about options that have no effect on this graph.
 
     Args:
-        selects: one for each token axis; the last one holds for further axes. ``method`` ``None`` is what the scorer's scores are made for.
-        signals, logits, report_loss: as in ``Plan``; what this graph has no use for is said.
-        substitutes: the scorers "attention" and "gradient", used where tokens have no loss; without them a scorer that asks for a signal
-            that isn't there is an error when it is traced.
-        given: rows are given: nothing is chosen, and nothing is said.
+        selects: one for each token axis; the last one also applies to further axes. ``method`` ``None``: the one that
+            the scorer's scores are made for.
+        signals, logits, report_loss: as in ``Plan``.
+        substitutes: the scorers "attention" and "gradient", used where tokens have no loss; without them, a scorer that
+            requests a missing signal fails when it is traced.
+        given: rows are given: nothing is chosen, and there are no warnings.
         strict: an option without effect is an error instead of a warning.
 
     Raises:
-        GraphNotSupported: drawn tokens have no loss to be weighted in; or, where ``strict``, an option has no effect.
+        GraphNotSupported: drawn tokens have no loss to be weighted in; or, if ``strict``, an option has no effect.
     """
 
     selects: tuple[Select, ...]
@@ -70,14 +73,17 @@ class PlanSelection:
         return program.with_(chosen)
 
     def check(self, program: Program) -> None:
-        """Every axis has one, whose way of choosing is decided."""
+        """Every axis has a selection with a method."""
         assert all(select.method is not None for select in program[Selections].by_axis.values())
 
     def _of(self, number: int) -> Select:
         return self.selects[min(number, len(self.selects) - 1)]
 
     def _select(self, program: Program, number: int, axis: TokenAxis) -> Select:
-        """Tokens of a further axis have no loss to be weighted in: their scores are ranks."""
+        """The selection of an axis.
+
+        Tokens of a further axis have no loss to be weighted in, so their scores are ranks.
+        """
         select = self._of(number)
         scorer = select.scorer if self.given else self._scorer(program, select.scorer, axis)
         weighted = number == 0 and weighted_losses(program)
@@ -85,7 +91,7 @@ class PlanSelection:
         return replace(select, scorer=scorer, method=method or (method_of(scorer) if weighted else "topk"))
 
     def _scorer(self, program: Program, scorer: Scorer, axis: TokenAxis) -> Scorer:
-        """The scorer, or its substitute: the gradient where tokens have no loss, attention where they have no gradient either."""
+        """The scorer or its substitute: gradient if tokens have no loss, attention if they have no gradient either."""
         wanted = sorted(name for name in needs_of(scorer) if SIGNALS[name].tail is not None)
         if not self.substitutes:
             return scorer
@@ -93,12 +99,12 @@ class PlanSelection:
             there = "loss" not in wanted and self.signals.has_gradient(program, axis) if wanted else True
             return scorer if there else self.substitutes["attention"]
         if not program[Activity].losses and wanted:
-            fact = f"The graph has no loss, so the scorer has no {' and no '.join(wanted)} of tokens."
+            fact = f"The graph has no loss, so the scorer lacks signals: {', '.join(wanted)}."
             if self.strict:
                 raise GraphNotSupported(fact, 'Compute the loss inside the model, or choose scorer="attention".')
             return self._instead(fact, "attention")
         if "loss" in wanted and not has_token_loss(program):
-            return self._instead("The loss is not one over tokens, so a token has no loss of its own.", "gradient")
+            return self._instead("The loss is not computed per token, so a token has no loss of its own.", "gradient")
         return scorer
 
     def _instead(self, fact: str, name: str) -> Scorer:
@@ -106,7 +112,10 @@ class PlanSelection:
         return self.substitutes[name]
 
     def _without_use(self, program: Program) -> Iterator[tuple[str, str]]:
-        """Facts and remedies: what the loss, the token axes and the length of the example leave no use for."""
+        """A fact and a remedy for every option without effect.
+
+        They depend on the losses, the token axes and the length of the example.
+        """
         losses, axes = program[Activity].losses, program[TokenAxes].tokens
         for name, chosen in {"logits": self.logits == "drop", "report_loss": self.report_loss is not None}.items():
             if chosen and not losses:
@@ -117,8 +126,8 @@ class PlanSelection:
             yield f"keep_ratio={ratios}: token axes of the model: {len(axes)}.", "Give one ratio for each."
         pinned, tokens = self.signals.pinned, hint(example_sizes(program, axes[0])[1])
         if missing := [i for i in pinned if not -tokens <= i < tokens]:
-            fact = f"pinned={missing}: no such position, tokens of a sequence: {tokens}."
+            fact = f"pinned={missing}: no such position; tokens in a sequence: {tokens}."
             yield fact, "Number them from 0, or from -1 at the end."
         kept, there = self._of(0).kept(tokens), {i % tokens for i in pinned if -tokens <= i < tokens}
         if len(there) > kept:
-            yield f"pinned={list(pinned)}: not all are kept, kept tokens: {kept}.", "Keep more, or pin fewer."
+            yield f"pinned={list(pinned)}: not all can be kept; kept tokens: {kept}.", "Keep more, or pin fewer."

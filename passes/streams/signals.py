@@ -1,8 +1,8 @@
-"""Signals: what scores are made of, one function per signal.
+"""Signals: the quantities that scores are computed from, one function per signal.
 
-A signal is a function ``(Prefill) -> [B, T]`` of the seek stream; only those that a scorer asks for with ``needs`` are computed.
-Values of the seek stream that nothing reads are dropped from the graph, so a scorer that needs attention alone runs neither the last
-MLP nor the head.
+A signal is a function ``(Prefill) -> [B, T]`` of the seek stream. Only signals that a scorer requests with ``needs``
+are computed. Values of the seek stream that nothing reads are dropped from the graph, so a scorer that needs only
+attention runs neither the last MLP nor the head.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ _OTHERS = 'Choose scorer="attention" or scorer="random", which need neither.'
 
 @dataclass(frozen=True)
 class Signals:
-    """What scores are made of.
+    """Options of the signals.
 
     Args:
-        attention_layers: the attentions that count: "last", "first", "all" or their numbers (negative: from the end); of several the sum.
+        attention_layers: the attentions that count: "last", "first", "all" or their numbers (negative: from the end);
+            several are summed.
         gradient_of: "last_block", the input of the last block, or "head", that of the head.
         pinned: positions that are always kept (negative: from the end).
-        chunk_bytes: bytes of the largest value that the chunked head makes at a time.
+        chunk_bytes: bytes of the largest intermediate value of the chunked head.
     """
 
     attention_layers: str | tuple[int, ...] = "last"
@@ -45,14 +46,14 @@ class Signals:
     chunk_bytes: int = 12 * 2**20
 
     def attentions(self, program: Program, axis: TokenAxis) -> tuple[Attention, ...]:
-        """The attentions that count for the tokens of an axis, of those that read them.
+        """The attentions that count for the tokens of an axis, out of those that read them as keys.
 
         Raises:
-            GraphNotSupported: there is none, or none of a number that was given.
+            GraphNotSupported: there are none, or a number in ``attention_layers`` does not exist.
         """
         every = tuple(a for a in program[TokenAxes].attentions if program[TokenAxes].keys_of(a) == axis)
         if not every:
-            raise GraphNotSupported("No attention looks at these tokens.", 'Choose scorer="random".')
+            raise GraphNotSupported("No attention reads these tokens as keys.", 'Choose scorer="random".')
         if isinstance(self.attention_layers, str):
             return {"last": every[-1:], "first": every[:1], "all": every}[self.attention_layers]
         if bad := [i for i in self.attention_layers if not -len(every) <= i < len(every)]:
@@ -63,7 +64,11 @@ class Signals:
         return tuple(every[i] for i in self.attention_layers)
 
     def tail(self, program: Program, needs: Iterable[str], full_loss: bool) -> Traced | None:
-        """The traced way from the last block (or the head) to the loss, where signals or the ``full_loss`` ask for it."""
+        """The traced scoring tail, if the signals ``needs`` or the ``full_loss`` require it, else ``None``.
+
+        Raises:
+            GraphNotSupported: the graph has no loss, or none over tokens for a signal that needs one.
+        """
         wanted = {SIGNALS[name].tail for name in needs} - {None}
         if not (wanted or full_loss):
             return None
@@ -72,23 +77,28 @@ class Signals:
         gradient = "gradient" in wanted
         tail = find_tail(*self._starts(program, gradient))
         if tail.loss is None and "loss" in wanted:
-            raise GraphNotSupported("The loss is not one cross entropy over tokens, so a token has no loss.", _OTHERS)
+            raise GraphNotSupported(
+                "The loss is not a single cross entropy over tokens, so a token has no loss of its own.", _OTHERS
+            )
         return trace_tail(tail, gradient, self.chunk_bytes) if gradient or tail.loss is not None else None
 
     def has_gradient(self, program: Program, axis: TokenAxis) -> bool:
-        """True when the tokens of an axis have a gradient where it is taken: those of a further axis at the last block alone."""
+        """True if the tokens of an axis have a gradient; those of a further axis have one only at the last block."""
         program, starts = self._starts(program, gradient=True)
         return any(program[TokenAxes].axis_of(node) == axis for node in find_tail(program, starts).starts)
 
     def _starts(self, program: Program, gradient: bool) -> tuple[Program, list[fx.Node]]:
-        """Where the tail starts, the first token axis first, in the program as if all were trained (scores don't depend on it)."""
+        """The program with all parameters treated as trained, and the starts of the tail.
+
+        The start of the first token axis is first. Scores don't depend on which parameters are trained.
+        """
         program = FindBlocks().run(FindActivity(frozen_too=True).run(program))
         block = gradient and self.gradient_of == "last_block"
         axes, blocks = program[TokenAxes], program[Blocks]
         first = blocks.last_entry(axes, axes.main) if block else head_input(program)
         if first is None:
             raise GraphNotSupported(
-                "No value with tokens is on every path to the loss, so no block can be scored.", _OTHERS
+                "No value with token rows is on every path to the loss, so no block can be scored.", _OTHERS
             )
         others = [blocks.last_entry(axes, axis) for axis in axes.tokens[1:]] if block else []
         return program, [first, *(entry for entry in others if entry is not None)]
@@ -96,10 +106,15 @@ class Signals:
 
 @dataclass(frozen=True)
 class Prefill:
-    """What a signal is computed from: the seek stream's ``values`` of all tokens, for the tokens of one axis.
+    """What a signal may read: the values of the seek stream, for the tokens of one axis.
 
-    ``row_index``: all rows of the axis, with its sizes. ``tail``: loss and gradient of every token, where a signal asked for them.
-    ``noise``: float32 [B, T], uniform in [0, 1), where it was asked for.
+    Args:
+        program: the program.
+        values: the values of the seek stream.
+        row_index: all rows of the axis, with its sizes.
+        signals: the options.
+        tail: loss and gradient of every token, if a signal requested them.
+        noise: float32 [B, T], uniform in [0, 1), if requested.
     """
 
     program: Program
@@ -112,14 +127,19 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Signal:
-    """``compute(prefill) -> [B, T]`` or ``None``; ``tail``: "loss" or "gradient", what it needs of the scoring tail."""
+    """One signal.
+
+    Args:
+        compute: ``compute(prefill) -> [B, T]`` or ``None``.
+        tail: "loss" or "gradient", if it needs one of these from the scoring tail.
+    """
 
     compute: Callable[[Prefill], Tensor | None]
     tail: str | None = None
 
 
 def signal(name: str, tail: str | None = None) -> Callable[[Callable[[Prefill], Tensor | None]], Any]:
-    """Register a signal that scorers ask for by ``@needs(name)``.
+    """Register a signal that scorers request with ``@needs(name)``.
 
     Raises:
         ValueError: another signal has the name.
@@ -141,7 +161,9 @@ def attention(prefill: Prefill) -> Tensor:
     """Attention that a token receives, summed over queries, heads and the layers that count (TokenSeek's I1)."""
     looking = prefill.signals.attentions(prefill.program, prefill.row_index.axis)
     positional = prefill.program[PositionalAttentions]
-    return sum(received_in(a, positional.get(a.out), prefill.values, prefill.row_index) for a in looking)  # type: ignore[return-value]
+    return sum(  # type: ignore[return-value]
+        received_in(a, positional.get(a.out), prefill.values, prefill.row_index) for a in looking
+    )
 
 
 @signal("gradient", tail="gradient")
@@ -152,11 +174,11 @@ def gradient(prefill: Prefill) -> Tensor | None:
 
 @signal("loss", tail="loss")
 def loss(prefill: Prefill) -> Tensor | None:
-    """The loss of the token, 0 without a label; only on the axis of the loss."""
+    """The loss of the token, 0 without a label; only on the token axis of the loss."""
     return prefill.tail.loss if prefill.row_index.axis == prefill.program[TokenAxes].main else None
 
 
 @signal("noise")
 def noise(prefill: Prefill) -> Tensor | None:
-    """Uniform noise, drawn outside of the graph."""
+    """Uniform noise, drawn outside the graph."""
     return prefill.noise

@@ -1,4 +1,4 @@
-"""RowSubgraph: some operations of a graph re-executed on some rows, from the rows of what they are computed from."""
+"""Row subgraph: re-execute some operations of a graph on some rows, from the rows of their operands."""
 
 from __future__ import annotations
 
@@ -22,16 +22,23 @@ from .ditch_stream import DitchStream
 
 
 def trace_whole(function: Callable[..., Any], inputs: Sequence[Any]) -> fx.GraphModule:
-    """The operations of a function below autograd, where its own backward is recorded too."""
+    """Trace a function below autograd, so that its own backward is recorded too."""
     with warnings.catch_warnings(), fake_mode_of(inputs):
-        inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]  # no tensor may be two inputs of a trace
-        with enable_python_dispatcher():  # composite operations in Python: in C++ some can't take symbolic sizes
+        inputs = [x.detach() if isinstance(x, Tensor) else x for x in inputs]  # inputs of a trace must be distinct
+        with enable_python_dispatcher():  # some composite operations accept symbolic sizes only in Python
             return make_fx(function, tracing_mode="real")(*inputs)
 
 
 class RowSubgraph(DitchStream):
-    """The rows stream of ``nodes``, started from ``rows`` of other nodes; nothing of it exists for all tokens. ``known``: values
-    of nodes that are read as a whole."""
+    """The ditch stream of ``nodes`` alone, without values of all tokens.
+
+    Args:
+        program: the program.
+        nodes: the operations to execute.
+        known: full values of other nodes that they read.
+        row_index: the rows.
+        rows: the rows of nodes from which they start.
+    """
 
     def __init__(
         self,
@@ -45,7 +52,7 @@ class RowSubgraph(DitchStream):
         program = program.with_(activity, FrozenRows(), KVRecompute())
         super().__init__(program, _Shapes(known), [row_index], program.inputs)
         self._rows.update(rows)
-        self._switches = fx.Interpreter(program.module)  # switched for real, not recorded
+        self._switches = fx.Interpreter(program.module)  # executes autocast switches without recording them
 
     def _compute(self, node: fx.Node) -> None:
         if node not in self._rows:
@@ -53,11 +60,11 @@ class RowSubgraph(DitchStream):
 
     def full(self, node: fx.Node) -> Any:
         if node in self.live:
-            raise GraphNotSupported("An operation on a part of the tokens looks at the others.", "", node)
+            raise GraphNotSupported("An operation on some of the tokens reads other tokens.", "", node)
         return self.seek[node]
 
     def head_of(self, loss: fx.Node) -> None:
-        """None: its input need not be one of the values that there are."""
+        """None: the input of the head need not be among the known values."""
 
     def rows_of(self, node: fx.Node) -> Tensor:
         """The rows of one of the nodes."""
@@ -65,7 +72,7 @@ class RowSubgraph(DitchStream):
 
 
 class _Shapes(dict):
-    """Values of nodes; for one that is not computed, its example (only its shape is asked for)."""
+    """Values of nodes; for one that is not computed, its example value, of which only the shape is read."""
 
     def __missing__(self, node: fx.Node) -> Any:
         return node.meta["val"]

@@ -1,10 +1,12 @@
-"""Token loss: the scoring tail run and differentiated, for the loss and the gradient of every token.
+"""Token loss: run and differentiate the scoring tail, for the loss and the gradient of every token.
 
-The gradient is that of the full loss with all parameters frozen (TokenSeek's I2 is its absolute sum). What follows the last
-place where tokens mix, the head above all, is run and differentiated for a chunk of tokens at a time, with the rows rules of
-the ditch stream: no ``[B, T, V]`` tensor exists. What comes before (the attention) is differentiated as a whole.
+The gradient is that of the full loss with all parameters frozen; TokenSeek's I2 is its absolute sum. The part after the
+last operation that mixes tokens, including the head, is run and differentiated for one chunk of tokens at a time, with
+the row rules of the ditch stream, so no ``[B, T, V]`` tensor exists. The part before it (the attention) is
+differentiated as a whole.
 
-Both parts are traced without pre-dispatch, where autograd's operations are recorded, and placed in the seek stream.
+Both parts are traced below autograd, so that the operations of their backward are recorded, and called in the seek
+stream.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor, fx
 from ..analysis.row_index import RowIndex, example_sizes
 from ..analysis.token_axes import TokenAxes, TokenAxis
 from ..attention.positional import PositionalAttentions, laid_out_as, read_by
-from ..capture.canonicalize import is_autocast
+from ..capture.retrace import is_autocast
 from ..graph.errors import GraphNotSupported
 from ..graph.factors import same_size
 from ..graph.fake import fake_mode_of
@@ -35,8 +37,13 @@ from .subgraph import RowSubgraph, trace_whole
 
 
 class TokenSignals(NamedTuple):
-    """``loss``: of every token, [B, T], 0 without a label. ``total``: the model's loss operation of all tokens (0-dim).
-    ``gradients``: by token axis |dL/dz| summed over the hidden dim, [B, T]."""
+    """Loss and gradient of every token.
+
+    Args:
+        loss: [B, T], 0 for tokens without a label.
+        total: the value of the model's loss operation over all tokens (0-dim).
+        gradients: for each token axis |dL/dz| summed over the hidden dim, [B, T].
+    """
 
     loss: Tensor | None
     total: Tensor | None
@@ -44,9 +51,16 @@ class TokenSignals(NamedTuple):
 
 
 class Traced(NamedTuple):
-    """The two traced parts of a tail. ``chunks``: the sizes into which tokens are cut, each with its graph
-    (indices, *frontier rows, *captured) -> (loss rows, *gradients).
-    ``back``: (*starts, *gradients of the frontier, scale of them, total, *captured) -> (*gradients of the starts,)."""
+    """The two traced parts of a tail.
+
+    Args:
+        tail: the tail.
+        chunks: the sizes of the chunks of tokens, each with its graph (indices, *frontier rows, *captured) -> (loss
+            rows, *gradients).
+        captured: the other values that the chunks read.
+        back: (*starts, *gradients of the frontier, their scale, total, *captured) -> (*gradients of the starts,).
+        captured_back: the other values that ``back`` reads.
+    """
 
     tail: Tail
     chunks: list[tuple[Any, fx.GraphModule]]
@@ -56,7 +70,10 @@ class Traced(NamedTuple):
 
 
 def trace_tail(tail: Tail, gradient: bool, chunk_bytes: int) -> Traced:
-    """Trace the parts of ``tail``: the chunked one without gradients unless ``gradient``, and then the way back."""
+    """Trace the two parts of ``tail``.
+
+    The chunked part includes gradients if ``gradient``; then the backward of the rest is traced too.
+    """
     captured = _captured(tail.program, tail.chunked, tail.frontier) if tail.loss is not None else ()
     chunks = _trace_chunks(tail, chunk_bytes, gradient, captured) if tail.loss is not None else []
     captured_back = _captured(tail.program, tail.rest, (*tail.starts, tail.loss, *tail.frontier))
@@ -65,7 +82,10 @@ def trace_tail(tail: Tail, gradient: bool, chunk_bytes: int) -> Traced:
 
 
 def run_tail(traced: Traced, values: Mapping[fx.Node, Any], row_indices: Mapping[TokenAxis, RowIndex]) -> TokenSignals:
-    """Loss and gradient of every token from the seek stream's ``values``; ``row_indices`` have the sizes of the token axes."""
+    """Loss and gradient of every token, from the seek stream's ``values``.
+
+    ``row_indices`` have the sizes of the token axes.
+    """
     tail, axes = traced.tail, traced.tail.program[TokenAxes]
     row_index = row_indices[axes.main]
     loss = total = None
@@ -93,7 +113,7 @@ def run_tail(traced: Traced, values: Mapping[fx.Node, Any], row_indices: Mapping
 
 
 def _run_chunks(traced: Traced, values: Mapping[fx.Node, Any], row_index: RowIndex) -> tuple[Tensor, list[Tensor]]:
-    """Per-token losses [B, T], and for every value of the frontier the gradient of their sum."""
+    """Losses of tokens [B, T], and for every value of the frontier the gradient of their sum."""
     axes, frontier = row_index.axes, traced.tail.frontier
     captured = [values[node] for node in traced.captured]
     losses, gradients, start = [], [], 0
@@ -116,7 +136,7 @@ def _run_chunks(traced: Traced, values: Mapping[fx.Node, Any], row_index: RowInd
 def _trace_chunks(
     tail: Tail, chunk_bytes: int, gradient: bool, captured: Sequence[fx.Node]
 ) -> list[tuple[Any, fx.GraphModule]]:
-    """Every chunk's size and graph; all but the last are alike."""
+    """The size and graph of every chunk; all except the last are equal."""
     sizes = tail.chunks(chunk_bytes)
     last = _trace_chunk(tail, sizes[-1], gradient, captured)
     same = same_size(sizes[0], sizes[-1])
@@ -125,7 +145,7 @@ def _trace_chunks(
 
 
 def _captured(program: Program, nodes: Sequence[fx.Node], known: Sequence[fx.Node | None]) -> tuple[fx.Node, ...]:
-    """What ``nodes`` read that is neither one of them nor ``known``, nor a body of a higher-order operator."""
+    """The values that ``nodes`` read, without ``nodes``, ``known`` and bodies of higher-order operators."""
     inside = {*nodes, *known}
     read = dict.fromkeys(arg for node in nodes for arg in read_by(program, node) if arg not in inside)
     return tuple(node for node in read if "val" in node.meta)
@@ -156,7 +176,7 @@ def _trace_chunk(tail: Tail, size: Any, gradient: bool, captured: Sequence[fx.No
 
 
 def _losses(tail: Tail, streams: DitchStream, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The losses of the rows, a value that they are computed from (or their sum itself), and the gradient of their sum there."""
+    """The losses of the rows, a value that they depend on (or their sum), and the gradient of their sum there."""
     if tail.head is not None:
         return tail.head.run(streams, gradient)
     losses = token_losses(RowOp(tail.loss, streams, None))
@@ -164,7 +184,7 @@ def _losses(tail: Tail, streams: DitchStream, gradient: bool) -> tuple[Tensor, T
 
 
 def _trace_back(tail: Tail, captured: Sequence[fx.Node]) -> fx.GraphModule:
-    """The gradients of the starts: autograd of the rest of the tail, given the gradients of the chunked part."""
+    """The gradients of the starts: autograd of the rest of the tail, from the gradients of the chunked part."""
     program, end = tail.program, tail.end
     chunked = tail.loss is not None
 
@@ -195,7 +215,10 @@ def _trace_back(tail: Tail, captured: Sequence[fx.Node]) -> fx.GraphModule:
 
 
 def _gradients(outputs: list[Tensor], inputs: list[Tensor], given: list[Tensor] | None = None) -> list[Tensor]:
-    """``torch.autograd.grad`` where some outputs or inputs may have no part in it; the graph is kept."""
+    """``torch.autograd.grad`` with zeros for unused inputs.
+
+    Outputs without gradient are ignored, and the graph is retained.
+    """
     given = given or [torch.ones_like(out) for out in outputs]
     live = [(out, g) for out, g in zip(outputs, given, strict=True) if out.requires_grad]
     outs, gs = [out for out, _ in live], [g for _, g in live]
@@ -206,7 +229,7 @@ def _gradients(outputs: list[Tensor], inputs: list[Tensor], given: list[Tensor] 
 
 
 def _run(program: Program, nodes: Sequence[fx.Node], known: dict[fx.Node, Any]) -> None:
-    """Run ``nodes``, adding to ``known``; autocast is switched for real on the way."""
+    """Run ``nodes`` and add their values to ``known``; autocast switches on the way are executed."""
     interpreter = fx.Interpreter(program.module)
     interpreter.env, wanted = known, set(nodes)
     for node in program.graph.nodes:
@@ -229,12 +252,12 @@ def _traced(function: Callable[..., Any], inputs: Sequence[Any], tail: Tail) -> 
 
 
 class _Chunk(RowSubgraph):
-    """The chunked part of a tail: its rows stream, started from the frontier; nothing of it exists for all tokens."""
+    """The chunked part of a tail: its ditch stream, started from the frontier, without values of all tokens."""
 
     def full(self, node: fx.Node) -> Any:
         if node in self.live:
             raise GraphNotSupported(
-                "An operation after the last attention looks at other tokens, so no token has a loss or a gradient of its own.",
+                "An operation after the last attention reads other tokens, so no token has its own loss or gradient.",
                 'Choose scorer="attention" or scorer="random".',
                 node,
             )

@@ -1,4 +1,4 @@
-"""Trace: the function of the two streams -> a graph."""
+"""Trace: turn the function of the two streams into a graph."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import fx
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from ..capture.canonicalize import is_autocast
+from ..capture.retrace import is_autocast
 from ..graph.copies import copied
 from ..graph.errors import InvariantBroken
 from ..graph.fake import fake_mode_of
@@ -22,11 +22,15 @@ from .two_streams import Run, TwoStreams
 
 @dataclass(frozen=True)
 class Rewrite:
-    """The rewritten forward ``module(*inputs) -> (*outputs, *what was selected)``, the latter by ``names``, one tuple of them for each
-    token axis.
+    """The rewritten forward as a graph: ``module(*inputs) -> (*outputs, *selected)``.
 
-    ``inputs``, ``noisy``: as in ``TwoStreams``. ``seek``: where the values of the seek stream stand in the graph, by their nodes in the
-    program.
+    Args:
+        module: the graph.
+        inputs: example inputs, as in ``TwoStreams``.
+        barriers: the barriers of the ditch stream.
+        names: the names of the ``selected`` outputs, one tuple for each token axis.
+        noisy: as in ``TwoStreams``.
+        seek: for nodes of the program, the node of the seek stream's value in this graph.
     """
 
     module: fx.GraphModule
@@ -37,15 +41,18 @@ class Rewrite:
     seek: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
     def copied(self) -> Rewrite:
-        """The same with a graph of its own, for a pass that changes it."""
+        """A copy with its own graph, for a pass that changes it."""
         module, nodes = copied(self.module)
-        seek = {node: nodes.get(place, place) for node, place in self.seek.items()}  # some places were dead code
+        seek = {node: nodes.get(place, place) for node, place in self.seek.items()}  # some were removed as dead code
         return replace(self, module=module, seek=seek)
 
 
 @dataclass(frozen=True)
 class TraceStreams:
-    """Trace the rewritten forward. Reads ``TwoStreams``; writes ``Rewrite``. ``choice_only``: trace the choice of rows alone."""
+    """Trace the rewritten forward.
+
+    Reads ``TwoStreams``; writes ``Rewrite``. ``choice_only``: trace only the selection of rows.
+    """
 
     choice_only: bool = False
     name: str = "trace"
@@ -84,6 +91,6 @@ def _traced(function: Callable[..., tuple], inputs: tuple[Any, ...], program: Pr
 
 
 def _name_placeholders(module: fx.GraphModule, program: Program) -> None:
-    """Inputs keep the names that they had."""
+    """Give inputs the names that they have in the program."""
     for new, old in zip(module.graph.find_nodes(op="placeholder"), program.placeholders, strict=False):
         new.target = new.name = old.name

@@ -1,12 +1,14 @@
-"""Two streams: the forward as a function that executes the graph twice, for all tokens without gradient and for the kept rows with it.
+"""Two streams: the forward executed twice, for all tokens without gradient and for the kept rows with gradient.
 
-1. **Seek stream**: every input detached. It gives the forward values, each attention's keys and values, and the signals.
+1. **Seek stream**: every input is detached. It returns the values of the forward, the keys and values of each
+attention, and the signals.
 2. **Select**: scores -> sorted row indices ``[B, k]``.
-3. **Ditch stream**: every live operation re-executed on the kept rows (``rows/``). Where tokens mix, it uses the full values of the
-   seek stream with its own rows put in their place. An operation that can't be restricted is a *barrier*: run in full on such
-   values, its rows gathered again. Always exact, saves less; reported.
+3. **Ditch stream**: every live operation is re-executed on the kept rows (``rows/``). Where tokens mix, it reads the
+full values of the seek stream, with its own rows scattered into them. An operation that can't be restricted is a
+*barrier*: it runs in full on such values, and its rows are gathered from the result. A barrier is exact, saves less
+memory, and is reported.
 
-The function runs on real tensors as it is; ``trace.py`` makes a graph of it.
+The function runs on real tensors; ``trace.py`` makes a graph of it.
 """
 
 from __future__ import annotations
@@ -35,14 +37,18 @@ from .selection_plan import Selections
 from .signals import Signals
 from .token_loss import Traced
 
-#: What is told of the rows of one token axis, by the fields of ``recording.Selection``.
+#: What is recorded about the rows of one token axis, by the fields of ``recording.Selection``.
 Told = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class ScoringTail:
-    """The traced scoring tail; ``None``: neither the signals nor the reported loss need it. ``reports_full``: the loss that is returned
-    has the value of the loss of all tokens."""
+    """The scoring tail of the rewritten forward.
+
+    Args:
+        traced: the traced tail; ``None``: neither the signals nor the reported loss need it.
+        reports_full: the returned loss has the value of the loss of all tokens.
+    """
 
     traced: Traced | None = None
     reports_full: bool = False
@@ -50,7 +56,14 @@ class ScoringTail:
 
 @dataclass(frozen=True)
 class PlanScoring:
-    """Trace the scoring tail where a signal, or the loss of all tokens without logits, needs it. Reads ``Selections``; writes ``ScoringTail``."""
+    """Trace the scoring tail if a signal, or the loss of all tokens, needs it.
+
+    Reads ``Selections``, ``TokenAxes``, ``Activity``, ``Blocks``; writes ``ScoringTail``. The options are those of
+    ``Plan``; ``given``: rows are given, so nothing is scored.
+
+    Raises:
+        GraphNotSupported: the graph has no loss for a signal that needs one.
+    """
 
     signals: Signals
     logits: str = "keep"
@@ -66,12 +79,19 @@ class PlanScoring:
         return program.with_(ScoringTail(tail, full))
 
     def check(self, program: Program) -> None:
-        """Nothing to verify: its values are compared with an independent computation in the tests."""
+        """Nothing to verify: the tests compare its values with an independent computation."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One execution: the model's ``outputs``, what was ``selected`` on every token axis, the ``barriers``, the ``seek`` stream."""
+    """One execution of the two streams.
+
+    Args:
+        outputs: the outputs of the model.
+        selected: what is recorded about the rows of every token axis.
+        barriers: the barriers of the ditch stream.
+        seek: the seek stream.
+    """
 
     outputs: tuple[Any, ...]
     selected: tuple[Told, ...]
@@ -80,13 +100,22 @@ class Run:
 
     @property
     def flat(self) -> tuple[Any, ...]:
+        """The outputs of the graph: those of the model, then the recorded values of every token axis."""
         return (*self.outputs, *(x for told in self.selected for x in told.values()))
 
 
 @dataclass(frozen=True)
 class TwoStreams:
-    """``run(*inputs)``: the rewritten forward. ``inputs``: examples of its inputs, those of the program and then the rows that are
-    given, or noise for the axes ``noisy`` (numbers)."""
+    """The rewritten forward, ``run(*inputs)``.
+
+    Args:
+        program: the analysed program.
+        signals: the signals that scores are computed from.
+        inputs: example inputs: those of the program, then the given rows, or noise for the axes ``noisy``.
+        noisy: the numbers of the token axes whose selection needs noise.
+        logits, kv_grad, is_fragment: as in ``Plan``.
+        given: the rows are inputs.
+    """
 
     program: Program
     signals: Signals
@@ -98,7 +127,7 @@ class TwoStreams:
     is_fragment: bool
 
     def run(self, *args: Any) -> Run:
-        """Execute both streams; inputs that the forward mutates are written to."""
+        """Execute both streams. Inputs that the forward mutates are mutated."""
         program, count = self.program, len(self.program.inputs)
         written, extra = args[:count], args[count:]
         inputs = tuple(x.clone() if i in program.mutated else x for i, x in enumerate(written))
@@ -112,13 +141,13 @@ class TwoStreams:
         return Run(outputs, tuple(selected), tuple(ditch.barriers), seek)
 
     def choose(self, *args: Any) -> Run:
-        """Execute the seek stream as far as the choice needs it; nothing is written to."""
+        """Execute the seek stream and the selection only; nothing is mutated."""
         count = len(self.program.inputs)
         _, selected = self._choose(Seek(self.program, args[:count]), *args[count:])
         return Run((), tuple(selected))
 
     def _choose(self, seek: Seek, *noise: Tensor) -> tuple[list[RowIndex], list[Told]]:
-        """The rows by their scores, and what is told of them, for every token axis."""
+        """For every token axis, the rows selected by their scores and what is recorded about them."""
         program, selects, axes = self.program, self.program[Selections].by_axis, self.program[TokenAxes]
         needs = {axis: select.needs for axis, select in selects.items()}
         drawn = dict(zip((axes.tokens[i] for i in self.noisy), noise, strict=True))
@@ -135,7 +164,7 @@ class TwoStreams:
         return row_indices, selected
 
     def _take(self, seek: Seek, *given: Tensor) -> tuple[list[RowIndex], list[Told]]:
-        """The rows that were given, of which there is nothing to tell."""
+        """The given rows; nothing is recorded about them."""
         program, axes = self.program, self.program[TokenAxes]
         if len(axes.tokens) > 1:
             raise GraphNotSupported(
@@ -147,7 +176,10 @@ class TwoStreams:
         return [RowIndex(axes, axes.main, indices, *sizes, *weights)], []
 
     def _outputs(self, ditch: DitchStream) -> Iterator[Any]:
-        """Losses live, the rest as the full forward has it; without a loss, values in full that live in the kept rows."""
+        """The outputs: losses live, other values from the seek stream.
+
+        Without a loss, and in a fragment, values are full values that are live in the kept rows.
+        """
         program, activity = self.program, self.program[Activity]
         classes = class_factors(program)
         for out in program.outputs:
@@ -165,7 +197,7 @@ class TwoStreams:
                 yield ditch.seek[out].detach()
 
     def _loss(self, ditch: DitchStream, out: fx.Node) -> Tensor:
-        """The loss of the kept tokens, or the value of the full one with the gradient of the kept tokens."""
+        """The loss of the kept tokens, or the value of the full loss with the gradient of the kept tokens."""
         kept = ditch.full(out)
         if not self.program[ScoringTail].reports_full:
             return kept
@@ -174,10 +206,10 @@ class TwoStreams:
 
 @dataclass(frozen=True)
 class BuildStreams:
-    """Make the function of the two streams.
+    """Build the function that executes the two streams.
 
-    Reads ``Selections``, ``ScoringTail``, ``KVRecompute``, ``FrozenRows`` and the analysis; writes ``TwoStreams``. The options are those of
-    ``Plan``; ``given``: examples of the rows [B, k] (and their weights).
+    Reads ``Selections``, ``ScoringTail``, ``KVRecompute``, ``FrozenRows`` and the results of the analysis; writes
+    ``TwoStreams``. The options are those of ``Plan``; ``given``: examples of row indices [B, k] (and their weights).
     """
 
     signals: Signals
@@ -213,7 +245,7 @@ def _are_logits(program: Program, node: fx.Node, classes: set[int]) -> bool:
 
 
 def _without_tokens(ditch: DitchStream, node: fx.Node) -> Tensor:
-    """An empty tensor in place of ``node``, made without computing it."""
+    """An empty tensor in place of ``node``, created without computing the node."""
     value, row_index, axes = ditch.seek[node], ditch.row_index_of(node), ditch.axes
     sizes = {row_index.axis.token: 0, row_index.axis.batch: row_index.batch}
     shape = [sizes.get(label, size) if label else size for label, size in zip(axes.of(node), value.shape, strict=True)]
