@@ -51,18 +51,12 @@ class ScoreSpec:
         """The scores of all keys for the rows; arguments as in ``selected_attention``."""
         batch, width = query.shape[0], query.shape[-1]
         keys = torch.arange(key.shape[2], device=key.device).expand(batch, -1)
-        mask, segments = visibility.mask, visibility.segments
-        mask = None if mask is None else mask.expand(batch, -1, -1, key.shape[2])
-        segments = None if segments is None else segments.expand(batch, -1)
         scale = width**-0.5 if scale is None else scale
-        return cls(replace(visibility, mask=mask, segments=segments), positions, keys, scale, softcap)
+        return cls(visibility.expand(batch, key.shape[2]), positions, keys, scale, softcap)
 
     def at(self, columns: Tensor) -> ScoreSpec:
         """The scores of the keys at ``columns`` [B, m] for the same rows."""
-        mask = self.visibility.mask
-        if mask is not None:
-            mask = mask.gather(3, columns[:, None, None].expand(-1, *mask.shape[1:3], -1))
-        return replace(self, keys=columns, visibility=replace(self.visibility, mask=mask))
+        return replace(self, keys=columns, visibility=self.visibility.at_keys(columns))
 
     @property
     def same_for_all_rows(self) -> bool:

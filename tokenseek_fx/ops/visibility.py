@@ -59,8 +59,20 @@ class Visibility:
         """The same record, in which queries that see no key get 0."""
         return replace(self, fully_masked=None, scored=False)
 
+    def expand(self, batch: int, keys: int) -> Visibility:
+        """The same record with a mask [B, 1 or H, 1 or k, S] and segments [B, S], as views."""
+        mask = None if self.mask is None else self.mask.expand(batch, -1, -1, keys)
+        segments = None if self.segments is None else self.segments.expand(batch, -1)
+        return replace(self, mask=mask, segments=segments)
+
+    def at_keys(self, columns: Tensor) -> Visibility:
+        """The same record with the mask of the keys at ``columns`` [B, m] only; it must be expanded."""
+        if self.mask is None:
+            return self
+        return replace(self, mask=self.mask.gather(3, columns[:, None, None].expand(-1, *self.mask.shape[1:3], -1)))
+
     def of_instances(self, instances: slice) -> Visibility:
-        """The same record for some instances. The mask and the segments must have all of them."""
+        """The same record for some instances; it must be expanded."""
         mask, segments = (x if x is None else x[instances] for x in (self.mask, self.segments))
         return replace(self, mask=mask, segments=segments)
 
