@@ -28,6 +28,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.profiler import ProfilerActivity, profile
 
 from tokenseek_fx.ops.attention import selected_attention
+from tokenseek_fx.ops.visibility import Visibility
 
 Result = dict[str, Any]
 CLAIM = 0.6  # fraction of flash attention's speed per useful operation
@@ -108,7 +109,8 @@ def selected(operands: Operands) -> tuple[Callable[[], Tensor], list[Tensor]]:
     inputs = [operands.rows(t) for t in (operands.query, operands.key, operands.value)]
 
     def forward() -> Tensor:
-        return selected_attention(*inputs, operands.key, operands.value, operands.positions, causal=True)
+        context = (operands.key, operands.value, operands.positions)
+        return selected_attention(*inputs, *context, visibility=Visibility(causal=True))
 
     return forward, inputs
 

@@ -178,7 +178,8 @@ def dense(mask: Mask, values: dict) -> Tensor:
         shown = shown & (k <= q)
     if mask.window:
         shown = shown & ((q - k).abs() < mask.window)
-    keys, numbers = mask.visible(values), mask.segments_of(values)
+    visibility = mask.at(values)
+    keys, numbers = visibility.mask, visibility.segments
     if numbers is not None:
         shown = shown & (numbers[:, None, :, None] == numbers[:, None, None, :])
     return shown if keys is None else shown & (keys if keys.dtype is torch.bool else keys > -1)
@@ -201,4 +202,4 @@ def test_a_mask_that_says_more_is_not_read(make):
 def test_causal_and_window_need_no_tensor():
     mask, _, values = read(window)
     assert mask == Mask(causal=True, window=3)
-    assert mask.visible(values) is None
+    assert mask.at(values).flat() == (None, None, None, True, 3, False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
@@ -18,9 +19,31 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from tokenseek_fx.ops import attention_blocks as blocks
 from tokenseek_fx.ops.attention import definition, selected_attention
+from tokenseek_fx.ops.visibility import Visibility
 
 GRADS = ("query", "row_key", "row_value", "sinks")
 OP = torch.ops.tokenseek_fx.selected_attention
+
+
+VISIBILITY = {field.name for field in fields(Visibility)}
+
+
+def visibility_of(given: dict) -> Visibility:
+    return Visibility(**{name: x for name, x in given.items() if name in VISIBILITY})
+
+
+def call(function, given: dict) -> Tensor:
+    """``function`` of operands among which are the fields of a visibility."""
+    rest = {name: x for name, x in given.items() if name not in VISIBILITY}
+    return function(**rest, visibility=visibility_of(given))
+
+
+def attend(**given) -> Tensor:
+    return call(selected_attention, given)
+
+
+def define(**given) -> Tensor:
+    return call(definition, given)
 
 
 def rows_of(batch: int, rows: int, tokens: int) -> Tensor:
@@ -53,12 +76,12 @@ def grads(function, given: dict, direction: Tensor) -> dict[str, Tensor]:
     return {"out": out.detach()} | dict(zip(live, found, strict=True))
 
 
-def assert_same(given: dict, function=selected_attention, tolerance: float = 1e-12) -> None:
+def assert_same(given: dict, function=attend, tolerance: float = 1e-12) -> None:
     """Value and gradients of ``function`` are those of the definition, in float64."""
     exact = {name: t.double() if torch.is_tensor(t) and t.is_floating_point() else t for name, t in given.items()}
     shape = (*given["query"].shape[:3], given["value"].shape[-1])
     direction = torch.randn(shape, dtype=given["query"].dtype)
-    want = grads(definition, exact, direction.double())
+    want = grads(define, exact, direction.double())
     got = grads(function, given, direction)
     for name, expected in want.items():
         assert not got[name].isnan().any(), name
@@ -67,21 +90,29 @@ def assert_same(given: dict, function=selected_attention, tolerance: float = 1e-
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("additive", [False, True])
-def test_definition_is_scaled_dot_product_attention_over_scattered_keys(causal, additive):
-    given = operands(causal=causal)
+@pytest.mark.parametrize("window", [0, 1, 4])
+@pytest.mark.parametrize(
+    "segments", [None, torch.tensor([[0] * 6 + [1] * 7, [2] * 3 + [0] * 10])], ids=["", "segments"]
+)
+def test_definition_is_scaled_dot_product_attention_over_scattered_keys(causal, additive, window, segments):
+    given = operands(causal=causal, window=window, segments=segments)
     at = given["positions"][:, None, :, None]
     live = {name: given[name].requires_grad_() for name in GRADS[:3]}
     key, value = (
         given[n].scatter(2, at.expand(live[r].shape), live[r])
         for n, r in zip(("key", "value"), GRADS[1:3], strict=True)
     )
-    hidden = torch.rand(2, 1, 5, 13) < 0.2
+    hidden = (torch.rand(2, 1, 5, 13) < 0.2) & (torch.arange(13) != at)  # a row sees itself
     added = torch.randn(2, 4, 5, 13, dtype=torch.float64) if additive else torch.zeros(())
     mask = added.masked_fill(hidden, -torch.inf) if additive else ~hidden
     seen = (torch.arange(13) <= at) | (not causal)
+    if window:
+        seen = seen & ((torch.arange(13) - at).abs() < window)
+    if segments is not None:
+        seen = seen & (segments.gather(1, at[:, 0, :, 0])[:, None, :, None] == segments[:, None, None])
     whole = added.masked_fill(hidden | ~seen, -torch.inf).double()
     want = F.scaled_dot_product_attention(given["query"], key, value, whole, enable_gqa=True)
-    got = definition(**given, mask=mask)
+    got = define(**given, mask=mask)
     direction = torch.randn_like(want)
     assert (want - got).abs().max() < 1e-12
     for a, b in zip(*(torch.autograd.grad(out, list(live.values()), direction) for out in (want, got)), strict=True):
@@ -105,7 +136,8 @@ def cases(draw, dtypes=(torch.float64,), most=3):
         for name in ("key", "value"):
             made[f"row_{name}"] = made[name].gather(2, at.expand(-1, -1, -1, made[name].shape[-1]))
     made["sinks"] = draw(st.sampled_from([None, torch.randn(heads, dtype=made["query"].dtype)]))
-    made["segments"] = draw(st.sampled_from([None, torch.randint(3, (batch, tokens)).sort().values]))
+    segments = torch.randint(3, (draw(st.sampled_from([1, batch])), tokens)).sort().values
+    made["segments"] = draw(st.sampled_from([None, segments]))
     sizes = [draw(st.sampled_from([1, n])) for n in (batch, heads, rows, tokens)]
     kind = draw(st.sampled_from(["none", "bool", "added", "hiding"]))
     if kind != "none":
@@ -142,8 +174,8 @@ def test_equals_the_definition_where_the_rows_are_consecutive(start, rows, later
     given = operands(2, 4, 2, rows, start + rows + later, 8, causal=True, dtype=dtype)
     positions = torch.arange(start, start + rows).expand(2, -1)
     given = given | {"positions": positions, "row_key": None, "row_value": None}
-    seen = blocks.Sight.of(given["query"], given["key"], positions, None, None, True, 0, None, 0.0)
-    assert seen.start == start
+    spec = blocks.ScoreSpec.of(given["query"], given["key"], positions, Visibility(causal=True), None, 0.0)
+    assert spec.start == start
     assert_same(given, tolerance=1e-12 if dtype is torch.float64 else 0.03)
     if rows > 1:
         assert_same(given | {"positions": torch.stack([positions[0], positions[0].flip(0)])}, tolerance=0.03)
@@ -152,7 +184,7 @@ def test_equals_the_definition_where_the_rows_are_consecutive(start, rows, later
 def test_columns_after_all_rows_have_no_gradient():
     last = {"positions": torch.tensor([[1, 2]]), "columns": torch.tensor([[1, 9, 12]])}
     given = operands(1, 4, 2, 2, 13, causal=True, columns=last["columns"]) | last
-    found = grads(selected_attention, given, torch.ones(1, 4, 2, 8).double())
+    found = grads(attend, given, torch.ones(1, 4, 2, 8).double())
     assert found["row_value"][:, :, 0].any() and not found["row_value"][:, :, 1:].any()
     assert_same(given)
 
@@ -163,7 +195,7 @@ def test_narrow_dtypes_accumulate_in_float32(dtype, tolerance):
     for softcap in (0.0, 2.0):
         given = operands(1, 4, 2, 40, 200, 16, dtype=dtype, causal=True, softcap=softcap)
         assert_same(given, tolerance=tolerance)
-        assert selected_attention(**given).dtype is dtype
+        assert attend(**given).dtype is dtype
 
 
 def test_foreign_keys_need_no_positions():
@@ -176,7 +208,7 @@ def test_a_row_that_sees_nothing_is_zero_and_has_no_gradient():
     mask[..., 2, :] = False
     for hiding in (mask, torch.zeros(mask.shape).double().masked_fill(~mask, -torch.inf)):
         given = operands(mask=hiding)
-        found = grads(selected_attention, given, torch.ones(2, 4, 5, 8).double())
+        found = grads(attend, given, torch.ones(2, 4, 5, 8).double())
         assert not found["out"][:, :, 2].any() and not found["query"][:, :, 2].any()
         assert_same(given)
 
@@ -184,7 +216,7 @@ def test_a_row_that_sees_nothing_is_zero_and_has_no_gradient():
 def test_a_row_of_the_least_number_is_a_mean_as_in_scaled_dot_product_attention():
     least = torch.full((1, 1, 1, 13), torch.finfo(torch.float32).min)
     given = operands(dtype=torch.float32, mask=least)
-    assert torch.allclose(selected_attention(**given)[:, 0], given["value"].mean(2)[:, :1], atol=1e-6)
+    assert torch.allclose(attend(**given)[:, 0], given["value"].mean(2)[:, :1], atol=1e-6)
 
 
 def blind_rows(given: dict) -> Tensor:
@@ -223,7 +255,7 @@ def test_blind_rows_get_the_mean_and_the_gradient_of_models(causal, softcap, sco
     given |= {"scale": 0.7, "fully_masked": blind_rows(given), "scored": scored}
     direction = torch.randn(2, 4, rows, 8, dtype=torch.float64)
     want = grads(least_added, given, direction)
-    for function in (selected_attention, definition):
+    for function in (attend, define):
         for name, got in grads(function, given, direction).items():
             assert torch.allclose(got, want[name], rtol=1e-10, atol=1e-12), (function, name)
 
@@ -244,20 +276,10 @@ def test_blind_rows_without_gradient_for_keys():
 
 def form_of(given: dict) -> tuple:
     """The operator's arguments as the public function passes them."""
-    options = {
-        "mask": None,
-        "segments": None,
-        "sinks": None,
-        "fully_masked": None,
-        "causal": False,
-        "window": 0,
-        "scale": None,
-        "softcap": 0.0,
-        "scored": False,
-    }
-    named = {"columns": given["positions"] if given["row_key"] is not None else None} | options | given
-    names = ("query", "row_key", "row_value", "key", "value", "positions", "columns", *options)
-    return tuple(named[name] for name in names)
+    columns = given["positions"] if given["row_key"] is not None else None
+    named = {"columns": columns, "sinks": None, "scale": None, "softcap": 0.0} | given
+    names = ("query", "row_key", "row_value", "key", "value", "positions", "columns", "sinks", "scale", "softcap")
+    return *(named[name] for name in names), *visibility_of(given).flat()
 
 
 @pytest.mark.parametrize("rows_live", [True, False])
@@ -268,23 +290,23 @@ def test_operators_pass_opcheck(rows_live):
     given |= {"mask": torch.rand(2, 1, 1, 13) < 0.9} | ({} if rows_live else {"row_key": None, "row_value": None})
     live = {n: given[n].detach().requires_grad_() for n in GRADS if given[n] is not None}
     torch.library.opcheck(OP, form_of(given | live))
-    query, _, _, key, value, positions, columns, mask, segments, _, _, *form, _ = form_of(given)
+    query, _, _, key, value, positions, columns, _, *form = form_of(given)
     grad, lse = torch.randn(2, 4, 5, 8), torch.randn(2, 4, 5) + 4
     operand = (grad, lse - 4, lse, query, key, value, positions)
-    torch.library.opcheck(torch.ops.tokenseek_fx.selected_attention_grad_query, (*operand, mask, segments, *form))
+    torch.library.opcheck(torch.ops.tokenseek_fx.selected_attention_grad_query, (*operand, *form))
     if rows_live:
-        inputs = (*operand, columns, mask, segments, *form)
+        inputs = (*operand, columns, *form)
         torch.library.opcheck(torch.ops.tokenseek_fx.selected_attention_grad_keys, inputs)
-    operand = (grad, query, key, value, columns, blind_rows(given), True, *form[-2:])
+    operand = (grad, query, key, value, columns, blind_rows(given), True, *form[:2])
     torch.library.opcheck(torch.ops.tokenseek_fx.selected_attention_grad_blind, operand)
 
 
 def test_fake_tensors_have_the_layout_of_real_ones():
     with FakeTensorMode() as mode:
         given = operands(causal=True)
-        fake = selected_attention(**given)
+        fake = attend(**given)
     assert mode is not None
-    real = selected_attention(**operands(causal=True))
+    real = attend(**operands(causal=True))
     assert (fake.shape, fake.stride(), fake.dtype) == (real.shape, real.stride(), real.dtype)
     assert real.transpose(1, 2).is_contiguous()
 
@@ -294,7 +316,7 @@ def test_one_operation_in_a_graph_traced_before_autograd():
     names = list(given)[:6]
 
     def run(*tensors):
-        return selected_attention(**dict(zip(names, tensors, strict=True)), causal=True)
+        return attend(**dict(zip(names, tensors, strict=True)), causal=True)
 
     gm = make_fx(run, pre_dispatch=True, tracing_mode="fake")(*(given[n] for n in names))
     calls = [node.target for node in gm.graph.nodes if node.op == "call_function"]
@@ -308,7 +330,8 @@ def test_compiles_with_dynamic_shapes(backend):
     compiled = torch.compile(selected_attention, backend=backend, dynamic=True, fullgraph=True)
     for rows, tokens in [(5, 13), (9, 31)]:
         sinks = torch.randn(4, dtype=torch.float64)
-        assert_same(operands(rows=rows, tokens=tokens, causal=True, sinks=sinks), compiled)
+        given = operands(rows=rows, tokens=tokens, causal=True, sinks=sinks)
+        assert_same(given, lambda **given: call(compiled, given))
 
 
 def saved_bytes(out: Tensor) -> int:
@@ -321,7 +344,7 @@ def saved_bytes(out: Tensor) -> int:
 def test_saves_its_operands_once_and_nothing_of_rows_by_keys():
     given = operands(1, 4, 2, 20, 400, 8, dtype=torch.float32, causal=True)
     given |= {name: given[name].requires_grad_() for name in GRADS[:3]}
-    out = selected_attention(**given)
+    out = attend(**given)
     kept = ("query", "key", "value", "positions")
     floor = sum(given[name].nbytes for name in kept) + out.nbytes + 4 * 20 * 4
     assert saved_bytes(out) == floor
@@ -330,13 +353,13 @@ def test_saves_its_operands_once_and_nothing_of_rows_by_keys():
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_no_tensor_of_rows_by_keys_exists(softcap):
     given = operands(1, 4, 2, 256, 8192, 8, dtype=torch.float32, causal=True, softcap=softcap)
-    query, _, _, key, value, positions, columns, mask, segments, _, _, *form, _ = form_of(given)
-    sight = blocks.Sight.of(query, key, positions, mask, segments, *form)
+    query, _, _, key, value, positions, columns, *_ = form_of(given)
+    spec = blocks.ScoreSpec.of(query, key, positions, visibility_of(given), None, softcap)
     with Largest() as largest:
-        out, lse = blocks.forward(query, key, value, None, sight)
+        out, lse = blocks.forward(query, key, value, None, spec)
         delta = (out * out).sum(-1)
-        blocks.grad_query(out, delta, lse, query, key, value, sight)
-        blocks.grad_keys(out, delta, lse, query, key[:, :, :256], value[:, :, :256], sight.at(columns))
+        blocks.grad_query(out, delta, lse, query, key, value, spec)
+        blocks.grad_keys(out, delta, lse, query, key[:, :, :256], value[:, :, :256], spec.at(columns))
     assert 0 < largest.bytes <= 4 * blocks._SCORES < 256 * 8192 * 4
 
 
@@ -354,16 +377,16 @@ def test_keys_behind_the_last_row_of_a_block_are_not_read():
     for name in ("key", "value"):
         given[f"row_{name}"] = given[name][:, :, :80:2].clone()
         given[name][:, :, 80:] = torch.nan
-    found = grads(selected_attention, given, torch.ones(1, 4, 40, 8).double())
+    found = grads(attend, given, torch.ones(1, 4, 40, 8).double())
     assert all(x.isfinite().all() for x in found.values())
     given["positions"] = given["positions"] + 2  # the last row sees the first of them
-    assert grads(selected_attention, given, torch.ones(1, 4, 40, 8).double())["out"].isnan().any()
+    assert grads(attend, given, torch.ones(1, 4, 40, 8).double())["out"].isnan().any()
 
 
 def test_results_repeat():
     given = operands(2, 8, 2, 300, 900, 16, dtype=torch.float32, causal=True, window=400)
     direction = torch.randn(2, 8, 300, 8)
-    first, second = (grads(selected_attention, given, direction) for _ in range(2))
+    first, second = (grads(attend, given, direction) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -381,7 +404,7 @@ def test_results_repeat():
 )
 def test_operands_that_do_not_fit_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
-        selected_attention(**(operands() | wrong))
+        attend(**(operands() | wrong))
 
 
 @pytest.fixture
@@ -399,7 +422,7 @@ def triton_attention(monkeypatch):
 
     def run(**given):
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return selected_attention(**{n: t.to(device) if torch.is_tensor(t) else t for n, t in given.items()}).cpu()
+        return attend(**{n: t.to(device) if torch.is_tensor(t) else t for n, t in given.items()}).cpu()
 
     return run
 
@@ -468,13 +491,14 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from tokenseek_fx.ops import attention, attention_triton
+from tokenseek_fx.ops.visibility import Visibility
 
 triton.runtime.driver.set_active(types.SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", 90, 32)))
 attention._operator = lambda query, value: attention_triton.forward
 
 class Loss(torch.nn.Module):
     def forward(self, *operands):
-        return (attention.selected_attention(*operands, causal=True).sum(),)
+        return (attention.selected_attention(*operands, visibility=Visibility(causal=True)).sum(),)
 
 def rows(heads, rows):
     return torch.empty(2, rows, heads, 16).transpose(1, 2)

@@ -16,6 +16,7 @@ from torch._inductor.utils import run_and_get_code
 
 from tokenseek_fx import compilation
 from tokenseek_fx.ops.received import attention_received
+from tokenseek_fx.ops.visibility import Visibility
 
 BATCH, HEADS, INNER, LAYERS = 2, 4, 88, 2
 TOKENS, VOCAB = 520, 9001  # several chunks of logits at the default budget
@@ -136,5 +137,5 @@ def test_nothing_of_a_long_sequence_is_wider_than_the_model(graphs, scorer, padd
 def test_attention_received_works_in_blocks_of_queries():
     query, key = torch.randn(1, 8, 3000, 4), torch.randn(1, 2, 3000, 4)
     with Largest() as largest:
-        attention_received._init_fn(query, key, None, True, None)
+        attention_received._init_fn(query, key, None, 0.0, None, *Visibility(causal=True).flat())
     assert largest.bytes <= 4.2 * 2**20 < 8 * 3000 * 3000 * 4 / 50

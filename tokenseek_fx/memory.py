@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import compat
-from .ops.attention_blocks import Sight
+from .ops.attention_blocks import ScoreSpec
 from .ops.device import HALF
 from .ops.head import TILE_BYTES
 from .passes.lower.chunks import CHUNK_BYTES
@@ -180,8 +180,8 @@ class _LargestResults(TorchDispatchMode):
 @contextmanager
 def _largest_blocks() -> Iterator[None]:
     """Inside the context, all blocks of attention are as large as those of the last rows, which see all keys."""
-    every = lambda sight, instances, rows: slice(0, sight.keys.shape[1])  # noqa: E731
-    with patch.object(Sight, "seen", every), patch.object(Sight, "start", None):
+    every = lambda spec, instances, rows: slice(0, spec.keys.shape[1])  # noqa: E731
+    with patch.object(ScoreSpec, "seen", every), patch.object(ScoreSpec, "start", None):
         yield
 
 

@@ -1,1 +1,1 @@
-"""Attention by position: masks, eager attention, attention received."""
+"""Attention that masks by position: reading masks and eager attention, and attention received."""

@@ -1,4 +1,4 @@
-"""Conditions: a boolean expression of one query and one key, taken apart into what ``Mask`` holds."""
+"""Conditions: split a boolean expression of one query and one key into the fields of ``Mask``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ORDERS = (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)
 
 
 def mask_of_condition(meaning: Meaning, nodes: Mapping[Any, fx.Node]) -> Mask | None:
-    """What a condition on one query and one key says."""
+    """The mask of a condition on one query and one key; None if ``Mask`` can't express it."""
     found: Mask | None = Mask()
     parts = sorted(sympy.And.make_args(meaning), key=lambda part: not isinstance(part, sympy.Eq))
     orders = [part for part in parts if isinstance(part, _ORDERS) and not part.atoms(AppliedUndef)]
@@ -34,7 +34,7 @@ def mask_of_condition(meaning: Meaning, nodes: Mapping[Any, fx.Node]) -> Mask | 
 
 
 def _with_part(mask: Mask, part: Meaning, nodes: Mapping[Any, fx.Node]) -> Mask | None:
-    """``mask`` and one more condition, where that can be said."""
+    """``mask`` with one more condition; None if ``Mask`` can't express it."""
     if part == sympy.true:
         return mask
     if part.is_Function and _is_by_key(part):
@@ -45,10 +45,12 @@ def _with_part(mask: Mask, part: Meaning, nodes: Mapping[Any, fx.Node]) -> Mask 
 
 
 def _is_by_key(part: Meaning) -> bool:
+    """Whether it depends on the key, and on nothing else but the instance."""
     return KEY in part.args and all(arg in (INSTANCE, KEY) or arg.is_Integer for arg in part.args)
 
 
 def _with_segments(mask: Mask, part: sympy.Eq, nodes: Mapping[Any, fx.Node]) -> Mask | None:
+    """``mask`` with segments, if ``part`` compares the same value at the query and at the key."""
     left, right = part.args
     by_key = right if right.is_Function and _is_by_key(right) else left
     other = left if by_key is right else right
@@ -58,7 +60,7 @@ def _with_segments(mask: Mask, part: sympy.Eq, nodes: Mapping[Any, fx.Node]) -> 
 
 
 def _with_packed_order(mask: Mask, part: Any, nodes: Mapping[Any, fx.Node]) -> Mask | None:
-    """Positions that the batch gives, compared within segments that end wherever the next position is not one more."""
+    """``mask`` as causal, if ``part`` compares given positions in segments that end where these don't rise by 1."""
     given = nodes.get(getattr(part.lhs, "func", None))
     ordered = _is_by_key(part.lhs) and part.rhs == part.lhs.subs(KEY, QUERY)
     if given is None or not ordered or not mask.segments:
@@ -75,12 +77,12 @@ def _is_along_last(node: fx.Node, target: Any) -> bool:
 
 
 def _with_order(mask: Mask, parts: Sequence[Any]) -> Mask | None:
-    """``mask`` and comparisons of the positions of query and key: causal, a window to both sides, or both."""
+    """``mask`` with comparisons of the positions of query and key: causal, a window to both sides, or both."""
     ahead, behind = (sympy.S.Zero if mask.causal else sympy.oo), sympy.oo
     for difference in chain.from_iterable(map(_differences, parts)):
         forward, backward = (sympy.expand(difference - x) for x in (KEY - QUERY, QUERY - KEY))
         if forward.is_Integer:
-            ahead = min(ahead, -forward)  # k - q is at most that
+            ahead = min(ahead, -forward)  # the upper bound of k - q
         elif backward.is_Integer:
             behind = min(behind, -backward)
         else:
@@ -91,7 +93,7 @@ def _with_order(mask: Mask, parts: Sequence[Any]) -> Mask | None:
 
 
 def _differences(part: Any) -> list[Meaning]:
-    """What is at most 0 where an order of integers holds; a distance is two differences."""
+    """Terms that are all at most 0 exactly where an order of integers holds; a distance gives two terms."""
     sides: tuple[Any, Any] = (part.lhs, part.rhs) if isinstance(part, (sympy.Le, sympy.Lt)) else (part.rhs, part.lhs)
     difference = sympy.expand(sides[0] - sides[1] + (1 if isinstance(part, (sympy.Lt, sympy.Gt)) else 0))
     distances: list[Any] = [*difference.atoms(sympy.Abs)]

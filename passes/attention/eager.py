@@ -1,9 +1,10 @@
-"""Open attention: one that a model writes out, matmul and softmax, read as what it computes.
+"""Eager attention: read an attention that a model writes out as matmul and softmax.
 
     softmax over keys of (cap(Q K^T scale) + mask | sinks) V,   cap(x) = softcap tanh(x / softcap)
 
-Scores of all pairs of positions need not exist then, as in ``attend``. What is asked for is the form that models have: scores read
-by nothing else (no attention weights are returned), a softmax as precise as the products, no dropout of its result.
+Scores of all pairs of positions need not exist then (see ``positional``). The attention must have the form that models
+use: nothing else reads the scores (no attention weights are returned), the softmax is as precise as the products, and
+its result has no dropout.
 """
 
 from __future__ import annotations
@@ -28,8 +29,11 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Scores:
-    """What is between the product with the keys and the softmax: ``query`` [B, H, T, E] and ``key`` [B, H, S, E] (heads repeated), ``scale``,
-    ``softcap`` (0: none), ``mask``, ``sinks`` (H numbers)."""
+    """The operations from the product with the keys to the softmax.
+
+    ``query`` [B, H, T, E] and ``key`` [B, H, S, E] (heads repeated), ``scale``, ``softcap`` (0: none), ``mask``,
+    ``sinks`` (H numbers).
+    """
 
     query: fx.Node
     key: fx.Node
@@ -40,7 +44,7 @@ class Scores:
 
 
 def read_scores(attention: Attention) -> Scores | None:
-    """The scores of an attention that is written out; ``None``: it does more than ``selected_attention`` can."""
+    """The scores of an eager attention; None if it does more than ``selected_attention`` can."""
     softmax, out = attention.node, attention.out
     if out.target is not aten.matmul.default or not _is_precise(softmax, out) or not _leads_to(softmax, out):
         return None
@@ -52,13 +56,13 @@ def read_scores(attention: Attention) -> Scores | None:
 
 
 def _is_precise(softmax: fx.Node, out: fx.Node) -> bool:
-    """The operator's softmax is in the dtype of the products or in float32: no less precise than the model's."""
+    """Whether the operator's softmax, in the dtype of the products or float32, is as precise as the model's."""
     dtype = softmax.meta["val"].dtype
     return torch.promote_types(dtype, out.meta["val"].dtype) is dtype
 
 
 def _leads_to(softmax: fx.Node, out: fx.Node) -> bool:
-    """Whether ``out`` alone reads the softmax, as it is or without its last column."""
+    """Whether only ``out`` reads the softmax, as it is or without its last column."""
     node = softmax
     while len(node.users) == 1:
         (user,) = node.users
@@ -78,7 +82,7 @@ def _cuts_last(node: fx.Node) -> bool:
 
 
 def _read(node: Any) -> Scores | None:
-    """What scores are, from their last operation on."""
+    """Read scores, from their last operation backwards."""
     rule = _RULES.get(node.target) if is_tensor(node) else None
     return None if rule is None else rule(node)
 
@@ -88,7 +92,7 @@ def _cast(node: fx.Node) -> Scores | None:
 
 
 def _shifted(node: fx.Node) -> Scores | None:
-    """Less their maximum, which changes no softmax."""
+    """Scores minus their maximum, which leaves the softmax unchanged."""
     scores, top = node.args[:2]
     largest = top.args[0] if is_tensor(top) and top.target is operator.getitem and top.args[1] == 0 else top
     if not isinstance(largest, fx.Node) or largest.target not in (aten.max.dim, aten.amax.default):
@@ -112,7 +116,7 @@ def _beside_sinks(node: fx.Node) -> Scores | None:
 
 
 def _added(node: fx.Node) -> Scores | None:
-    """A mask on either side."""
+    """Scores plus a mask, in either order."""
     left, right = node.args
     if not is_tensor(right) or bind(node)["alpha"] != 1:
         return None
@@ -146,7 +150,7 @@ def _scaled(node: fx.Node) -> Scores | None:
 
 
 def _capped(found: Scores, cap: float) -> Scores | None:
-    """``cap`` times the tanh of what is divided by it: the division is in the scale that was found."""
+    """``cap`` times the tanh of scores divided by it. ``found.scale`` already has the division."""
     if found.softcap or found.mask != Mask() or found.sinks or cap <= 0:
         return None
     return replace(found, scale=found.scale * cap, softcap=cap)

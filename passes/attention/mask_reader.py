@@ -1,9 +1,9 @@
-"""Mask reader: which attention masks are no more than a comparison of positions, so that no ``[T, T]`` tensor need exist.
+"""Mask reader: read attention masks that only compare positions, so that no ``[T, T]`` tensor need exist.
 
-A mask is read as what it says of one query and one key: every operation that makes it is evaluated at symbols for the
-instance, the head and both positions. ``arange`` and views leave arithmetic, what depends on the batch stays an unknown
-function of its own positions. The result, a conjunction, is taken apart: causal, a window, keys that are visible, segments
-that are equal. A mask with any other part is left as it is.
+The operations that make a mask are evaluated for one query and one key, at symbols for the instance, the head and both
+positions. ``arange`` and views become arithmetic; a value that depends on the batch stays an unknown function of its
+positions. The result is a conjunction, which is split into its parts: causal, a window, visible keys, equal segments.
+A mask with any other part is not read.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from .conditions import mask_of_condition
 from .masks import HEAD, INSTANCE, KEY, QUERY, Hides, Index, Mask, is_constant
 
 aten = torch.ops.aten
-Meaning = Any  # a sympy expression; of a mask a boolean one
+Meaning = Any  # a sympy expression; for a mask a boolean one
 
 
 def read_mask(mask: fx.Node | None) -> Mask | None:
-    """What a mask of attention, broadcast to [B, H, T, S], says; ``None``: more than can be said here."""
+    """Read an attention mask that broadcasts to [B, H, T, S]; None if ``Mask`` can't express it."""
     if mask is None:
         return Mask()
     if mask.meta["val"].ndim > 4:
@@ -49,15 +49,15 @@ def read_mask(mask: fx.Node | None) -> Mask | None:
 
 
 def read_hidden(hidden: fx.Node, value: float, dtype: torch.dtype) -> Mask | None:
-    """The mask of scores of a ``dtype`` that are ``value`` where ``hidden``, a bool node, is True."""
+    """The mask of scores of ``dtype`` that become ``value`` where ``hidden``, a bool node, is True."""
     reader = _Reader()
     meaning = sympy.to_nnf(sympy.Not(reader.at(hidden, _index_of(hidden))), simplify=False)
     return _hiding(mask_of_condition(meaning, reader.nodes), value, dtype, Hides.BY_VALUE)
 
 
 def _hiding(mask: Mask | None, value: float | None, dtype: torch.dtype, hides: Hides) -> Mask | None:
-    """``mask``, where it hides keys by ``value``, a number of ``dtype``."""
-    if mask is None or not mask.keys:  # every query sees itself
+    """``mask`` that hides keys by ``value``, a number of ``dtype``; None if ``value`` does not hide them."""
+    if mask is None or not mask.keys:  # each query sees itself
         is_hidden = value is not None and value <= max(torch.finfo(dtype).min, -1e9)
         return mask if is_hidden else None
     is_least = value == torch.finfo(dtype).min and (hides is Hides.BY_VALUE or _loses_scores(dtype))
@@ -65,12 +65,12 @@ def _hiding(mask: Mask | None, value: float | None, dtype: torch.dtype, hides: H
 
 
 def _loses_scores(dtype: torch.dtype) -> bool:
-    """Whether a score is lost in a sum with the least number of ``dtype``: in float16 it may reach that."""
+    """Whether a sum with the least number of ``dtype`` rounds a score away. Scores of float16 may be too large."""
     return dtype is not torch.float16
 
 
 def _choice(mask: fx.Node) -> tuple[fx.Node | None, float | None]:
-    """The condition of a mask that is 0 where it is True, and the number that it is elsewhere."""
+    """For a mask that is 0 where a condition is True: the condition, and the number elsewhere."""
     if mask.target not in (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar):
         return None, None
     operands: Any = mask.args
@@ -79,7 +79,7 @@ def _choice(mask: fx.Node) -> tuple[fx.Node | None, float | None]:
 
 
 def _number(value: Any) -> float | None:
-    """The number that a tensor is filled with."""
+    """The number that fills a tensor; None if it has other values."""
     if isinstance(value, (int, float)):
         return value
     if value.target in (aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default):
@@ -94,7 +94,7 @@ def _index_of(mask: fx.Node) -> Index:
 
 
 class _Reader:
-    """Evaluates nodes at symbolic indices. ``nodes``: what its unknown functions stand for."""
+    """Evaluate nodes at symbolic indices. ``nodes``: the nodes that its unknown functions stand for."""
 
     def __init__(self) -> None:
         self.nodes: dict[Any, fx.Node] = {}
@@ -107,7 +107,7 @@ class _Reader:
         return self._unknown(node, index) if found is None else found
 
     def operand(self, node: Any, index: Index) -> Meaning:
-        """An operand that is broadcast to a result that is read at ``index``."""
+        """The value of an operand that broadcasts to a result that is read at ``index``."""
         rank = node.meta["val"].ndim if is_tensor(node) else 0
         return self.at(node, _broadcast(node, index[len(index) - rank :]) if rank else ())
 
@@ -176,7 +176,7 @@ def _expand(reader: _Reader, node: fx.Node, index: Index) -> Meaning:
 
 @_rule(aten.repeat.default)
 def _repeat(reader: _Reader, node: fx.Node, index: Index) -> Meaning:
-    """Repeated along dims of size 1 alone, it is an expansion."""
+    """A repeat only along dims of size 1 is an expansion."""
     source = node.args[0].meta["val"].shape
     sizes = node.meta["val"].shape[len(index) - len(source) :]
     same = all(same_size(size, 1) or same_size(size, whole) for size, whole in zip(source, sizes, strict=True))
@@ -194,7 +194,7 @@ def _slice(reader: _Reader, node: fx.Node, index: Index) -> Meaning:
 
 @_rule(aten.index.Tensor)
 def _index(reader: _Reader, node: fx.Node, index: Index) -> Meaning:
-    """A position that is not known to be at least 0 may count from the end."""
+    """Indexing by tensors. Negative indices count from the end, so all must be known to be at least 0."""
     given = bind(node)
     source, places = given["self"], given["indices"]
     if any(place is None or place.meta["val"].dtype is torch.bool for place in places):
@@ -218,7 +218,7 @@ def _ones(reader: _Reader, node: fx.Node, index: Index) -> Meaning:
     aten.alias.default,
 )
 def _same(reader: _Reader, node: fx.Node, index: Index) -> Meaning:
-    """A copy; as a bool, what is 0 where a condition holds and another number elsewhere."""
+    """A copy. As a bool, a value that is 0 where a condition holds and another number elsewhere is its negation."""
     source, after = node.args[0], node.meta["val"].dtype
     before = source.meta["val"].dtype
     if after is torch.bool and before.is_floating_point:
@@ -230,7 +230,7 @@ def _same(reader: _Reader, node: fx.Node, index: Index) -> Meaning:
 
 @_rule(aten.diff.default)
 def _diff(reader: _Reader, node: fx.Node, index: Index) -> Meaning:
-    """x[i] - x[i-1], and at 0 the difference to what is put before: known where both are the same number."""
+    """x[i] - x[i-1], at 0 the difference to what is prepended; known only if both are the same number."""
     given = bind(node)
     source, before, dim = given["self"], given["prepend"], given["dim"] % len(index)
     one_before = is_tensor(before) and same_size(before.meta["val"].shape[dim], 1)
@@ -247,7 +247,7 @@ def _diff(reader: _Reader, node: fx.Node, index: Index) -> Meaning:
 
 @_rule(aten.cumsum.default)
 def _cumsum(reader: _Reader, node: fx.Node, index: Index) -> Meaning:
-    """A sum of nothing but 0."""
+    """Known only for a sum of zeros."""
     return sympy.S.Zero if reader.at(node.args[0], index) in (sympy.S.Zero, sympy.false) else None
 
 

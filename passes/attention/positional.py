@@ -1,9 +1,9 @@
-"""PositionalAttention: which attentions can look at keys and values as they are, by position.
+"""PositionalAttention: attentions that can read keys and values as they are and mask by position.
 
-Such an attention becomes ``ops.attention.selected_attention``: keys and values are not repeated for groups of heads, the rows
-are not put into them, and neither masks nor scores have a dim for the queries. Asked for is what nearly all models have:
-``scaled_dot_product_attention``, or products and a softmax in its place (``open_attention``), of [B, H, T, E], tokens as a dim of their
-own, without dropout of the shares, and with a mask that compares positions (``masks``).
+Such an attention becomes ``ops.attention.selected_attention``: keys and values are not repeated for groups of heads,
+the kept rows are not written into them, and neither masks nor scores have a dim for the queries. It must be an
+attention operation or eager attention (``eager``), of [B, H, T, E] with the tokens as one dim, without dropout of the
+attention weights, and with a mask that compares positions (``masks``).
 """
 
 from __future__ import annotations
@@ -27,62 +27,65 @@ from ..graph.strides import copied_in_order, order_in_memory
 from ..rules.attention import AttentionOp, attention_op
 from .eager import read_scores
 from .mask_reader import read_mask
-from .masks import Hides, Mask
+from .masks import Mask
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class PositionalAttention:
-    """One attention: the nodes of its query [B, H, T, E], and of its key and value [B, Hkv, S, E] before heads are repeated."""
+    """One attention.
+
+    Args:
+        query: the node of the query, [B, H, T, E].
+        key, value: nodes [B, Hkv, S, E], before heads are repeated.
+        mask: which keys each query sees.
+        scale: factor of the scores; None: 1 / sqrt(E).
+        dtype: that of the products, which differs from that of the operands under autocast.
+        softcap: cap of the scores; 0: none.
+        sinks: a score for each head that joins the softmax and has no value, H numbers.
+    """
 
     query: fx.Node
     key: fx.Node
     value: fx.Node
     mask: Mask
     scale: float | None
-    dtype: torch.dtype  # of the products: under autocast not that of the operands
+    dtype: torch.dtype
     softcap: float = 0.0
     sinks: fx.Node | None = None
 
     @property
-    def by_position(self) -> bool:
-        """True where it matters where the queries stand."""
-        return self.mask.causal or bool(self.mask.window) or bool(self.mask.segments)
-
-    @property
     def context(self) -> tuple[fx.Node, ...]:
-        """What the queries look at as a whole."""
-        parts = [node for node, _ in (*self.mask.keys, *self.mask.segments)]
-        return (self.key, self.value, *parts, *(x for x in (self.mask.added, self.sinks) if x is not None))
+        """The nodes that the queries need as a whole, for all keys."""
+        sinks = () if self.sinks is None else (self.sinks,)
+        return (self.key, self.value, *self.mask.nodes, *sinks)
 
     def __call__(
         self, values: Mapping[fx.Node, Any], query: Tensor, positions: Tensor, live: tuple[Tensor, ...] | None = None
     ) -> Tensor:
-        """The attention of ``query`` [B, H, k, E] at ``positions`` [B, k] to the keys of ``values``; ``live``: selected rows of
-        key and value and their places, which get the gradient."""
+        """Attention of ``query`` [B, H, k, E] at ``positions`` [B, k] to the keys in ``values``.
+
+        ``live``: the rows of key and value that get gradient, and their positions [B, m].
+        """
         out, _ = self._attend(values, query, positions, live)
         return out
 
     def _attend(
         self, values: Mapping[fx.Node, Any], query: Tensor, positions: Tensor, live: tuple[Tensor, ...] | None
     ) -> tuple[Tensor, Tensor]:
-        """The attention, and the log-sum-exp of the scores."""
+        """The attention and the log-sum-exp of the scores."""
         row_key, row_value, columns = live or (None, None, None)
         operands = (query, row_key, row_value, values[self.key], values[self.value])
+        with_means = self.sinks is None  # sinks take all of the softmax of a query that sees no key
         return selected_attention(
             *map(self._cast, operands),
-            positions if self.by_position else None,
+            positions if self.mask.by_position else None,
             columns=columns,
-            mask=self.mask.visible(values),
-            segments=self.mask.segments_of(values),
-            causal=self.mask.causal,
-            window=self.mask.window,
+            visibility=self.mask.at(values, positions if with_means else None),
             scale=self.scale,
             softcap=self.softcap,
             sinks=None if self.sinks is None else values[self.sinks].flatten(),
-            fully_masked=self.mask.fully_masked(values, positions) if self.sinks is None else None,  # sinks get it all
-            scored=self.mask.hides is Hides.BY_SUM,
             return_lse=True,
         )
 
@@ -90,38 +93,31 @@ class PositionalAttention:
         return x if x is None or x.dtype is self.dtype else x.to(self.dtype)
 
     def of_all_tokens(self, values: Mapping[fx.Node, Any]) -> Tensor:
-        """That of all tokens, all of their keys and values with gradient."""
+        """The attention of all tokens, with gradient for all keys and values."""
         query, key, value = (values[node] for node in (self.query, self.key, self.value))
         rows, columns = (torch.arange(x.shape[2], device=x.device).expand(x.shape[0], -1) for x in (query, key))
         return self(values, query, rows, (key, value, columns))
 
     def received(self, values: Mapping[fx.Node, Any]) -> Tensor:
-        """The attention that every key gets from all queries, [B, H, S]."""
-        query, mask = values[self.query], self.mask
-        segments, lse = mask.segments_of(values), None
+        """The attention that each key receives from all queries, [B, H, S]."""
+        query, lse = values[self.query], None
         if self.sinks is not None:
             positions = torch.arange(query.shape[2], device=query.device).expand(query.shape[0], -1)
             _, lse = self._attend(values, query, positions, None)
-        return received(
-            self._cast(query),
-            self._cast(values[self.key]),
-            mask.visible(values),
-            mask.causal,
-            self.scale,
-            mask.window or None,
-            None if segments is None else segments.expand(query.shape[0], -1),
-            self.softcap,
-            lse,
-        )
+        key = self._cast(values[self.key])
+        return received(self._cast(query), key, self.mask.at(values), self.scale, self.softcap, lse)
 
 
 class PositionalAttentions(dict[fx.Node, PositionalAttention]):
-    """The attentions that qualify, by their results."""
+    """The attentions that qualify, by the node of their result."""
 
 
 @dataclass(frozen=True)
 class FindPositionalAttention:
-    """Read every attention. Reads ``TokenAxes``, ``Activity``; writes ``PositionalAttentions``."""
+    """Find the attentions that can mask by position.
+
+    Reads ``TokenAxes``, ``Activity``; writes ``PositionalAttentions``.
+    """
 
     name: str = "positional attention"
 
@@ -142,11 +138,11 @@ class FindPositionalAttention:
         return program.with_(found)
 
     def check(self, program: Program) -> None:
-        """Nothing to verify: an attention that does not qualify is executed as it is."""
+        """Nothing to check: an attention that does not qualify runs as it is."""
 
 
 def _read(program: Program, node: fx.Node, given: AttentionOp, mask: Mask | None) -> PositionalAttention | None:
-    """An attention operation."""
+    """Read an attention operation."""
     if mask is None or given.dropout_p or not is_tensor(node):
         return None
     if given.is_causal:
@@ -157,7 +153,7 @@ def _read(program: Program, node: fx.Node, given: AttentionOp, mask: Mask | None
 
 
 def _read_eager(program: Program, attention: Attention) -> PositionalAttention | None:
-    """One that the model writes out."""
+    """Read an eager attention: matmul and softmax."""
     found, out = read_scores(attention), attention.out
     if found is None:
         return None
@@ -166,8 +162,10 @@ def _read_eager(program: Program, attention: Attention) -> PositionalAttention |
 
 
 def _qualified(program: Program, attention: PositionalAttention, is_repeated: bool) -> PositionalAttention | None:
-    """``attention`` with key and value as they are before heads are repeated, where tokens are a dim of their own and the mask is not
-    trained."""
+    """``attention`` with its key and value before heads are repeated.
+
+    None if the tokens are not one dim of query, key and value, or the mask is trained.
+    """
     axes, (query, key, value) = program[TokenAxes], (attention.query, attention.key, attention.value)
     if attention.mask.added in program[Activity].live or not all(_is_by_token(axes, x) for x in (query, key, value)):
         return None
@@ -179,7 +177,7 @@ def _qualified(program: Program, attention: PositionalAttention, is_repeated: bo
 
 
 def _is_by_token(axes: TokenAxes, node: fx.Node) -> bool:
-    """[B, H, T, E], where B are the instances and T their tokens; a single instance has no axis."""
+    """Whether it is [B, H, T, E], where T is the token axis and B its batch. A batch of size 1 needs no axis."""
     labels = axes.of(node)
     axis = axes.axis_at(labels[2]) if len(labels) == 4 else None
     if axis is None or labels[2] != axis.token or labels[0] != axis.batch:
@@ -188,7 +186,7 @@ def _is_by_token(axes: TokenAxes, node: fx.Node) -> bool:
 
 
 def _before_groups(node: fx.Node) -> Any:
-    """Keys or values [B, Hkv, S, E] that are repeated for groups of heads: before that, else as they are."""
+    """Keys or values [B, Hkv, S, E] before they are repeated for groups of heads, or as they are."""
     view = node
     while view.target in COPIES:
         view = view.args[0]
@@ -206,12 +204,12 @@ def _before_groups(node: fx.Node) -> Any:
 
 
 def read_by(program: Program, node: fx.Node) -> Sequence[fx.Node]:
-    """What an operation reads; attention by position reads neither a mask of all pairs nor scores."""
+    """The nodes that an operation reads. Attention by position reads neither a mask of all pairs nor scores."""
     attention = program[PositionalAttentions].get(node)
     return node.all_input_nodes if attention is None else (attention.query, *attention.context)
 
 
 def laid_out_as(example: Tensor, value: Tensor) -> Tensor:
-    """``value`` with its dims in the order in memory of ``example``: views that follow were traced with that."""
+    """``value`` with the memory layout of ``example``, with which the views that follow were traced."""
     order = order_in_memory(example)
     return value if order == order_in_memory(value) else copied_in_order(value, order)

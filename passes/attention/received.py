@@ -1,9 +1,9 @@
-"""Attention received: for every token, the attention that it gets from all queries of its sequence (TokenSeek's I1).
+"""Attention received: for each token, the attention from all queries of its sequence (TokenSeek's I1).
 
     I1[b, j] = sum over heads h and queries i of softmax(Q K^T scale + mask)[b, h, i, j]
 
-Queries that may look at nothing (rows of padding) count for nothing. The operator works in blocks, so no
-``[B, H, T, T]`` tensor exists.
+Fully masked queries (padding) are left out of the sum. The operator works in blocks, so no ``[B, H, T, T]`` tensor
+exists.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from ...ops.received import HIDDEN, received, sees_nothing
+from ...ops.visibility import Visibility
 from ..analysis.row_index import RowIndex
 from ..analysis.token_axes import Attention
 from ..rules.attention import attention_op
@@ -24,7 +25,7 @@ from .positional import PositionalAttention
 def received_in(
     attention: Attention, positional: PositionalAttention | None, values: Mapping[fx.Node, Any], row_index: RowIndex
 ) -> Tensor:
-    """I1 of one attention, [B, T], from the seek stream's values; by position where it can be."""
+    """I1 of one attention, [B, T], from the values of the seek stream."""
     node, axes = attention.node, row_index.axes
     if positional is not None:
         labels = (*axes.of(positional.query)[:-2], axes.of(positional.key)[-2])
@@ -32,9 +33,8 @@ def received_in(
     given = attention_op(node)
     if given is not None:
         mask = None if given.mask is None else values[given.mask]
-        total = received(
-            values[given.query], values[given.key], mask, given.is_causal, given.scale, None, None, given.softcap
-        )
+        visibility = Visibility(mask=mask, causal=given.is_causal)
+        total = received(values[given.query], values[given.key], visibility, given.scale, given.softcap)
         labels = (*axes.of(given.query)[:-2], axes.of(given.key)[-2])
         return row_index.by_token(total, labels, len(labels) - 1)
     weights = values[attention.weights].masked_fill(sees_nothing(values[node.args[0]]), 0.0)
@@ -46,7 +46,7 @@ def received_in(
 def attended_in(
     attention: Attention, positional: PositionalAttention | None, values: Mapping[fx.Node, Any], row_index: RowIndex
 ) -> Tensor | None:
-    """True for tokens that any query may look at (bool [B, T]), i.e. that are no padding; ``None``: all."""
+    """True for tokens that any query sees, which are not padding, bool [B, T]; None: all."""
     node, axes = attention.node, row_index.axes
     if positional is not None:
         return _attended_by_position(positional, values, row_index)
@@ -65,8 +65,8 @@ def attended_in(
 def _attended_by_position(
     positional: PositionalAttention, values: Mapping[fx.Node, Any], row_index: RowIndex
 ) -> Tensor | None:
-    """Every token may look at itself, so all but the keys that are hidden from all queries."""
-    visible = positional.mask.visible(values)
+    """Each token sees itself unless it is hidden from all queries."""
+    visible = positional.mask.key_mask(values)
     if visible is None:
         return None
     visible = visible if visible.dtype is torch.bool else visible > HIDDEN

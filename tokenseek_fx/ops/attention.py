@@ -5,7 +5,7 @@
 ``key`` and ``value`` hold all tokens, including the selected rows; ``row_key`` and ``row_value`` are the selected rows
 with gradient. Nothing has to be scattered: the forward reads ``key`` and ``value``; the backward gives dq over all
 keys, and dk, dv of k x k pairs, for which it reads ``key`` and ``value`` at ``columns``. Saved for backward: query,
-key, value, out, the log-sum-exp, positions, and the mask, segments and sinks.
+key, value, out, the log-sum-exp, positions, sinks, and the tensors of the visibility.
 
 ``definition`` is a short reference implementation. The operator runs in blocks on CPU (``attention_blocks``) and as
 Triton kernels on CUDA (``attention_triton``).
@@ -13,15 +13,17 @@ Triton kernels on CUDA (``attention_triton``).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import attention_blocks as blocks
-from .attention_blocks import Sight, lse_like, rows_like
+from .attention_blocks import ScoreSpec, lse_like, rows_like
 from .device import runs_triton
 from .fully_masked import fill, grad_blind
+from .visibility import ALL_KEYS, Visibility, with_flat_visibility
 
 #: Largest head width that the kernels take: wider heads don't fit into a GPU's registers.
 WIDEST = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
@@ -36,21 +38,16 @@ def selected_attention(
     positions: Tensor | None,
     *,
     columns: Tensor | None = None,
-    mask: Tensor | None = None,
-    segments: Tensor | None = None,
-    causal: bool = False,
-    window: int = 0,
+    visibility: Visibility = ALL_KEYS,
     scale: float | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
-    fully_masked: Tensor | None = None,
-    scored: bool = False,
     return_lse: bool = False,
 ) -> Any:
     """Attention of ``query`` [B, H, k, E] to ``key`` [B, Hkv, S, E] and ``value`` [B, Hkv, S, Ev]: [B, H, k, Ev].
 
     H is a multiple of Hkv (grouped heads). Half precision is accumulated in float32. A row that sees no key gives 0,
-    unless it is in ``fully_masked``.
+    unless it is in ``visibility.fully_masked``.
 
     Args:
         query, key, value: of one floating-point dtype. ``key`` and ``value`` get no gradient.
@@ -59,16 +56,10 @@ def selected_attention(
         positions: int64 [B, k], sorted, the positions of the query rows among the S keys; None if no other argument
             needs them.
         columns: int64 [B, m], sorted, the positions of ``row_key``; None: ``positions``.
-        mask: broadcastable to [B, H, k, S], bool (True: visible) or added to the scores. It gets no gradient.
-        segments: int [B, S]; a row sees only the keys of its own segment.
-        causal: the row at position p sees key j only if j <= p.
-        window: if positive, only if also abs(p - j) < window.
+        visibility: which keys each row sees. ``fully_masked`` can't be given with ``sinks``.
         scale: factor of the scores; None: 1 / sqrt(E).
         softcap: if positive, scores become softcap tanh(scores / softcap).
         sinks: [H], for each head a score that joins the softmax and has no value.
-        fully_masked: bool [B, k], fully masked rows that get the mean of all values (see ``ops.fully_masked``). Not with ``sinks``.
-        scored: the scores of the rows in ``fully_masked``, capped and scaled but not masked, get the gradient of a softmax
-            whose weights are all 1 / S.
         return_lse: also return the log-sum-exp of the scores [B, H, k], at least float32, without gradient.
 
     Returns:
@@ -77,16 +68,13 @@ def selected_attention(
     Raises:
         ValueError: operands don't fit together.
     """
-    _check(
-        query, row_key, row_value, key, value, positions, columns, mask, segments, causal, window, sinks, fully_masked
-    )
+    _check(query, row_key, row_value, key, value, positions, columns, sinks, visibility)
     columns = None if row_key is None else positions if columns is None else columns
-    mask = None if mask is None else mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-    operands, hidden = (
-        (query, row_key, row_value, key, value, positions, columns),
-        (mask, segments, sinks, fully_masked),
-    )
-    out, lse = _operator(query, value)(*operands, *hidden, causal, window, scale, softcap, scored)
+    mask = visibility.mask
+    if mask is not None and mask.ndim < 4:
+        visibility = replace(visibility, mask=mask.reshape((1,) * (4 - mask.ndim) + mask.shape))
+    operands = (query, row_key, row_value, key, value, positions, columns, sinks)
+    out, lse = _operator(query, value)(*operands, scale, softcap, *visibility.flat())
     return (out, lse) if return_lse else out
 
 
@@ -106,8 +94,9 @@ def _operator(query: Tensor, value: Tensor) -> Any:
 
 
 def _check(
-    query, row_key, row_value, key, value, positions, columns, mask, segments, causal, window, sinks, fully_masked
-) -> None:
+    query: Tensor, row_key: Any, row_value: Any, key: Tensor, value: Tensor, positions: Any, columns: Any, sinks: Any,
+    visibility: Visibility,
+) -> None:  # fmt: skip
     if query.shape[1] % key.shape[1]:
         raise ValueError(
             f"{query.shape[1]} query heads can't share {key.shape[1]} key heads. Their number must be a multiple."
@@ -122,20 +111,20 @@ def _check(
         )
     if (row_key is None) != (row_value is None):
         raise ValueError("Only one of row_key and row_value was given. Pass both or none.")
-    by_position = causal or window or segments is not None or (row_key is not None and columns is None)
-    if positions is None and by_position:
+    if positions is None and (visibility.by_position or (row_key is not None and columns is None)):
         raise ValueError("causal, window, segments and row_key need the positions of the rows. Pass positions.")
-    if mask is not None and mask.requires_grad:
+    if visibility.mask is not None and visibility.mask.requires_grad:
         raise ValueError("The mask requires grad, but selected attention gives it no gradient. Detach it.")
-    if fully_masked is not None and sinks is not None:
+    if visibility.fully_masked is not None and sinks is not None:
         raise ValueError(
-            "fully_masked has no effect with sinks, which take all of the softmax of a fully masked row. Pass one of them."
+            "fully_masked has no effect with sinks: they take all of the softmax of a fully masked row. "
+            "Pass one of them."
         )
 
 
 def definition(
-    query, row_key, row_value, key, value, positions, *, columns=None, mask=None, segments=None, causal=False, window=0,
-    scale=None, softcap=0.0, sinks=None, fully_masked=None, scored=False,
+    query, row_key, row_value, key, value, positions, *, columns=None, visibility=ALL_KEYS, scale=None, softcap=0.0,
+    sinks=None,
 ) -> Tensor:  # fmt: skip
     """A dense reference implementation of ``selected_attention``, differentiated by autograd, for tests."""
     if row_key is not None:
@@ -146,57 +135,55 @@ def definition(
     q, k, v = query.to(dtype), key.to(dtype).repeat_interleave(groups, 1), value.to(dtype).repeat_interleave(groups, 1)
     scores = q @ k.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores
-    unhidden = scores if scored else scores.detach()
-    visible = torch.ones(query.shape[0], query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-    later = torch.arange(key.shape[2], device=query.device) - (0 if positions is None else positions[..., None])
-    visible &= (later <= 0) | (not causal)
-    visible &= (later.abs() < window) | (not window)
-    if segments is not None:
-        visible &= segments.gather(1, positions)[..., None] == segments[:, None]
-    scores = scores.masked_fill(~visible[:, None], -torch.inf)
+    unmasked = scores if visibility.scored else scores.detach()
+    visible = visibility.visible(positions, torch.arange(key.shape[2], device=query.device)[None])
+    if visible is not None:
+        scores = scores.masked_fill(~visible[:, None], -torch.inf)
+    mask = visibility.mask
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else scores + mask
     sink = scores.new_full((query.shape[1],), -torch.inf) if sinks is None else sinks.to(dtype)
     scores = torch.cat([scores, sink[:, None, None].expand(*scores.shape[:-1], 1)], -1)
     nothing = (scores == -torch.inf).all(-1, keepdim=True)
-    shares = torch.softmax(scores.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)[..., :-1]
-    if fully_masked is not None:
-        alike = torch.softmax(unhidden - unhidden.detach(), -1)
-        shares = torch.where(fully_masked[:, None, :, None], alike, shares)
-    return (shares @ v).to(query.dtype)
+    weights = torch.softmax(scores.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)[..., :-1]
+    if visibility.fully_masked is not None:
+        equal = torch.softmax(unmasked - unmasked.detach(), -1)
+        weights = torch.where(visibility.fully_masked[:, None, :, None], equal, weights)
+    return (weights @ v).to(query.dtype)
 
 
 @torch.library.custom_op("tokenseek_fx::selected_attention", mutates_args=())
+@with_flat_visibility
 def _forward(
     query: Tensor, row_key: Tensor | None, row_value: Tensor | None, key: Tensor, value: Tensor,
-    positions: Tensor | None, columns: Tensor | None, mask: Tensor | None, segments: Tensor | None,
-    sinks: Tensor | None, fully_masked: Tensor | None, causal: bool, window: int, scale: float | None, softcap: float,
-    scored: bool,
+    positions: Tensor | None, columns: Tensor | None, sinks: Tensor | None, scale: float | None, softcap: float,
+    visibility: Visibility,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    sight = Sight.of(query, key, positions, mask, segments, causal, window, scale, softcap)
-    out, lse = blocks.forward(query, key, value, sinks, sight)
-    if fully_masked is not None:
-        fill(out, value, fully_masked)
+    spec = ScoreSpec.of(query, key, positions, visibility, scale, softcap)
+    out, lse = blocks.forward(query, key, value, sinks, spec)
+    if visibility.fully_masked is not None:
+        fill(out, value, visibility.fully_masked)
     return out, lse
 
 
 @torch.library.custom_op("tokenseek_fx::selected_attention_grad_query", mutates_args=())
+@with_flat_visibility
 def _grad_query(
     grad: Tensor, delta: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None,
-    mask: Tensor | None, segments: Tensor | None, causal: bool, window: int, scale: float | None, softcap: float,
+    scale: float | None, softcap: float, visibility: Visibility,
 ) -> Tensor:  # fmt: skip
-    sight = Sight.of(query, key, positions, mask, segments, causal, window, scale, softcap)
-    return blocks.grad_query(grad, delta, lse, query, key, value, sight)
+    spec = ScoreSpec.of(query, key, positions, visibility, scale, softcap)
+    return blocks.grad_query(grad, delta, lse, query, key, value, spec)
 
 
 @torch.library.custom_op("tokenseek_fx::selected_attention_grad_keys", mutates_args=())
+@with_flat_visibility
 def _grad_keys(
     grad: Tensor, delta: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None,
-    columns: Tensor, mask: Tensor | None, segments: Tensor | None, causal: bool, window: int, scale: float | None,
-    softcap: float,
+    columns: Tensor, scale: float | None, softcap: float, visibility: Visibility,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    sight = Sight.of(query, key, positions, mask, segments, causal, window, scale, softcap)
-    return blocks.grad_selected(grad, delta, lse, query, key, value, columns, sight)
+    spec = ScoreSpec.of(query, key, positions, visibility, scale, softcap)
+    return blocks.grad_selected(grad, delta, lse, query, key, value, columns, spec)
 
 
 def _fake_forward(query, row_key, row_value, key, value, *rest):
@@ -212,34 +199,39 @@ def _fake_grad_keys(grad, delta, lse, query, key, value, positions, columns, *re
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    query, _, _, key, value, positions, columns, mask, segments, sinks, fully_masked, *ctx.form, ctx.scored = inputs
+    query, _, _, key, value, positions, columns, sinks, ctx.scale, ctx.softcap, *flat = inputs
+    tensors, ctx.numbers = flat[: Visibility.TENSORS], flat[Visibility.TENSORS :]
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, positions, columns, mask, segments, sinks, fully_masked, *output)
+    ctx.save_for_backward(query, key, value, positions, columns, sinks, *tensors, *output)
 
 
 def register(forward: Any, grad_query: Any, grad_keys: Any) -> None:
     """Register fake implementations of three operators, and the other two as the backward of ``forward``."""
 
     def backward(ctx, grad, _):
-        query, key, value, positions, columns, mask, segments, sinks, fully_masked, out, lse = ctx.saved_tensors
-        needs, grads = ctx.needs_input_grad, [None] * 16
+        query, key, value, positions, columns, sinks, *tensors, out, lse = ctx.saved_tensors
+        visibility = Visibility.from_flat((*tensors, *ctx.numbers))
+        needs = ctx.needs_input_grad
+        grads: list[Any] = [None] * len(needs)
         if grad is None:
             return tuple(grads)
-        of_blind: Any = None
-        if fully_masked is not None:
-            of_blind = grad_blind(grad, query, key, value, columns, fully_masked, ctx.scored, *ctx.form[-2:])
-            grad = grad.masked_fill(fully_masked[:, None, :, None], 0)
+        of_means: Any = None
+        if visibility.fully_masked is not None:
+            found = (columns, visibility.fully_masked, visibility.scored, ctx.scale, ctx.softcap)
+            of_means = grad_blind(grad, query, key, value, *found)
+            grad = grad.masked_fill(visibility.fully_masked[:, None, :, None], 0)
         delta = (grad.to(lse.dtype) * out).sum(-1)
-        operands, hidden = (grad, delta, lse, query, key, value, positions), (mask, segments, *ctx.form)
+        operands = (grad, delta, lse, query, key, value, positions)
+        form = (ctx.scale, ctx.softcap, *visibility.without_means().flat())
         if needs[0]:
-            grads[0] = grad_query(*operands, *hidden)
+            grads[0] = grad_query(*operands, *form)
         if needs[1] or needs[2]:
-            grads[1], grads[2] = grad_keys(*operands, columns, *hidden)
-        if needs[9]:
-            grads[9] = -((sinks[:, None] - lse).exp() * delta).sum((0, 2)).to(sinks.dtype)
-        if of_blind is not None:
-            grads[:3] = (None if mine is None else mine + more for mine, more in zip(grads, of_blind, strict=False))
+            grads[1], grads[2] = grad_keys(*operands, columns, *form)
+        if needs[7]:
+            grads[7] = -((sinks[:, None] - lse).exp() * delta).sum((0, 2)).to(sinks.dtype)
+        if of_means is not None:
+            grads[:3] = (None if mine is None else mine + more for mine, more in zip(grads, of_means, strict=False))
         return tuple(grads)
 
     forward.register_fake(_fake_forward)

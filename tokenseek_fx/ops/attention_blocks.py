@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .visibility import Visibility
+
 #: Rows in a block, counted over all query heads of a key head: few, so that a block skips the keys after it, but enough
 #: for efficient matrix products.
 _ROWS = 128
@@ -27,89 +29,72 @@ _SMALL = 2**18
 
 
 @dataclass(frozen=True)
-class Sight:
-    """Which keys each row sees, and how scores are computed; see ``selected_attention``.
+class ScoreSpec:
+    """Which scores of rows and keys exist, and how they are computed; see ``selected_attention``.
 
-    ``rows`` [B, k] and ``keys`` [B, n] are positions, ``mask`` is [B, H or 1, k or 1, n], ``row_segments`` [B, k],
-    ``key_segments`` [B, n]. ``share``: one attention weight for all keys in backward; None: the softmax of the scores.
+    ``rows`` [B, k] and ``keys`` [B, n] are positions. In ``visibility`` the mask is [B, H or 1, k or 1, n] and the
+    segments are [B, S]. ``weight``: one attention weight for all keys in backward; None: the softmax of the scores.
     """
 
+    visibility: Visibility
     rows: Tensor | None
     keys: Tensor
-    mask: Tensor | None
-    row_segments: Tensor | None
-    key_segments: Tensor | None
-    causal: bool
-    window: int
     scale: float
     softcap: float
-    share: float | None = None
+    weight: float | None = None
 
     @classmethod
     def of(
-        cls, query: Tensor, key: Tensor, positions: Tensor | None, mask: Tensor | None, segments: Tensor | None,
-        causal: bool, window: int, scale: float | None, softcap: float,
-    ) -> Sight:  # fmt: skip
-        """The visibility of all keys for the rows; arguments as in ``selected_attention``."""
+        cls, query: Tensor, key: Tensor, positions: Tensor | None, visibility: Visibility, scale: float | None,
+        softcap: float,
+    ) -> ScoreSpec:  # fmt: skip
+        """The scores of all keys for the rows; arguments as in ``selected_attention``."""
         batch, width = query.shape[0], query.shape[-1]
         keys = torch.arange(key.shape[2], device=key.device).expand(batch, -1)
-        mask = None if mask is None else mask.expand(batch, -1, -1, key.shape[2])
-        row_segments = None if segments is None else segments.gather(1, positions)
         scale = width**-0.5 if scale is None else scale
-        return cls(positions, keys, mask, row_segments, segments, causal, window, scale, softcap)
+        return cls(visibility.expand(batch, key.shape[2]), positions, keys, scale, softcap)
 
-    def at(self, columns: Tensor) -> Sight:
-        """The visibility of the keys at ``columns`` [B, m] for the same rows."""
-        mask = self.mask
-        if mask is not None:
-            mask = mask.gather(3, columns[:, None, None].expand(-1, *mask.shape[1:3], -1))
-        segments = None if self.key_segments is None else self.key_segments.gather(1, columns)
-        return replace(self, keys=columns, mask=mask, key_segments=segments)
+    def at(self, columns: Tensor) -> ScoreSpec:
+        """The scores of the keys at ``columns`` [B, m] for the same rows."""
+        return replace(self, keys=columns, visibility=self.visibility.at_keys(columns))
 
     @property
     def same_for_all_rows(self) -> bool:
-        return not (self.causal or self.window or self.key_segments is not None or _rows_differ(self.mask))
+        return not (self.visibility.by_position or _rows_differ(self.visibility.mask))
 
     @property
     def start(self) -> int | None:
         """The first position if rows are consecutive, equal in all instances and see all keys up to them; else None."""
-        if not self.causal or self.window or self.mask is not None or self.key_segments is not None:
+        if not self.visibility.only_causal:
             return None
         start, count = int(self.rows[0, 0]), self.rows.shape[1]
         return start if torch.equal(self.rows, self.keys[:, start : start + count]) else None
 
     def seen(self, i: slice, r: slice) -> slice:
         """The range of keys that rows ``r`` of instances ``i`` may see by position."""
-        keys, start, stop = self.keys[i], 0, self.keys.shape[1]
-        if self.causal:
-            stop = int((keys <= self.rows[i, r].amax(1, keepdim=True)).sum(1).max())
-        elif self.window:
-            stop = int((keys < self.rows[i, r].amax(1, keepdim=True) + self.window).sum(1).max())
-        if self.window:
-            start = int((keys <= self.rows[i, r].amin(1, keepdim=True) - self.window).sum(1).min())
-        return slice(min(start, stop), stop)
+        keys, begin, end = self.keys[i], 0, self.keys.shape[1]
+        if not self.visibility.limits_reach:
+            return slice(begin, end)
+        rows = self.rows[i, r]
+        first, last = self.visibility.reach(rows.amin(1, keepdim=True), rows.amax(1, keepdim=True))
+        if last is not None:
+            end = int((keys <= last).sum(1).max())
+        if first is not None:
+            begin = int((keys < first).sum(1).min())
+        return slice(min(begin, end), end)
 
     def bias(self, i: slice, r: slice, c: slice, dtype: torch.dtype) -> Tensor | None:
         """The bias of a block's scores: 0 or -inf, plus an additive mask; None if all keys are visible."""
-        visible = self._visible(i, r, c)
-        if self.mask is None:
+        visibility = self.visibility.of_instances(i)
+        visible = visibility.visible(None if self.rows is None else self.rows[i, r], self.keys[i, c])
+        visible = None if visible is None else visible[:, None]
+        mask = visibility.mask
+        if mask is None:
             return None if visible is None else _added(visible, dtype)
-        mask = self.mask[i, :, r if _rows_differ(self.mask) else slice(None), c]
+        mask = mask[:, :, r if _rows_differ(mask) else slice(None), c]
         if mask.dtype is torch.bool:
             return _added(mask if visible is None else mask & visible, dtype)
         return mask.to(dtype) if visible is None else mask.to(dtype).masked_fill(~visible, -torch.inf)
-
-    def _visible(self, i: slice, r: slice, c: slice) -> Tensor | None:
-        seen = []
-        if self.causal:
-            seen.append(self.keys[i, None, c] <= self.rows[i, r, None])
-        if self.window:
-            seen.append((self.keys[i, None, c] - self.rows[i, r, None]).abs() < self.window)
-        if self.key_segments is not None:
-            seen.append(self.row_segments[i, r, None] == self.key_segments[i, None, c])
-        if not seen:
-            return None
-        return torch.stack(seen).all(0)[:, None] if len(seen) > 1 else seen[0][:, None]
 
 
 def _rows_differ(mask: Tensor | None) -> bool:
@@ -178,39 +163,39 @@ class Block:
         here.add_(part.view(here.shape))
 
 
-def _blocks(query: Tensor, key: Tensor, sight: Sight) -> Iterator[Block]:
+def _blocks(query: Tensor, key: Tensor, spec: ScoreSpec) -> Iterator[Block]:
     """The blocks that cover an attention, about ``_SCORES`` scores each."""
     (batch, heads, rows, _), key_heads, dtype = query.shape, key.shape[1], wide(query.dtype)
     groups = heads // key_heads
     height = min(rows, max(_ROWS // 4, _ROWS // groups))
     together = max(1, _SMALL // (heads * height * max(1, key.shape[2])))
     for i in _slices(batch, together):
-        for r, c in _rows_and_keys(sight, i, rows, height, groups):
-            bias = sight.bias(i, r, c, dtype)
+        for r, c in _rows_and_keys(spec, i, rows, height, groups):
+            bias = spec.bias(i, r, c, dtype)
             for h in _slices(key_heads, max(1, _SCORES // (together * groups * height * max(1, c.stop - c.start)))):
                 g = slice(h.start * groups, h.stop * groups)
                 yield Block(i, g, r, h, c, bias if bias is None or bias.shape[1] == 1 else bias[:, g])
 
 
-def _rows_and_keys(sight: Sight, i: slice, rows: int, height: int, groups: int) -> Iterator[tuple[slice, slice]]:
+def _rows_and_keys(spec: ScoreSpec, i: slice, rows: int, height: int, groups: int) -> Iterator[tuple[slice, slice]]:
     """``height`` rows and the keys that they may see; fewer rows if one key head has more than ``_SCORES`` scores."""
     for r in _slices(rows, height):
-        c = sight.seen(i, r)
+        c = spec.seen(i, r)
         fit = max(1, _SCORES // (groups * max(1, c.stop - c.start)))
         if r.stop - r.start <= fit:
             yield r, c
         else:
-            yield from ((part, sight.seen(i, part)) for part in _slices(r.stop, fit, r.start))
+            yield from ((part, spec.seen(i, part)) for part in _slices(r.stop, fit, r.start))
 
 
 def _slices(stop: int, step: int, start: int = 0) -> Iterator[slice]:
     return (slice(first, min(first + step, stop)) for first in range(start, stop, step))
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, sight: Sight) -> tuple[Tensor, Tensor]:
+def forward(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, spec: ScoreSpec) -> tuple[Tensor, Tensor]:
     """The output [B, H, k, Ev] and the log-sum-exp of the scores [B, H, k]; both are 0 for a row that sees no key."""
-    fused = query.is_cpu and not sight.softcap and query.shape[-1] == value.shape[-1]
-    out, lse = (_forward_fused if fused else _forward_blocks)(query, key, value, sight)
+    fused = query.is_cpu and not spec.softcap and query.shape[-1] == value.shape[-1]
+    out, lse = (_forward_fused if fused else _forward_blocks)(query, key, value, spec)
     if sinks is not None:
         total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
         out.mul_((lse - total).exp_()[..., None])
@@ -218,19 +203,19 @@ def forward(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, sig
     return out, lse
 
 
-def _forward_fused(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
+def _forward_fused(query: Tensor, key: Tensor, value: Tensor, spec: ScoreSpec) -> tuple[Tensor, Tensor]:
     """PyTorch's flash attention for CPU, which supports grouped heads and needs bounded memory."""
-    flash = partial(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, scale=sight.scale)
-    start = sight.start
+    flash = partial(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, scale=spec.scale)
+    start = spec.start
     if start == 0 or (start and query.dtype == wide(query.dtype)):  # two parts are added only if neither is rounded
         return _forward_consecutive(query, key, value, start, flash)
     out, lse = rows_like(query, value.shape[-1]), lse_like(query)
     batch, _, rows, _ = query.shape
-    height = rows if sight.same_for_all_rows else min(rows, _FUSED_ROWS)
+    height = rows if spec.same_for_all_rows else min(rows, _FUSED_ROWS)
     for i in _slices(batch, max(1, _SCORES // max(1, height * key.shape[2]))):
         for r in _slices(rows, height):
-            c = sight.seen(i, r)
-            bias = sight.bias(i, r, c, lse.dtype)
+            c = spec.seen(i, r)
+            bias = spec.bias(i, r, c, lse.dtype)
             out[i, :, r], lse[i, :, r] = flash(query[i, :, r], key[i, :, c], value[i, :, c], attn_mask=bias)
     return out, lse
 
@@ -246,63 +231,64 @@ def _forward_consecutive(query: Tensor, key: Tensor, value: Tensor, start: int, 
     return out.transpose(1, 2).contiguous().transpose(1, 2), lse.contiguous()
 
 
-def _forward_blocks(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
+def _forward_blocks(query: Tensor, key: Tensor, value: Tensor, spec: ScoreSpec) -> tuple[Tensor, Tensor]:
     out, lse = rows_like(query, value.shape[-1]), lse_like(query)
-    for block in _blocks(query, key, sight):
-        scores, _ = _scores(block, query, key, sight)
+    for block in _blocks(query, key, spec):
+        scores, _ = _scores(block, query, key, spec)
         total = scores.logsumexp(-1, keepdim=True)
         total = total.masked_fill_(total == -torch.inf, 0.0)
-        shares = scores.sub_(total).exp_()
-        block.of_rows(out)[...] = block.unfold(block.fold(shares) @ block.of_keys(value))
+        weights = scores.sub_(total).exp_()
+        block.of_rows(out)[...] = block.unfold(block.fold(weights) @ block.of_keys(value))
         block.of_rows(lse)[...] = total[..., 0]
     return out, lse
 
 
 def grad_query(
-    grad: Tensor, delta: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, sight: Sight
+    grad: Tensor, delta: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, spec: ScoreSpec
 ) -> Tensor:
     """dq over all of ``key`` and ``value``. ``delta`` [B, H, k]: the sum over features of ``grad`` times the output."""
     result = rows_like(query, query.shape[-1])
-    for block in _blocks(query, key, sight):
-        _, grad_scores = _backward(block, grad, delta, lse, query, key, value, sight)
+    for block in _blocks(query, key, spec):
+        _, grad_scores = _backward(block, grad, delta, lse, query, key, value, spec)
         block.of_rows(result)[...] = block.unfold(block.fold(grad_scores) @ block.of_keys(key))
     return result
 
 
 def grad_keys(
-    grad: Tensor, delta: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, sight: Sight
+    grad: Tensor, delta: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, spec: ScoreSpec
 ) -> tuple[Tensor, Tensor]:
     """dk and dv of ``key`` and ``value``."""
     grad_key, grad_value = (torch.zeros_like(rows_like(t, t.shape[-1]), dtype=lse.dtype) for t in (key, value))
-    for block in _blocks(query, key, sight):
-        shares, grad_scores = _backward(block, grad, delta, lse, query, key, value, sight)
-        block.add(grad_value, block.fold(shares).mT @ block.folded(grad))
+    for block in _blocks(query, key, spec):
+        weights, grad_scores = _backward(block, grad, delta, lse, query, key, value, spec)
+        block.add(grad_value, block.fold(weights).mT @ block.folded(grad))
         block.add(grad_key, block.fold(grad_scores).mT @ block.folded(query))
     return grad_key.to(key.dtype), grad_value.to(value.dtype)
 
 
 def grad_selected(
-    grad: Tensor, delta: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, columns: Tensor, sight: Sight
-) -> tuple[Tensor, Tensor]:
-    """dk and dv of the keys at ``columns`` [B, m]. ``sight``: the visibility of all keys."""
+    grad: Tensor, delta: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, columns: Tensor,
+    spec: ScoreSpec,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dk and dv of the keys at ``columns`` [B, m]. ``spec``: that of all keys."""
     key, value = (t.gather(2, columns[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3])) for t in (key, value))
-    return grad_keys(grad, delta, lse, query, key, value, sight.at(columns))
+    return grad_keys(grad, delta, lse, query, key, value, spec.at(columns))
 
 
-def _scores(block: Block, query: Tensor, key: Tensor, sight: Sight) -> tuple[Tensor, Tensor | None]:
+def _scores(block: Block, query: Tensor, key: Tensor, spec: ScoreSpec) -> tuple[Tensor, Tensor | None]:
     """The scores of a block [b, H, r, n]; with a softcap also tanh(scores / softcap)."""
-    scores = block.unfold(block.folded(query).mul(sight.scale) @ block.of_keys(key).mT)
-    capped = scores.div_(sight.softcap).tanh_() if sight.softcap else None
-    scores = scores if capped is None else capped * sight.softcap
+    scores = block.unfold(block.folded(query).mul(spec.scale) @ block.of_keys(key).mT)
+    capped = scores.div_(spec.softcap).tanh_() if spec.softcap else None
+    scores = scores if capped is None else capped * spec.softcap
     return scores if block.bias is None else scores.add_(block.bias), capped
 
 
 def _backward(
-    block: Block, grad: Tensor, delta: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, sight: Sight
+    block: Block, grad: Tensor, delta: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, spec: ScoreSpec
 ) -> tuple[Tensor, Tensor]:
     """The attention weights p of a block, and the gradient of its scores: p (dp - delta) scale, dp = grad v^T."""
-    scores, capped = _scores(block, query, key, sight)
-    shares = scores.sub_(block.of_rows(lse)[..., None]).exp_() if sight.share is None else scores.fill_(sight.share)
+    scores, capped = _scores(block, query, key, spec)
+    weights = scores.sub_(block.of_rows(lse)[..., None]).exp_() if spec.weight is None else scores.fill_(spec.weight)
     grad_scores = block.unfold(block.folded(grad) @ block.of_keys(value).mT)
-    grad_scores = grad_scores.sub_(block.of_rows(delta)[..., None]).mul_(shares).mul_(sight.scale)
-    return shares, grad_scores if capped is None else grad_scores.mul_(1 - capped * capped)
+    grad_scores = grad_scores.sub_(block.of_rows(delta)[..., None]).mul_(weights).mul_(spec.scale)
+    return weights, grad_scores if capped is None else grad_scores.mul_(1 - capped * capped)

@@ -22,6 +22,7 @@ from .attention import register
 from .attention_blocks import lse_like, rows_like
 from .fully_masked import fill
 from .static import NUMBER, Variant
+from .visibility import Visibility, with_flat_visibility
 
 #: log2(e) and its inverse: the softmax uses powers of 2.
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -370,64 +371,65 @@ def grad_keys_kernel(
 
 
 @triton_op("tokenseek_fx::selected_attention_triton", mutates_args=())
+@with_flat_visibility
 def forward(
     query: Tensor, row_key: Tensor | None, row_value: Tensor | None, key: Tensor, value: Tensor,
-    positions: Tensor | None, columns: Tensor | None, mask: Tensor | None, segments: Tensor | None,
-    sinks: Tensor | None, fully_masked: Tensor | None, causal: bool, window: int, scale: float | None, softcap: float,
-    scored: bool,
+    positions: Tensor | None, columns: Tensor | None, sinks: Tensor | None, scale: float | None, softcap: float,
+    visibility: Visibility,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(output, log-sum-exp) of ``selected_attention``, for head widths up to ``attention.WIDEST``."""
     out, lse = rows_like(query, value.shape[-1]), lse_like(query)
     query, key, value = _dense(query), _dense(key), _dense(value)
-    options = _options(query, key, value, mask, segments, causal, window, softcap) | {"SINKS": sinks is not None}
+    options = _options(query, key, value, visibility, softcap) | {"SINKS": sinks is not None}
     tile = tile_of("forward", query.dtype, max(options["BLOCK_E"], options["BLOCK_V"]), options["BY_ROW"])
     wrap_kernel(forward_kernel)[_grid(query.shape[2] * options["GROUP"], tile["BLOCK_M"], key)](
-        query, key, value, *_hidden_by(query, positions, mask, segments), query if sinks is None else sinks, out, lse,
-        *_strides(query, key, value, out), *_mask_strides(mask, query, key),
-        *_sizes(query, key, window, scale, softcap), **options, **tile,
+        query, key, value, _or_query(query, positions), *visibility.kernel_tensors(query),
+        query if sinks is None else sinks, out, lse,
+        *_strides(query, key, value, out), *visibility.mask_strides(query, key),
+        *_sizes(query, key, visibility, scale, softcap), **options, **tile,
     )  # fmt: skip
-    if fully_masked is not None:
-        fill(out, value, fully_masked)
+    if visibility.fully_masked is not None:
+        fill(out, value, visibility.fully_masked)
     return out, lse
 
 
 @triton_op("tokenseek_fx::selected_attention_triton_grad_query", mutates_args=())
+@with_flat_visibility
 def grad_query(
     grad: Tensor, delta: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None,
-    mask: Tensor | None, segments: Tensor | None, causal: bool, window: int, scale: float | None, softcap: float,
+    scale: float | None, softcap: float, visibility: Visibility,
 ) -> Tensor:  # fmt: skip
     """dq by ``grad_query_kernel``."""
     out = rows_like(query, query.shape[-1])
     grad, query, key, value = _dense(grad), _dense(query), _dense(key), _dense(value)
-    options = _options(query, key, value, mask, segments, causal, window, softcap)
+    options = _options(query, key, value, visibility, softcap)
     tile = tile_of("grad_query", query.dtype, max(options["BLOCK_E"], options["BLOCK_V"]), options["BY_ROW"])
     wrap_kernel(grad_query_kernel)[_grid(query.shape[2] * options["GROUP"], tile["BLOCK_M"], key)](
         grad, delta.contiguous(), lse.contiguous(), query, key, value,
-        *_hidden_by(query, positions, mask, segments), out,
-        *_strides(grad, query, key, value, out), *_mask_strides(mask, query, key),
-        *_sizes(query, key, window, scale, softcap), **options, **tile,
+        _or_query(query, positions), *visibility.kernel_tensors(query), out,
+        *_strides(grad, query, key, value, out), *visibility.mask_strides(query, key),
+        *_sizes(query, key, visibility, scale, softcap), **options, **tile,
     )  # fmt: skip
     return out
 
 
 @triton_op("tokenseek_fx::selected_attention_triton_grad_keys", mutates_args=())
+@with_flat_visibility
 def grad_keys(
     grad: Tensor, delta: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, positions: Tensor | None,
-    columns: Tensor, mask: Tensor | None, segments: Tensor | None, causal: bool, window: int, scale: float | None,
-    softcap: float,
+    columns: Tensor, scale: float | None, softcap: float, visibility: Visibility,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """dk, dv of the keys at ``columns`` by ``grad_keys_kernel``."""
     selected = columns.shape[1]
     grad_key, grad_value = (rows_like(t[:, :, :selected], t.shape[-1]) for t in (key, value))
     grad, query, key, value = _dense(grad), _dense(query), _dense(key), _dense(value)
-    options = _options(query, key, value, mask, segments, causal, window, softcap)
+    options = _options(query, key, value, visibility, softcap)
     tile = tile_of("grad_keys", query.dtype, max(options["BLOCK_E"], options["BLOCK_V"]), options["BY_ROW"])
-    positions, mask_at, segments_at = _hidden_by(query, positions, mask, segments)
-    heads, rows, keys, *rest = _sizes(query, key, window, scale, softcap)
+    heads, rows, keys, *rest = _sizes(query, key, visibility, scale, softcap)
     wrap_kernel(grad_keys_kernel)[_grid(selected, tile["BLOCK_N"], key)](
         grad, delta.contiguous(), lse.contiguous(), query, key, value,
-        positions, columns.contiguous(), mask_at, segments_at, grad_key, grad_value,
-        *_strides(grad, query, key, value, grad_key, grad_value), *_mask_strides(mask, query, key),
+        _or_query(query, positions), columns.contiguous(), *visibility.kernel_tensors(query), grad_key, grad_value,
+        *_strides(grad, query, key, value, grad_key, grad_value), *visibility.mask_strides(query, key),
         heads, rows, keys, selected, *rest, **options, **tile,
     )  # fmt: skip
     return grad_key, grad_value
@@ -446,40 +448,24 @@ def _strides(*tensors: Tensor) -> tuple[Any, ...]:
     return tuple(stride for t in tensors for stride in t.stride()[:3])
 
 
-def _hidden_by(query: Tensor, *given: Tensor | None) -> tuple[Tensor, ...]:
-    """Positions, mask and segments; for None ``query`` as a placeholder, which kernels never read."""
-    positions, mask, segments = given
-    return (
-        query if positions is None else positions.contiguous(),
-        query if mask is None else mask,
-        query if segments is None else segments.contiguous(),
-    )
+def _or_query(query: Tensor, positions: Tensor | None) -> Tensor:
+    """Contiguous positions; for None ``query`` as a placeholder, which kernels never read."""
+    return query if positions is None else positions.contiguous()
 
 
-def _mask_strides(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Any, ...]:
-    if mask is None:
-        return 0, 0, 0, 0
-    return mask.expand(*query.shape[:3], key.shape[2]).stride()
-
-
-def _sizes(query: Tensor, key: Tensor, window: int, scale: float | None, softcap: float) -> tuple[Any, ...]:
+def _sizes(query: Tensor, key: Tensor, visibility: Visibility, scale: float | None, softcap: float) -> tuple[Any, ...]:
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return key.shape[1], query.shape[2], key.shape[2], window, scale, softcap
+    return key.shape[1], query.shape[2], key.shape[2], visibility.window, scale, softcap
 
 
-def _options(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, segments: Tensor | None, causal: bool, window: int,
-    softcap: float,
-) -> dict[str, Any]:  # fmt: skip
+def _options(query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, softcap: float) -> dict[str, Any]:
     """The constants (``tl.constexpr``) of a kernel."""
+    mask = visibility.mask
     return {
         "GROUP": query.shape[1] // key.shape[1],
         **_widths(query.shape[-1], value.shape[-1]),
-        "CAUSAL": causal,
-        "WINDOW": window > 0,
-        "SEGMENTS": segments is not None,
+        **visibility.constants(),
         "SOFTCAP": softcap > 0,
-        "MASK": 0 if mask is None else 1 if mask.dtype is torch.bool else 2,
         "BY_ROW": mask is not None and (mask.shape[1] > 1 or mask.shape[2] > 1),
     }
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from . import attention_blocks as blocks
-from .attention_blocks import Sight, rows_like, wide
+from .attention_blocks import ScoreSpec, rows_like, wide
+from .visibility import ALL_KEYS
 
 
 def fill(out: Tensor, value: Tensor, fully_masked: Tensor) -> None:
@@ -44,20 +45,20 @@ def grad_blind(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients from fully masked rows: dq, and dk and dv of the keys at ``columns`` [B, m].
 
-    ``grad``: [B, H, k, Ev], of all rows. ``fully_masked``: bool [B, k]. dq and dk are 0 unless ``scored``. Without ``columns``
-    dk and dv are empty (m = 0).
+    ``grad``: [B, H, k, Ev], of all rows. ``fully_masked``: bool [B, k]. dq and dk are 0 unless ``scored``. Without
+    ``columns`` dk and dv are empty (m = 0).
     """
     found = _fake_grad_blind(grad, query, key, value, columns)
     grad = grad.masked_fill(~fully_masked[:, None, :, None], 0)
     if not grad.any():
         return tuple(x.zero_() for x in found)
-    sight = Sight.of(query, key, None, None, None, False, 0, scale, softcap)
-    sight = replace(sight, share=1 / key.shape[2], scale=sight.scale if scored else 0.0)
+    spec = ScoreSpec.of(query, key, None, ALL_KEYS, scale, softcap)
+    spec = replace(spec, weight=1 / key.shape[2], scale=spec.scale if scored else 0.0)
     delta = (grad * _mean(value, grad.shape[1])).sum(-1)
-    grad_query = blocks.grad_query(grad, delta, delta, query, key, value, sight)
+    grad_query = blocks.grad_query(grad, delta, delta, query, key, value, spec)
     if columns is None:
         return grad_query, *found[1:]
-    return grad_query, *blocks.grad_selected(grad, delta, delta, query, key, value, columns, sight)
+    return grad_query, *blocks.grad_selected(grad, delta, delta, query, key, value, columns, spec)
 
 
 @grad_blind.register_fake

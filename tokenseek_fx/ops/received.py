@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .device import HALF, runs_triton
+from .visibility import ALL_KEYS, Visibility, with_flat_visibility
 
 #: Scores at most this low are masked: additive masks use finfo.min of any dtype, -inf, -1e9 or -1e4, to which scores
 #: are added; no position bias is this low.
@@ -26,63 +27,58 @@ BLOCK_BYTES = 4 * 2**20
 def received(
     query: Tensor,
     key: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    window: int | None = None,
-    segments: Tensor | None = None,
+    visibility: Visibility = ALL_KEYS,
+    scale: float | None = None,
     softcap: float = 0.0,
     lse: Tensor | None = None,
 ) -> Tensor:
-    """``attention_received``, by Triton kernels on a GPU if they support these tensors."""
-    narrow = query.ndim == 4 and query.shape[-1] <= 256 and query.dtype in (*HALF, torch.float32)
-    if narrow and runs_triton(query):
-        from .received_triton import attention_received_triton
+    """Attention received by each key from all queries, at least in float32, without a tensor of all pairs.
 
-        return attention_received_triton(query, key, mask, is_causal, scale, window, segments, softcap, lse)
-    return attention_received(query, key, mask, is_causal, scale, window, segments, softcap, lse)
-
-
-@torch.library.custom_op("tokenseek_fx::attention_received", mutates_args=())
-def attention_received(
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    window: int | None = None,
-    segments: Tensor | None = None,
-    softcap: float = 0.0,
-    lse: Tensor | None = None,
-) -> Tensor:
-    """Attention received by each key from all queries, computed in float32 or float64, one block of queries at a time.
+    Triton kernels compute it on a GPU if they support these tensors; else it is computed one block of queries at a
+    time. Queries and keys are at positions 0, 1, 2 and so on.
 
     Args:
         query: [*leading, L, E].
         key: [*leading, S, E]; if it has fewer heads (the last leading dim), groups of query heads share one.
-        mask: bool (False: masked) or additive, broadcast to [*leading, L, S].
-        is_causal: query i sees only keys j <= i.
-        scale: factor of the scores; ``None``: 1 / sqrt(E).
-        window: query i sees only keys i - window < j < i + window; ``None``: no window.
-        segments: [B, S] integers, B the first leading dim; query i sees only keys of its own segment. Needs L = S.
+        visibility: which keys each query sees. The mask broadcasts to [*leading, L, S]. Segments need L = S; B is the
+            first leading dim. ``fully_masked`` has no effect: such queries are left out of the sum.
+        scale: factor of the scores; None: 1 / sqrt(E).
         softcap: cap of the scores before the mask; 0: none.
-        lse: [*leading, L], the log-sum-exp of the scores over keys, after cap and masks; ``None``: it is computed.
+        lse: [*leading, L], the log-sum-exp of the scores over keys, after cap and masks; None: it is computed.
 
     Returns:
         [*leading of the query, S], in float32 or, for float64 inputs, float64.
     """
+    form = (query, key, scale, softcap, lse, *visibility.without_means().flat())
+    narrow = query.ndim == 4 and query.shape[-1] <= 256 and query.dtype in (*HALF, torch.float32)
+    if narrow and runs_triton(query):
+        from .received_triton import attention_received_triton
+
+        return attention_received_triton(*form)
+    return attention_received(*form)
+
+
+@torch.library.custom_op("tokenseek_fx::attention_received", mutates_args=())
+@with_flat_visibility
+def attention_received(
+    query: Tensor, key: Tensor, scale: float | None, softcap: float, lse: Tensor | None, visibility: Visibility
+) -> Tensor:
+    """``received`` in blocks of ATen operations."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     queries, keys = query.shape[-2], key.shape[-2]
     total = torch.zeros(*query.shape[:-2], keys, dtype=dtype, device=query.device)
     rows = max(1, BLOCK_BYTES // max(1, total.numel() * dtype.itemsize))
     for start in range(0, queries, rows):
         stop = min(start + rows, queries)
-        first, last = _seen(start, stop, keys, is_causal, window)
+        first, last = _reach(visibility, start, stop, keys)
         if first >= last:
             continue
         scores = _scores(query[..., start:stop, :].to(dtype), key[..., first:last, :].to(dtype), scale, softcap)
-        hidden = _hidden(start, stop, first, last, is_causal, window, segments, scores)
-        scores = scores if hidden is None else scores.masked_fill_(hidden, -torch.inf)
+        ranges = ((start, stop), (first, last))
+        visible = visibility.visible(*(torch.arange(*ends, device=query.device)[None] for ends in ranges))
+        if visible is not None:
+            scores = scores.masked_fill_(~_by_instance(visible, scores.ndim), -torch.inf)
+        mask = visibility.mask
         if mask is not None:
             part = mask[..., start if mask.shape[-2] > 1 else 0 : stop, first if mask.shape[-1] > 1 else 0 : last]
             scores = scores.masked_fill_(~part, -torch.inf) if part.dtype is torch.bool else scores.add_(part)
@@ -103,28 +99,15 @@ def flops_of_received(query: Any, key: Any, *how: Any, out_shape: Any = None, **
     return 2 * math.prod(query) * key[-2]
 
 
-def _seen(start: int, stop: int, keys: int, is_causal: bool, window: int | None) -> tuple[int, int]:
+def _reach(visibility: Visibility, start: int, stop: int, keys: int) -> tuple[int, int]:
     """The range of keys that queries ``start`` to ``stop`` may see by position."""
-    first = 0 if window is None else max(0, start - window + 1)
-    if is_causal:
-        return first, min(stop, keys)
-    return first, keys if window is None else min(keys, stop + window - 1)
+    first, last = visibility.reach(start, stop - 1)
+    return max(0, first or 0), keys if last is None else min(keys, last + 1)
 
 
-def _hidden(
-    start: int, stop: int, first: int, last: int, is_causal: bool, window: int | None, segments: Any, like: Tensor
-) -> Tensor | None:
-    """True if a query of a block doesn't see a key of a range, by position or segment; None if all are visible."""
-    ahead = torch.arange(first, last, device=like.device) - torch.arange(start, stop, device=like.device)[:, None]
-    hidden = ahead > 0 if is_causal else None
-    if window is not None:
-        outside = ahead.abs() >= window
-        hidden = outside if hidden is None else hidden | outside
-    if segments is not None:
-        other = segments[:, start:stop, None] != segments[:, None, first:last]
-        other = other.reshape(len(segments), *(1,) * (like.ndim - 3), *other.shape[1:])
-        hidden = other if hidden is None else hidden | other
-    return hidden
+def _by_instance(visible: Tensor, ndim: int) -> Tensor:
+    """``visible`` [B or 1, q, n], as it broadcasts to scores [B, ..., q, n] of ``ndim`` dims."""
+    return visible[0] if len(visible) == 1 else visible.reshape(len(visible), *(1,) * (ndim - 3), *visible.shape[1:])
 
 
 def _scores(query: Tensor, key: Tensor, scale: float | None, softcap: float) -> Tensor:

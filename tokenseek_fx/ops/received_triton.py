@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 from ..compat import wrap_kernel
 from .received import HIDDEN, flops_of_received
 from .static import NUMBER, Variant
+from .visibility import Visibility, with_flat_visibility
 
 WARPS = 8
 
@@ -133,47 +134,36 @@ def received_kernel(
 
 
 @triton_op("tokenseek_fx::attention_received_triton", mutates_args=())
+@with_flat_visibility
 def attention_received_triton(
-    query: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    window: int | None = None,
-    segments: Tensor | None = None,
-    softcap: float = 0.0,
-    lse: Tensor | None = None,
+    query: Tensor, key: Tensor, scale: float | None, softcap: float, lse: Tensor | None, visibility: Visibility
 ) -> Tensor:
-    """``attention_received`` of query [B, H, L, E] and key [B, G, S, E], as float32 [B, H, S]; arguments as there.
+    """``received`` of query [B, H, L, E] and key [B, G, S, E], as float32 [B, H, S].
 
     E is at most 256; dtypes have at most 32 bits.
     """
     batch, heads, queries, width = query.shape
     keys = key.shape[2]
     out = query.new_empty((batch, heads, keys), dtype=torch.float32)
-    spread = query if mask is None else mask.expand(batch, heads, queries, keys)
-    numbers = query if segments is None else segments.contiguous()
-    strides = (0, 0, 0, 0) if mask is None else spread.stride()
+    mask, numbers = visibility.kernel_tensors(query)
+    strides = visibility.mask_strides(query, key)
     scale = width**-0.5 if scale is None else scale
-    sizes = (heads, heads // key.shape[1], queries, keys, scale, softcap, window or 0)
+    sizes = (heads, heads // key.shape[1], queries, keys, scale, softcap, visibility.window)
     options = {
-        **blocks(width, query.dtype, mask is None and segments is None),
-        "CAUSAL": is_causal,
-        "WINDOW": window is not None,
-        "SEGMENTS": segments is not None,
+        **blocks(width, query.dtype, visibility.mask is None and visibility.segments is None),
+        **visibility.constants(),
         "SOFTCAP": softcap != 0,
-        "MASK": 0 if mask is None else 1 if mask.dtype is torch.bool else 2,
         "num_warps": WARPS,
     }
     where = (*query.stride(), *key.stride(), *strides)
     if lse is None:
         lse = query.new_empty((batch, heads, queries), dtype=torch.float32)
         grid = (triton.cdiv(queries, options["BLOCK_I"]), batch * heads)
-        wrap_kernel(lse_kernel)[grid](query, key, spread, numbers, lse, *where, *sizes, **options)
+        wrap_kernel(lse_kernel)[grid](query, key, mask, numbers, lse, *where, *sizes, **options)
     else:
         lse = lse.to(torch.float32).contiguous()
     grid = (triton.cdiv(keys, options["BLOCK_J"]), batch * heads)
-    wrap_kernel(received_kernel)[grid](query, key, spread, numbers, lse, out, *where, *sizes, HIDDEN, **options)
+    wrap_kernel(received_kernel)[grid](query, key, mask, numbers, lse, out, *where, *sizes, HIDDEN, **options)
     return out
 
 
