@@ -1,11 +1,11 @@
-"""Selected attention beside PyTorch's flash attention, in useful floating-point operations a second.
+"""Compare selected attention with PyTorch's flash attention, in useful floating-point operations per second.
 
     python benchmarks/attention.py --out out/bench/attention            # on a CUDA device
-    python benchmarks/attention.py --flex                               # and the forward by FlexAttention
-    python benchmarks/attention.py --device cpu --flex                  # the CPU's own cases; --quick: does it run
+    python benchmarks/attention.py --flex                               # also the forward by FlexAttention
+    python benchmarks/attention.py --device cpu --flex                  # the cases for CPU; --quick: a smoke test
 
-Useful operations: 4 E for every query and key that it sees forward (scores, values), 10 E backward (scores again, dP, dQ, dK, dV).
-Selected attention has rows x all keys for the first three, rows x rows for dK and dV; what its kernels compute twice is not counted.
+Useful operations per query and visible key: 4 E in forward (scores, values), 10 E in backward (scores, dP, dQ, dK, dV).
+Selected attention has rows x all keys, but rows x rows for dK and dV. Operations that its kernels repeat don't count.
 """
 
 import argparse
@@ -30,12 +30,12 @@ from torch.profiler import ProfilerActivity, profile
 from tokenseek_fx.ops.attention import selected_attention
 
 Result = dict[str, Any]
-CLAIM = 0.6  # of flash attention's speed per useful operation
+CLAIM = 0.6  # fraction of flash attention's speed per useful operation
 
 
 @dataclass(frozen=True)
 class Case:
-    """Causal attention of B sequences of T tokens, `kept` of which are rows."""
+    """Causal attention of `batch` sequences of `length` tokens, `kept` of which are rows."""
 
     batch: int
     heads: int
@@ -62,13 +62,13 @@ CASES = [
     Case(1, 32, 8, 32768, 128),
     Case(8, 32, 8, 4096, 64, keep_ratio=0.5),
 ]
-ON_CPU = [Case(4, 8, 2, 1024, 64), Case(1, 8, 2, 8192, 64)]  # of the settings of cpu.py
+ON_CPU = [Case(4, 8, 2, 1024, 64), Case(1, 8, 2, 8192, 64)]  # as in the settings of cpu.py
 QUICK = [Case(2, 4, 2, 128, 32)]
 
 
 @dataclass
 class Operands:
-    """q, k, v of all tokens and the sorted positions of the rows."""
+    """q, k, v of all tokens, [B, H, T, E] and [B, Hkv, T, E], and the sorted positions of the rows, int64 [B, k]."""
 
     query: Tensor
     key: Tensor
@@ -77,7 +77,7 @@ class Operands:
 
     @classmethod
     def of(cls, case: Case, device: str) -> "Operands":
-        """Random, in bf16 on CUDA."""
+        """Random operands, in bfloat16 on CUDA, otherwise in float32."""
         generator = torch.Generator(device).manual_seed(0)
         kind = {"device": device, "generator": generator}
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -87,13 +87,13 @@ class Operands:
         return cls(query, key, value, order.sort(1).values)
 
     def rows(self, of: Tensor) -> Tensor:
-        """[B, H, k, E], with gradient."""
+        """The rows of a tensor, [B, H, k, E], that require grad."""
         at = self.positions[:, None, :, None].expand(-1, of.shape[1], -1, of.shape[3])
         return of.gather(2, at).requires_grad_()
 
 
 def flash(operands: Operands) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """All tokens, PyTorch's kernel."""
+    """Attention of all tokens by PyTorch's kernel: (forward, its inputs)."""
     inputs = [t.clone().requires_grad_() for t in (operands.query, operands.key, operands.value)]
 
     def forward() -> Tensor:
@@ -104,7 +104,7 @@ def flash(operands: Operands) -> tuple[Callable[[], Tensor], list[Tensor]]:
 
 
 def selected(operands: Operands) -> tuple[Callable[[], Tensor], list[Tensor]]:
-    """The rows alone."""
+    """Selected attention of the rows: (forward, its inputs)."""
     inputs = [operands.rows(t) for t in (operands.query, operands.key, operands.value)]
 
     def forward() -> Tensor:
@@ -114,7 +114,7 @@ def selected(operands: Operands) -> tuple[Callable[[], Tensor], list[Tensor]]:
 
 
 def flex(operands: Operands) -> tuple[Callable[[], Any], Callable[[], Tensor]]:
-    """The rows alone by FlexAttention, without gradient (it has none on a CPU): what makes its block mask, and the attention."""
+    """The rows by FlexAttention: (creation of its block mask, forward). No gradient: it has none on a CPU."""
     query, positions = operands.rows(operands.query).detach(), operands.positions
     make, attend = torch.compile(create_block_mask), torch.compile(flex_attention)
 
@@ -127,7 +127,7 @@ def flex(operands: Operands) -> tuple[Callable[[], Any], Callable[[], Tensor]]:
 
 
 def useful(operands: Operands | None, case: Case) -> dict[str, float]:
-    """Operations forward and backward; of all tokens where there are no operands."""
+    """Useful operations in forward and backward; without operands those of all tokens."""
     if operands is None:
         seen = live = case.batch * case.length * (case.length + 1) / 2
     else:
@@ -138,8 +138,11 @@ def useful(operands: Operands | None, case: Case) -> dict[str, float]:
 
 
 def timed(call: Callable[[], Any], device: str, count: int) -> float:
-    """Seconds of a call, after two that don't count: on CUDA those of its kernels, without the gaps between launches, which
-    a compiled model does not have; else the median of the clock's."""
+    """Seconds of a call, after two calls for warm-up.
+
+    On CUDA the time of its kernels, without gaps between launches, which a compiled model doesn't have; otherwise the
+    median of wall-clock times.
+    """
     call(), call()
     if device == "cuda":
         return kernel_seconds(call, count)
@@ -152,7 +155,7 @@ def timed(call: Callable[[], Any], device: str, count: int) -> float:
 
 
 def kernel_seconds(call: Callable[[], Any], count: int) -> float:
-    """The mean over ``count`` calls."""
+    """Seconds of a call's CUDA kernels, the mean over ``count`` calls."""
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         for _ in range(count):
             call()
@@ -161,7 +164,7 @@ def kernel_seconds(call: Callable[[], Any], count: int) -> float:
 
 
 def measure(name: str, case: Case, device: str, count: int) -> Result:
-    """Operations a second forward and backward, and on CUDA the bytes allocated above the operands."""
+    """Operations per second in forward and backward, and on CUDA the peak bytes allocated beyond the operands."""
     operands = Operands.of(case, device)
     forward, inputs = {"flash": flash, "selected": selected}[name](operands)
     if device == "cuda":
@@ -178,14 +181,14 @@ def measure(name: str, case: Case, device: str, count: int) -> Result:
 
 
 def measure_flex(case: Case, device: str, count: int) -> Result:
-    """Seconds of its block mask and of the forward, and operations a second of that."""
+    """Seconds of FlexAttention's block mask and forward, and operations per second of the forward."""
     operands = Operands.of(case, device)
     seconds = {name: timed(call, device, count) for name, call in zip(("mask", "forward"), flex(operands), strict=True)}
     return {"seconds": seconds, "speed": {"forward": useful(operands, case)["forward"] / seconds["forward"]}}
 
 
 def line(case: Case, both: dict[str, Result]) -> list[str]:
-    """Speeds in TFLOP/s, selected / flash, and what is met."""
+    """A row of the table: speeds in TFLOP/s, selected / flash, and whether the claim is met."""
     cells = []
     for key in ("forward", "backward", "both"):
         mine, theirs = both["selected"]["speed"][key], both["flash"]["speed"][key]
@@ -196,25 +199,26 @@ def line(case: Case, both: dict[str, Result]) -> list[str]:
 
 
 def by_flex(both: dict[str, Result]) -> str:
-    """Its forward beside that of selected attention, and what its block mask takes; nothing where it was not asked for."""
+    """FlexAttention's forward compared with selected attention, and its block mask; empty if it was not measured."""
     if "flex" not in both:
         return ""
     speed, seconds = both["flex"]["speed"]["forward"], both["flex"]["seconds"]
     share = speed / both["selected"]["speed"]["forward"]
-    return f"{speed / 1e12:.3g} ({share:.2f}x), mask {1e3 * seconds['mask']:.3g} ms, forward {1e3 * seconds['forward']:.3g} ms"
+    times = f"mask {1e3 * seconds['mask']:.3g} ms, forward {1e3 * seconds['forward']:.3g} ms"
+    return f"{speed / 1e12:.3g} ({share:.2f}x), {times}"
 
 
 def main(words: list[str]) -> int:
-    """Measure, show, write after every case."""
+    """Measure all cases; print and write the results after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--quick", action="store_true", help="does it run: one small case")
-    parser.add_argument("--flex", action="store_true", help="the forward by FlexAttention as well")
+    parser.add_argument("--quick", action="store_true", help="smoke test: one small case")
+    parser.add_argument("--flex", action="store_true", help="also measure the forward by FlexAttention")
     parser.add_argument("--count", type=int, default=20, help="timed calls, default 20")
     parser.add_argument("--out", type=Path, default=Path("out/bench/attention"))
     options = parser.parse_args(words)
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("No CUDA device was found. `--device cpu --quick` tries the script without one.")
+        print("No CUDA device was found. Use `--device cpu --quick` to try the script without one.")
         return 1
     options.out.mkdir(parents=True, exist_ok=True)
     found: list[tuple[Case, dict[str, Result]]] = []
@@ -228,7 +232,7 @@ def main(words: list[str]) -> int:
 
 
 def write(found: list[tuple[Case, dict[str, Result]]], out: Path) -> None:
-    """Figures and their table."""
+    """Write results.json and report.md, and print the last row of the table."""
     head = [
         "case",
         *(f"{key} TFLOP/s, selected / flash" for key in ("forward", "backward", "both")),

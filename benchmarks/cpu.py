@@ -1,12 +1,12 @@
-"""The CPU suite: what one training step costs beside plain PyTorch and its memory savers. `make bench` or
+"""The CPU suite: the cost of a training step, compared with plain PyTorch and its ways to save memory. `make bench` or
 
     python benchmarks/cpu.py --parts full --settings 1 2 3            # step time and peak memory of the main rows
-    python benchmarks/cpu.py --parts length ratio                     # cost and memory against T and against keep_ratio
-    python benchmarks/cpu.py --parts lora others                      # LoRA; the rows that are not the main ones
-    python benchmarks/cpu.py --report                                 # tables, plots, claims from what is there
+    python benchmarks/cpu.py --parts length ratio                     # cost and memory by T and by keep_ratio
+    python benchmarks/cpu.py --parts lora others                      # LoRA; the other rows
+    python benchmarks/cpu.py --report                                 # tables, plots and claims from existing results
 
-Every row runs in a process of its own, from the same weights and ids; what is known is written after each, and a run that was
-stopped goes on when the command is given again. `worker.py` says what is measured, `peers.py` what the rows are.
+Each row runs in a process of its own, from the same weights and ids. Results are written after each process, and the
+same command resumes a run that was stopped. `worker.py` defines the measurements, `peers.py` the rows.
 """
 
 import argparse
@@ -27,7 +27,7 @@ SETTINGS = {
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 RATIOS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)
 BY_LENGTH = [EAGER, RIVAL, COMPILE, FORWARD, DEFAULT]
-WITHOUT_LORA = {FORWARD}  # the same forward
+WITHOUT_LORA = {FORWARD}  # its forward is the same
 
 Pair = tuple[Setting, str]
 
@@ -43,7 +43,7 @@ def lora(settings: list[Setting]) -> list[Pair]:
 
 
 def others(settings: list[Setting]) -> list[Pair]:
-    """All parameters, every other row."""
+    """All parameters, the other rows."""
     return [(setting, row) for setting in settings for row in ROWS if row not in MAIN]
 
 
@@ -53,7 +53,7 @@ def lengths() -> list[Setting]:
 
 
 def ratios() -> list[Setting]:
-    """Setting 1."""
+    """Setting 1 with all ratios."""
     return [replace(SETTINGS["1"], keep_ratio=r) for r in RATIOS]
 
 
@@ -63,7 +63,7 @@ def length(settings: list[Setting]) -> list[Pair]:
 
 
 def ratio(settings: list[Setting]) -> list[Pair]:
-    """Cost and memory by keep_ratio, beside a forward (F) and plain training."""
+    """Cost and memory by keep_ratio, with a forward (F) and plain training for comparison."""
     return [*((setting, DEFAULT) for setting in ratios()), (SETTINGS["1"], FORWARD), (SETTINGS["1"], COMPILE)]
 
 
@@ -71,7 +71,7 @@ PARTS = {"full": full, "length": length, "ratio": ratio, "lora": lora, "others":
 
 
 def plan(options: argparse.Namespace) -> list[Task]:
-    """The tasks in their order, each once."""
+    """The tasks in order, each once."""
     chosen = [SETTINGS[name] for name in options.settings]
     pairs = [pair for name in options.parts for pair in PARTS[name](chosen)]
     if options.rows:
@@ -80,12 +80,12 @@ def plan(options: argparse.Namespace) -> list[Task]:
 
 
 def sized(setting: Setting, options: argparse.Namespace) -> Setting:
-    """With `--quick` two small layers and short sequences."""
+    """The setting; with `--quick` two small layers and short sequences."""
     return replace(setting, shape="quick", length=max(16, setting.length // 16)) if options.quick else setting
 
 
 def shown(options: argparse.Namespace) -> report.Shown:
-    """What the report has."""
+    """The settings and sweeps of the report."""
     settings = {name: sized(setting, options) for name, setting in SETTINGS.items()}
     sweeps = ([sized(setting, options) for setting in sweep] for sweep in (lengths(), ratios()))
     by_length, by_ratio = sweeps
@@ -95,7 +95,8 @@ def shown(options: argparse.Namespace) -> report.Shown:
 def arguments(words: list[str]) -> argparse.Namespace:
     """The command line."""
     parser = suite.parser(__doc__, "cpu", PARTS)
-    # other work on a shared machine comes in bursts of seconds and drifts in minutes: short steps are repeated, rows take turns
+    # on a shared machine, other load comes in bursts of seconds and drifts over minutes: repeat short steps, interleave
+    # rows
     parser.set_defaults(rounds=2, seconds=15)
     every = list(SETTINGS)
     parser.add_argument("--settings", nargs="+", choices=every, default=every, help="of full, lora, others")
@@ -103,7 +104,7 @@ def arguments(words: list[str]) -> argparse.Namespace:
 
 
 def main(words: list[str]) -> int:
-    """Measure, show, write; 1 if there was no time for something."""
+    """Measure, print and write; return 1 if there was no time for some tasks."""
     options = arguments(words)
     if options.plan:
         print(*plan(options), sep="\n")

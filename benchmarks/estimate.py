@@ -1,11 +1,12 @@
-"""How well ``tokenseek_fx.estimate`` does: estimated and measured peak memory of a training step, side by side.
+"""Accuracy of ``tokenseek_fx.estimate``: the estimated and the measured peak memory of a training step.
 
     python benchmarks/estimate.py --out benchmarks/results/estimate.json
 
-Every measurement and every estimate has a process of its own; estimates see models on the meta device. Measured is the peak of
-resident memory above the model over two steps after the graphs were compiled, with an allocator that gives every tensor back at
-once (glibc; see `worker.py`): forward, backward and, where an optimizer is named, its update and states; where none is, gradients
-are there before and are not counted. What is in the file is not measured again. The exit status is 1 where an estimate is more than 10 % off.
+Each measurement and each estimate runs in a process of its own; estimates use models on the meta device. The measured
+figure is peak resident memory beyond the model, over two steps after compilation, with an allocator that returns freed
+tensors to the system at once (glibc; see `worker.py`). It covers forward, backward and, with an optimizer, its update
+and states; without one, gradients exist before and are not counted. Results in the file are not measured again. The
+exit status is 1 if an estimate is off by more than 10 %.
 """
 
 import argparse
@@ -90,7 +91,7 @@ def tokens(batch: int, length: int) -> Batch:
 
 
 def images(batch: int, length: int) -> Batch:
-    """Of 224 x 224 pixels, so of 196 patches and a class token; ``length`` is not read."""
+    """Images of 224 x 224 pixels: 196 patches and a class token. ``length`` is ignored."""
     return {"pixel_values": torch.randn(batch, 3, 224, 224), "labels": torch.arange(batch) % 10}
 
 
@@ -156,8 +157,8 @@ SETTINGS = [
 
 
 def measured(index: int) -> int:
-    """Peak resident bytes above the model; and above its gradients where nothing updates it."""
-    for name in EXACT_MEMORY:  # this process has read it; the C++ compiler would be slow under it
+    """Peak resident bytes beyond the model and, without an optimizer, beyond its gradients."""
+    for name in EXACT_MEMORY:  # this process has read it, and it would slow down the C++ compiler
         os.environ.pop(name, None)
     setting = SETTINGS[index]
     torch.manual_seed(0)
@@ -181,7 +182,7 @@ def measured(index: int) -> int:
 
 
 def estimated(index: int) -> Result:
-    """The same from a model without data."""
+    """The same figure, estimated from a model on the meta device."""
     setting = SETTINGS[index]
     with torch.device("meta"):
         model = setting.model().train()
@@ -195,7 +196,7 @@ def estimated(index: int) -> Result:
 
 
 def own_process(function: Callable[[int], Any], index: int) -> Any:
-    """The same in a process of its own, forked with everything imported and nothing computed."""
+    """Call the function in a new process, forked after all imports and before any computation."""
     with multiprocessing.get_context("fork").Pool(1) as pool:
         return pool.apply(function, (index,))
 
@@ -225,7 +226,7 @@ def main() -> int:
     parser.add_argument("--only", type=int, nargs="+", default=range(len(SETTINGS)), help="numbers of settings, from 0")
     parser.add_argument("--out", type=Path, default=Path("out/bench/estimate.json"))
     options = parser.parse_args()
-    if not EXACT_MEMORY.items() <= os.environ.items():  # the allocator reads it at the start of a process
+    if not EXACT_MEMORY.items() <= os.environ.items():  # the allocator reads it when a process starts
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | EXACT_MEMORY)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     results: list[Result] = json.loads(options.out.read_text())["results"] if options.out.exists() else []

@@ -1,10 +1,10 @@
-"""Bytes saved for backward beside the floor, for several architectures; nothing is executed.
+"""Bytes saved for backward, compared with the lower bound, for several architectures. Nothing is executed.
 
     python benchmarks/floor.py --out benchmarks/results/floor.json
 
-The floor: keys and values before heads are repeated, and of the kept rows what the plain graph saves per token, or with
-`recompute="rows"` one row at the input of every block and of the head (`passes/floor.py`). The exit status is 1 where more
-than 15 % above it is saved.
+The lower bound is keys and values before heads are repeated, plus for each kept row the bytes that the plain graph
+saves per token or, with `recompute="rows"`, one row at the input of each block and of the head (`passes/floor.py`). The
+exit status is 1 if more than 15 % above it is saved.
 """
 
 import argparse
@@ -24,8 +24,8 @@ import tokenseek_fx
 
 BATCH, LENGTH, WIDTH, INNER, LAYERS, HEADS, WORDS = 2, 512, 256, 768, 2, 8, 2048
 SETTINGS = (
-    f"{LAYERS} layers, hidden {WIDTH}, MLP {INNER}, {HEADS} heads, vocabulary {WORDS}, float32, no dropout; B = {BATCH}, T = {LENGTH}, "
-    'keep_ratio 0.1, logits "drop", the default scorer'
+    f"{LAYERS} layers, hidden {WIDTH}, MLP {INNER}, {HEADS} heads, vocabulary {WORDS}, float32, no dropout; "
+    f'B = {BATCH}, T = {LENGTH}, keep_ratio 0.1, logits "drop", the default scorer'
 )
 _COMMON = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": INNER}
 _TWO = {**_COMMON, "num_key_value_heads": 2}
@@ -72,7 +72,7 @@ def measure(name: str, way: str) -> dict[str, Any]:
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """A row for every model: what the plain graph saves, and for every way what is saved / the floor, in megabytes."""
+    """A row for each model, in megabytes: saved by the plain graph, then for each way saved / lower bound."""
     rows = {result["model"]: [f"{result['plain'] / 1e6:.1f}"] for result in results}
     for result in results:
         rows[result["model"]].append(f"{result['saved'] / 1e6:.2f} / {result['floor'] / 1e6:.2f}")
@@ -81,7 +81,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
 
 
 def above(results: list[dict[str, Any]]) -> list[str]:
-    """Where more than 15 % above the floor is saved."""
+    """The results that save more than 15 % above the lower bound."""
     return [f"{r['model']}, {r['way']}: {r['saved']} {r['floor']}" for r in results if r["saved"] > 1.15 * r["floor"]]
 
 

@@ -1,13 +1,13 @@
-"""The GPU suite: training steps in bf16 on one CUDA device, and the longest sequence that fits. `make bench-gpu` or
+"""The GPU suite: training steps in bfloat16 on one CUDA device, and the longest sequence that fits. `make bench-gpu` or
 
-    python benchmarks/gpu.py --minutes 9                               # in the order of what matters; the same command goes on
+    python benchmarks/gpu.py --minutes 9                               # most important first; repeat it to resume
     python benchmarks/gpu.py --parts longest --rows tokenseek torch.compile
-    python benchmarks/gpu.py --report                                  # tables and claims from what is there
-    python benchmarks/gpu.py --device cpu --quick                      # does it run, without a GPU
+    python benchmarks/gpu.py --report                                  # tables and claims from existing results
+    python benchmarks/gpu.py --device cpu --quick                      # smoke test without a GPU
 
-Shapes are those of Llama-3.2-1B and 3B and Llama-3.1-8B with random weights. Every row runs in a process of its own; what is known is
-written after each. Peak is what PyTorch allocated above weights and gradients (`worker.py`). *Seek* is the step with one kept
-token: everything but the kept rows' work; *ditch* is what the step takes beyond it.
+Shapes are those of Llama-3.2-1B and 3B and Llama-3.1-8B with random weights. Each row runs in a process of its own, and
+results are written after each. Peak is the memory that PyTorch allocated beyond weights and gradients (`worker.py`).
+*Seek* is a step with one kept token, without the work on kept rows; *ditch* is the time that a step takes beyond it.
 """
 
 import argparse
@@ -37,7 +37,7 @@ LARGER = [
 ]
 FITTED = [replace(BASE, batch=1), replace(BASE, shape="8B", batch=1, training="lora")]
 CAPACITIES = (141.0, 80.0, 48.0, 24.0)
-"""GiB of cards, the largest first: what is seen there answers for the smaller ones as well."""
+"""GiB of cards, the largest first: its results often answer for the smaller ones too."""
 SHORTEST, LONGEST = 2048, 2**18
 
 Pair = tuple[Setting, str]
@@ -64,7 +64,7 @@ def shapes() -> list[Pair]:
 
 
 def others() -> list[Pair]:
-    """The 1B shape, every other row."""
+    """The 1B shape, the other rows."""
     return [(BASE, row) for row in ROWS if row not in FIRST]
 
 
@@ -72,7 +72,7 @@ PARTS: dict[str, Callable[[], list[Pair]]] = {"steps": steps, "length": length, 
 
 
 def plan(options: argparse.Namespace) -> list[Task]:
-    """The tasks in their order, each once; `longest` asks as it goes."""
+    """The tasks in order, each once; those of `longest` depend on results."""
     pairs = [pair for name in options.parts if name in PARTS for pair in PARTS[name]()]
     if options.rows:
         pairs = [(setting, row) for setting, row in pairs if row in options.rows]
@@ -80,7 +80,7 @@ def plan(options: argparse.Namespace) -> list[Task]:
 
 
 def sized(setting: Setting, options: argparse.Namespace) -> Setting:
-    """On the device asked for; with `--quick` two small layers and short sequences."""
+    """The setting on the device of the options; with `--quick` two small layers and short sequences."""
     if options.device == "cpu":
         setting = replace(setting, device="cpu", dtype="float32")
     if options.quick:
@@ -92,9 +92,9 @@ Fits = Callable[[int], bool | None]
 
 
 def longest(fits: Fits, shortest: int, most: int) -> int | None:
-    """The longest length that fits, to an eighth: doubled until one doesn't, then halved between; 0 where none does.
+    """The longest length that fits, to an eighth: doubled until one doesn't fit, then bisected; 0 if none fits.
 
-    `fits` returns None where there is no answer (no time, another failure): then so does this.
+    Returns None if `fits` does (no time, or another failure).
     """
     good, bad, length = 0, most * 2, shortest
     while length < bad and length <= most:
@@ -106,7 +106,7 @@ def longest(fits: Fits, shortest: int, most: int) -> int | None:
 
 
 def next_length(good: int, bad: int) -> int:
-    """Twice what fits, or the middle, in steps of an eighth; `bad` where nothing is left to ask."""
+    """The next length to try: twice the one that fits, or the middle, in steps of an eighth; `bad` if none is left."""
     if not good or bad > 2 * good:
         return 2 * good or bad
     grain = max(1, good // 8)
@@ -114,7 +114,7 @@ def next_length(good: int, bad: int) -> int:
 
 
 def answer(task: Task, records: list[Result]) -> bool | None:
-    """What is known already: a length that took this much or less fits; one that did not fit in more does not fit."""
+    """The answer from existing results: a length fits if it used no more; not if a larger limit was too small."""
     for record in records:
         if record["limit"] and (record["row"], Setting(**record["setting"])) == (task.row, task.setting):
             if "used" in record:
@@ -125,7 +125,7 @@ def answer(task: Task, records: list[Result]) -> bool | None:
 
 
 def find_longest(options: argparse.Namespace, book: Book, clock: Clock) -> int:
-    """For every setting, row and capacity; how many were left without an answer."""
+    """Find the longest sequence for each setting, row and capacity; return the number without an answer."""
     left = 0
     for setting in [sized(setting, options) for setting in FITTED]:
         for row in options.rows or SHORT:
@@ -162,13 +162,13 @@ def arguments(words: list[str]) -> argparse.Namespace:
 
 
 def main(words: list[str]) -> int:
-    """Measure, show, write; 1 if there was no time for something."""
+    """Measure, print and write; return 1 if there was no time for some tasks."""
     options = arguments(words)
     if options.plan:
         print(*plan(options), sep="\n")
         return 0
     if options.device == "cuda" and not torch.cuda.is_available() and not options.report:
-        print("No CUDA device was found. `--device cpu --quick` tries the suite without one.")
+        print("No CUDA device was found. Use `--device cpu --quick` to try the suite without one.")
         return 1
     book, clock = Book.open(options.out / "results.json"), Clock(options.minutes)
     left = 0
@@ -180,7 +180,7 @@ def main(words: list[str]) -> int:
 
 
 def write_report(book: Book, options: argparse.Namespace) -> None:
-    """Tables of what is there."""
+    """Write the tables of the existing results."""
     sweep = [sized(setting, options) for setting in lengths()]
     written = report.gpu(book.records, sized(BASE, options), sweep, BY_LENGTH, options.out)
     report.write(written, options.out, options.page, options.name)

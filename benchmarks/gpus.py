@@ -1,14 +1,15 @@
-"""Estimates, not measurements: what the GPU suite asks, of GPUs that are not at hand.
+"""The figures of the GPU suite estimated, not measured, for GPUs that are not available.
 
     python benchmarks/gpus.py --out benchmarks/results/gpus.json
 
-The peak of a step of the suite's first setting, and the longest sequence that fits into 24, 48, 80 and 141 GB: shapes of Llama 3 in
-bfloat16, one sequence, full training and LoRA with AdamW (its states in bfloat16, updated one parameter at a time or fused), plain
-``torch.compile`` beside tokenseek. No GPU and no weights are needed: `tokenseek_fx.estimate` sees models on the meta device, and
-takes the chunks and kernels of a GPU. So that it takes minutes, models of `DEPTHS` layers are estimated at `LENGTHS` tokens. What is held in each
-phase grows by the same bytes with every layer alike: the line through the two depths is taken at the true depth. Between two
-lengths a line is taken as well, so lengths are rounded down to whole thousands; beyond the longest it is said so. What is in the file
-is not estimated again.
+The peak memory of a step in the suite's first setting, and the longest sequence that fits into 24, 48, 80 and 141 GB.
+The shapes are those of Llama 3 in bfloat16, one sequence, full training and LoRA with AdamW (its states in bfloat16,
+updated one parameter at a time or fused), with plain ``torch.compile`` and with tokenseek. No GPU or weights are
+needed: `tokenseek_fx.estimate` uses models on the meta device, with the chunks and kernels of a GPU.
+
+To take minutes only, it estimates models of `DEPTHS` layers at `LENGTHS` tokens. Each layer adds the same bytes to each
+phase, so the line through the two depths gives the true depth. Lengths are interpolated linearly too, and rounded down
+to whole thousands; a result beyond the longest length is marked. Results in the file are not estimated again.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tokenseek_fx
-from tokenseek_fx.estimate import GPUS
+from tokenseek_fx.estimation import GPUS
 
 Phases = dict[str, float]
 Ways = dict[str, Phases]
@@ -55,10 +56,10 @@ SHARED = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddin
 TIED = {"Llama-3.2-1B": True, "Llama-3.2-3B": True, "Llama-3.1-8B": False}
 METHODS, DEPTHS, LENGTHS = ("full", "LoRA"), (3, 4), (2048, 8192, 32768, 131072)
 STEP, BATCH, LENGTH = "Llama-3.2-1B", 8, 4096  # the first setting of gpu.py
-OPTIONS = {"keep_ratio": 0.1, "logits": "drop", "recompute": "rows"}  # the default keeps what fits, whatever the depth
+OPTIONS = {"keep_ratio": 0.1, "logits": "drop", "recompute": "rows"}  # the default isn't linear in the depth
 SETTINGS = (
-    'bfloat16, B = 1, AdamW; tokenseek: keep_ratio 0.1, logits "drop", recompute "rows", the default scorer; LoRA of rank 16 on q, k, v and o; '
-    "GB: 10^9 bytes"
+    'bfloat16, B = 1, AdamW; tokenseek: keep_ratio 0.1, logits "drop", recompute "rows", the default scorer; '
+    "LoRA of rank 16 on q, k, v and o; GB: 10^9 bytes"
 )
 
 
@@ -72,7 +73,7 @@ def model(shape: str, method: str, layers: int) -> nn.Module:
 
 
 def at_depth(shape: str, of_layers: Callable[[int], Ways]) -> Ways:
-    """Bytes of every phase at the true depth, from two smaller ones."""
+    """Bytes of each phase at the true depth, extrapolated from two smaller depths."""
     (near, far), depth = DEPTHS, SHAPES[shape]["num_hidden_layers"]
     found, share = [of_layers(layers) for layers in DEPTHS], (depth - near) / (far - near)
     return {
@@ -82,7 +83,7 @@ def at_depth(shape: str, of_layers: Callable[[int], Ways]) -> Ways:
 
 
 def phases(shape: str, method: str, length: int) -> Ways:
-    """All that a training step of one sequence holds."""
+    """All bytes that a training step of one sequence holds, by way and phase."""
 
     def of_layers(layers: int) -> Ways:
         found = estimated(model(shape, method, layers), 1, length)
@@ -92,7 +93,7 @@ def phases(shape: str, method: str, length: int) -> Ways:
 
 
 def step() -> Ways:
-    """What forward and backward hold above weights and gradients, in the first setting of the GPU suite."""
+    """Bytes that forward and backward hold beyond weights and gradients, in the first setting of the GPU suite."""
 
     def of_layers(layers: int) -> Ways:
         found = estimated(model(STEP, "full", layers), BATCH, LENGTH, set_to_none=False)
@@ -122,7 +123,7 @@ def longest(peaks: dict[int, float], size: float) -> str:
 
 
 def rows(results: list[dict[str, Any]]) -> Iterator[list[str]]:
-    """A row for every shape, method and way to train."""
+    """A row for each shape, method and way to train."""
     for shape, method, way in dict.fromkeys((r["shape"], r["method"], way) for r in results for way in r["phases"]):
         mine = [r for r in results if (r["shape"], r["method"]) == (shape, method)]
         peaks = {r["length"]: max(r["phases"][way].values()) for r in mine}
@@ -131,14 +132,14 @@ def rows(results: list[dict[str, Any]]) -> Iterator[list[str]]:
 
 
 def markdown(results: list[dict[str, Any]]) -> str:
-    """The longest sequences."""
+    """The table of memory by length and of the longest sequences."""
     lengths = sorted({r["length"] for r in results})
     head = ["estimate", *(f"GB at T = {length}" for length in lengths), *(f"longest in {gpu} GB" for gpu in GPUS)]
     return table(head, list(rows(results)))
 
 
 def markdown_of_step(found: Ways) -> str:
-    """Of the first setting."""
+    """The table of the suite's first setting."""
     head = [f"estimate, {STEP}, {BATCH} x {LENGTH} tokens", "GB in forward", "GB in backward"]
     lines = [[way, *(f"{sizes[phase] / 1e9:.2f}" for phase in ("forward", "backward"))] for way, sizes in found.items()]
     return table(head, lines)

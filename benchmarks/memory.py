@@ -1,12 +1,12 @@
-"""Peak memory of one training step: full, LoRA, LoHa and QLoRA, each in plain PyTorch and with tokenseek, by length.
+"""Peak memory of a training step by length: full, LoRA, LoHa and QLoRA, each in plain PyTorch and with tokenseek.
 
     python benchmarks/memory.py --lengths 256 512 1024 2048 4096 --out benchmarks/results/memory.json
 
-Every figure comes from a process of its own. A step is forward, backward and AdamW update; peak memory is resident memory above
-the model alone, so gradients and optimizer states count. It is that of three steps after the graphs were compiled (from the
-second on, optimizer states are there during the forward), with an allocator that gives every tensor back at once (glibc; see
-`worker.py`). The exit status is 1 where LoRA with tokenseek does not use less than full training with tokenseek and than LoRA
-alone.
+Each figure comes from a process of its own. A step is forward, backward and AdamW update. Peak memory is resident
+memory beyond the model, so gradients and optimizer states count. It is the peak of three steps after compilation (from
+the second on, optimizer states exist during the forward), with an allocator that returns freed tensors to the system at
+once (glibc; see `worker.py`). The exit status is 1 if LoRA with tokenseek does not use less than full training with
+tokenseek, and less than LoRA alone.
 """
 
 import argparse
@@ -39,10 +39,12 @@ BATCH, RANK, STEPS, RATE = 1, 8, 3, 1e-3
 OPTIONS = {"keep_ratio": 0.1, "logits": "drop", "strict": True}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETTINGS = (
-    f"Llama with random weights: {SIZES['num_hidden_layers']} layers, hidden {SIZES['hidden_size']}, MLP {SIZES['intermediate_size']}, "
-    f"{HEADS['num_attention_heads']} heads, {HEADS['num_key_value_heads']} key/value heads, vocabulary {SIZES['vocab_size']}, float32; "
-    f"B = {BATCH}; adapters of rank {RANK} on every linear of the blocks; QLoRA: NF4, double quantisation, computed in float32; "
-    f'AdamW, learning rate {RATE}, {STEPS} steps on one batch; tokenseek: keep_ratio 0.1, logits "drop", the default scorer'
+    f"Llama with random weights: {SIZES['num_hidden_layers']} layers, hidden {SIZES['hidden_size']}, "
+    f"MLP {SIZES['intermediate_size']}, {HEADS['num_attention_heads']} heads, "
+    f"{HEADS['num_key_value_heads']} key/value heads, vocabulary {SIZES['vocab_size']}, float32; B = {BATCH}; "
+    f"adapters of rank {RANK} on every linear of the blocks; QLoRA: NF4, double quantisation, computed in float32; "
+    f"AdamW, learning rate {RATE}, {STEPS} steps on one batch; "
+    'tokenseek: keep_ratio 0.1, logits "drop", the default scorer'
 )
 
 
@@ -57,7 +59,7 @@ def lora(model: nn.Module | None = None) -> nn.Module:
 
 
 def loha() -> nn.Module:
-    """Without its dropout, whose draw Dynamo can't trace (docs/setups.md)."""
+    """LoHa without its dropout, whose random draw Dynamo can't trace (docs/setups.md)."""
     model = get_peft_model(base(), LoHaConfig(r=RANK, alpha=RANK, target_modules=TARGETS, task_type="CAUSAL_LM"))
     for module in model.modules():
         if isinstance(module, LycorisLayer):
@@ -84,8 +86,8 @@ BACKENDS = ("plain", "tokenseek")
 
 
 def work(method: str, backend: str, length: int) -> Result:
-    """One figure, in this process."""
-    for name in EXACT_MEMORY:  # this process has read it; the C++ compiler would be slow under it
+    """Measure one combination in this process: peak and saved bytes, loss, trained parameters."""
+    for name in EXACT_MEMORY:  # this process has read it, and it would slow down the C++ compiler
         os.environ.pop(name, None)
     model = METHODS[method]()
     ids = torch.randint(SIZES["vocab_size"], (BATCH, length), generator=torch.Generator().manual_seed(0))
@@ -111,7 +113,7 @@ def step(model: nn.Module, batch: dict[str, torch.Tensor], optimizer: torch.opti
 
 
 def spawn(method: str, backend: str, length: int) -> Result:
-    """The same in a process of its own, forked with everything imported and nothing computed."""
+    """Run ``work`` in a new process, forked after all imports and before any computation."""
     with multiprocessing.get_context("fork").Pool(1) as pool:
         result = pool.apply(work, (method, backend, length))
     console.print(f"{method:6} {backend:10} T = {length:5}: {result['peak'] / 1e6:7.1f} MB", highlight=False)
@@ -119,7 +121,7 @@ def spawn(method: str, backend: str, length: int) -> Result:
 
 
 def markdown(results: list[Result], key: str, style: str = ".1f", unit: float = 1e6) -> str:
-    """A table: a row for every method and backend, a column for every length."""
+    """A table with a row for each method and backend and a column for each length."""
     lengths = sorted({result["length"] for result in results})
     rows: dict[str, list[str]] = {}
     for result in results:
@@ -135,7 +137,7 @@ def tables(results: list[Result]) -> list[str]:
 
 
 def broken_claims(results: list[Result]) -> list[str]:
-    """Where LoRA with tokenseek does not use less than full training with tokenseek and than LoRA alone."""
+    """Lengths at which LoRA with tokenseek doesn't use less than full training with tokenseek and than LoRA alone."""
     peak = {(result["method"], result["backend"], result["length"]): result["peak"] for result in results}
     return [
         f"T = {length}: LoRA with tokenseek {bytes_}, {method} {backend} {peak[method, backend, length]}"
@@ -151,7 +153,7 @@ def main() -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
     parser.add_argument("--out", type=Path, default=Path("out/bench/memory.json"))
     options = parser.parse_args()
-    if not EXACT_MEMORY.items() <= os.environ.items():  # the allocator reads it at the start of a process
+    if not EXACT_MEMORY.items() <= os.environ.items():  # the allocator reads it when a process starts
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | EXACT_MEMORY)
     results = [spawn(m, backend, length) for m in METHODS for backend in BACKENDS for length in options.lengths]
     options.out.parent.mkdir(parents=True, exist_ok=True)

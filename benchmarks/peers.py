@@ -1,6 +1,7 @@
-"""What each row of the benchmarks does to a model before it is trained: plain PyTorch, its memory savers, and tokenseek.
+"""The rows of the benchmarks, which prepare a model for training: plain PyTorch, its ways to save memory, tokenseek.
 
-Rows that are exact have the loss and the gradient of all tokens; tokenseek's gradient is that of the kept tokens (docs/definition.md).
+Exact rows have the loss and the gradient of all tokens; tokenseek's gradient is that of the kept tokens
+(docs/definition.md).
 """
 
 import importlib.util
@@ -21,20 +22,20 @@ from transformers.modeling_outputs import CausalLMOutput
 from tokenseek_fx import Config, backend
 
 Make = Callable[[nn.Module, float], nn.Module]
-"""(model, keep_ratio) -> what is trained; exact rows read no ratio."""
+"""(model, keep_ratio) -> the module to train; exact rows ignore the ratio."""
 
-CHUNK = 512  # tokens whose logits exist at a time, where PyTorch has no chunked loss of its own
+CHUNK = 512  # tokens whose logits exist at a time, if PyTorch has no chunked loss
 
 
 class ChunkedHead(nn.Module):
-    """The model with head and loss over chunks of tokens; it returns no logits."""
+    """A model with head and loss computed in chunks of tokens; it returns no logits."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> CausalLMOutput:
-        """The next-token loss of a model of transformers, [B, T] ids."""
+        """The next-token loss of a transformers model; ``input_ids`` and ``labels``: int64 [B, T]."""
         causal = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         hidden = causal.model(input_ids=input_ids)[0]
         shifted = F.pad(labels[:, 1:], (0, 1), value=-100)
@@ -42,21 +43,21 @@ class ChunkedHead(nn.Module):
 
 
 def chunked_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy of `hidden @ weight.T`: PyTorch's from 2.13 on, else chunks recomputed in backward."""
+    """Mean cross entropy of `hidden @ weight.T`: PyTorch's own from 2.13 on, before that ``recomputed_loss``."""
     if hasattr(F, "linear_cross_entropy"):
         return F.linear_cross_entropy(hidden, weight, labels, options=torch.nn.LinearCrossEntropyOptions())
     return recomputed_loss(hidden, weight, labels)
 
 
 def recomputed_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """The same from checkpointed chunks: Dynamo traces it, and PyTorch before 2.13 has it."""
+    """The same from checkpointed chunks, which Dynamo can trace, for PyTorch before 2.13."""
     parts = zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
     total = sum(recompute.checkpoint(loss_of, rows, weight, y, use_reentrant=False) for rows, y in parts)
     return total / (labels != -100).sum()
 
 
 def loss_of(rows: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Summed over the labelled rows, in float32."""
+    """The loss summed over the labelled rows, in float32."""
     return F.cross_entropy(F.linear(rows, weight).float(), labels, reduction="sum")
 
 
@@ -83,7 +84,7 @@ def compiled_and_chunked(model: nn.Module, ratio: float) -> nn.Module:
 
 
 def budget(share: float) -> Make:
-    """torch.compile, its partitioner told to save this share of the bytes."""
+    """torch.compile with a partitioner that saves this fraction of the bytes."""
 
     def make(model: nn.Module, ratio: float) -> nn.Module:
         torch._functorch.config.activation_memory_budget = share
@@ -93,9 +94,9 @@ def budget(share: float) -> Make:
 
 
 def liger(model: nn.Module, ratio: float) -> nn.Module:
-    """Liger's fused kernels and fused head with loss, with gradient checkpointing."""
+    """Liger's fused kernels and fused head and loss, with gradient checkpointing."""
     if next(model.parameters()).device.type == "cpu":
-        raise RuntimeError("Liger's kernels are Triton and need a GPU")
+        raise RuntimeError("Liger's Triton kernels need a GPU")
     if importlib.util.find_spec("liger_kernel") is None:
         raise ModuleNotFoundError("liger-kernel is not installed")
     from liger_kernel.transformers.monkey_patch import apply_liger_kernel_to_llama
@@ -105,12 +106,12 @@ def liger(model: nn.Module, ratio: float) -> nn.Module:
 
 
 def tokenseek(**options: Any) -> Make:
-    """Train on the kept tokens, never building the logits of all unless told to."""
+    """Train on the kept tokens; by default without the logits of all tokens."""
 
     def make(model: nn.Module, ratio: float) -> nn.Module:
         share = {} if "keep_tokens" in options else {"keep_ratio": ratio}
         config = Config.from_options({"logits": "drop", "strict": True, **share, **options})
-        model.compile(backend=backend(config))  # by name it would have to be installed
+        model.compile(backend=backend(config))  # a backend by name would need the package to be installed
         return model
 
     return make

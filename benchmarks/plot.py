@@ -1,4 +1,4 @@
-"""Table and plot of the quality study, from its results alone: `python benchmarks/quality.py --report`."""
+"""Table and plot of the quality study, made from its results: `python benchmarks/quality.py --report`."""
 
 import json
 import math
@@ -37,7 +37,7 @@ LABEL = "held-out loss"
 
 @dataclass(frozen=True)
 class Line:
-    """One configuration: `losses[i]` are those of all seeds after `steps[i]`; `ratio` is step time by that of all tokens."""
+    """One configuration: `losses[i]` are the losses of all seeds after `steps[i]`; `ratio`: step time / all tokens'."""
 
     setting: str
     method: str
@@ -61,16 +61,16 @@ class Line:
 
     @property
     def spreads(self) -> list[float]:
-        """Standard deviation over seeds; 0 of a single one."""
+        """Standard deviation over seeds; 0 for a single seed."""
         return [statistics.stdev(seeds) if len(seeds) > 1 else 0.0 for seeds in self.losses]
 
     @property
     def label(self) -> str:
-        """Without the ratio, which the panel's title gives."""
+        """The name without the ratio, which the title of the panel gives."""
         return self.method.replace("-", ", ", 1).replace("-", " + ")
 
     def after(self, steps: float) -> float:
-        """Mean loss after so many steps, linear between two measured ones."""
+        """Mean loss after this many steps, interpolated linearly between measurements."""
         right = next(i for i, step in enumerate(self.steps) if step >= steps)
         if self.steps[right] == steps:
             return self.means[right]
@@ -80,7 +80,7 @@ class Line:
 
 
 def read(results: Path) -> list[Line]:
-    """All configurations that have been run; they have to be of one study."""
+    """All configurations with results, which must be of one study."""
     lines, studies = [], set()
     for path in sorted(results.glob("*.json")):
         if path.name.endswith(".time.json") or path.name == "sweep.json":
@@ -89,12 +89,12 @@ def read(results: Path) -> list[Line]:
         studies.add(json.dumps([result["study"], result["machine"]["torch"]]))
         lines.append(line_of(result, path.with_suffix(".time.json")))
     if len(studies) > 1:
-        raise SystemExit(f"{results} holds results of {len(studies)} different studies.")
+        raise SystemExit(f"{results} holds results of {len(studies)} different studies. Keep one study per folder.")
     return sorted(lines, key=lambda line: (line.setting, list(COLOURS).index(line.scorer), line.variant, line.kept))
 
 
 def line_of(result: dict[str, Any], time: Path) -> Line:
-    """A result and its step time, if that has been measured."""
+    """A result, with its step time if measured."""
     run = result["run"]
     return Line(
         run["setting"],
@@ -117,7 +117,7 @@ def table(lines: list[Line]) -> str:
 
 
 def rows(lines: list[Line]) -> list[str]:
-    """Head and lines of one table; all tokens are the reference."""
+    """Head and rows of one table; all tokens are the reference."""
     every = next(line for line in lines if line.method == "all")
     last = every.steps[-1]
     heads = [f"at the time of {last // share} steps of all" for share in (4, 2)]
@@ -141,7 +141,10 @@ def row(line: Line, every: Line) -> list[str]:
 
 
 def at_time(line: Line, steps: float) -> str:
-    """Loss in the time in which all tokens make so many steps; after the last step where all took less, and in what share."""
+    """Loss after the time in which training on all tokens makes `steps` steps.
+
+    If the run ends earlier, it is the final loss, with the fraction of that time.
+    """
     if line.ratio is None:
         return ""
     own, last = steps / line.ratio, line.steps[-1]
@@ -149,20 +152,20 @@ def at_time(line: Line, steps: float) -> str:
 
 
 def write_table(page: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
-    """Between the markers of the page."""
+    """Write the text between the markers of the page."""
     before, _, rest = page.read_text().partition(begin)
     page.write_text(f"{before}{begin}\n\n{text}\n{end}{rest.partition(end)[2]}")
 
 
 def style(line: Line) -> dict[str, Any]:
-    """Colour by scorer, dashes by variant; the yardsticks stand out."""
+    """Colour by scorer and dashes by variant; the line of all tokens is thick."""
     thin = line.scorer in ("strided", "first", "last")
     width = 2.2 if line.scorer == "all" else 0.8 if thin else 1.4
     return {"color": COLOURS[line.scorer], "linestyle": DASHES[line.variant], "linewidth": width}
 
 
 def draw_curves(axes: Axes, lines: list[Line], at: Callable[[Line], Iterable[float]]) -> None:
-    """Mean over seeds with its standard deviation."""
+    """Plot means over seeds with standard deviations."""
     for line in lines:
         x, low = list(at(line)), [m - s for m, s in zip(line.means, line.spreads, strict=True)]
         high = [m + s for m, s in zip(line.means, line.spreads, strict=True)]
@@ -171,7 +174,7 @@ def draw_curves(axes: Axes, lines: list[Line], at: Callable[[Line], Iterable[flo
 
 
 def draw_ratios(axes: Axes, lines: list[Line]) -> None:
-    """Final loss by ratio of every method that has several, all tokens at the right."""
+    """Plot the final loss by ratio for methods with several ratios, with all tokens at the right."""
     every = next(line for line in lines if line.method == "all")
     for method in dict.fromkeys(line.method for line in lines):
         mine = [line for line in lines if line.method == method]
@@ -185,7 +188,7 @@ def draw_ratios(axes: Axes, lines: list[Line]) -> None:
 
 
 def draw_pareto(axes: Axes, lines: list[Line]) -> Any:
-    """Time, memory and loss of every configuration; a ring where no other is better in all three."""
+    """Plot time, memory and loss of each configuration, with a ring around those that no other dominates."""
     every = next(line for line in lines if line.method == "all")
     timed = [line for line in lines if line.ratio]
     points = [(line.ratio or 0.0, line.saved / every.saved, line.means[-1]) for line in timed]
@@ -210,12 +213,12 @@ def draw_pareto(axes: Axes, lines: list[Line]) -> Any:
 
 
 def dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
-    """At least as good everywhere, and not the same."""
+    """True if `a` is at least as good as `b` in all values, and not equal."""
     return a != b and all(x <= y for x, y in zip(a, b, strict=True))
 
 
 def figure(lines: list[Line], seconds: float) -> Any:
-    """A row for each setting: loss by steps, by time, by ratio, and the front."""
+    """A row of panels for each setting: loss by steps, by time and by ratio, and the Pareto front."""
     found = [setting for setting in SETTINGS if any(line.setting == setting for line in lines)]
     canvas, grid = plt.subplots(len(found), 4, figsize=(19, 5 * len(found)), squeeze=False, layout="constrained")
     for setting, axes in zip(found, grid, strict=True):
@@ -234,7 +237,7 @@ def figure(lines: list[Line], seconds: float) -> Any:
 
 
 def name_panels(axes: list[Axes], setting: str, lines: list[Line]) -> None:
-    """Titles, axes, limits: what is worse than no fine-tuning by far runs out of the panel."""
+    """Set titles, axes and limits; losses far worse than without fine-tuning are cut off."""
     start, best = lines[0].means[0], min(min(line.means) for line in lines)
     titles = ("steps, 10 % kept", "seconds, 10 % kept", "% of the tokens kept")
     for panel, name in zip(axes[:3], titles, strict=True):
@@ -245,16 +248,16 @@ def name_panels(axes: list[Axes], setting: str, lines: list[Line]) -> None:
 
 
 def seconds_of_all(results: Path) -> float:
-    """Median step time of all tokens over the whole timing; nan if there is none."""
+    """Median step time on all tokens over all timings; nan without any."""
     found = [json.loads(path.read_text())["all"] for path in sorted(results.glob("*.time.json"))]
     return statistics.median(found) if found else math.nan
 
 
 def report(results: Path, docs: Path) -> int:
-    """`docs/when-to-use.md`'s table and `docs/quality.svg`; the same results give the same bytes."""
+    """Write the table of `docs/when-to-use.md` and `docs/quality.svg`; the same results give the same bytes."""
     lines = read(results)
     if not any(line.method == "all" for line in lines):
-        raise SystemExit(f"{results} holds no result of all tokens to compare with.")
+        raise SystemExit(f"{results} holds no result on all tokens to compare with. Run the configuration `full-all`.")
     mpl.rcParams.update({"svg.hashsalt": "tokenseek", "font.size": 9, "axes.grid": True, "grid.alpha": 0.25})
     canvas = figure(lines, seconds_of_all(results))
     canvas.savefig(docs / "quality.svg", metadata={"Date": None})

@@ -1,15 +1,15 @@
-"""What is learnt from a part of the tokens: held-out loss by scorer and ratio, against steps and against time.
+"""The quality of training on selected tokens: held-out loss by scorer and ratio, against steps and against time.
 
-A byte-level Llama is trained once on the sources of Python's standard library, then fine-tuned on its docstring -> code
-pairs: with all tokens, with gradient checkpointing, and with every scorer; all parameters, and LoRA; several seeds.
+A byte-level Llama is trained once on the sources of Python's standard library, then fine-tuned on docstring -> code
+pairs from it: on all tokens, with gradient checkpointing, and with each scorer; all parameters and LoRA; several seeds.
 
-    python benchmarks/quality.py --quick              # does it run: four small configurations
+    python benchmarks/quality.py --quick              # smoke test: four small configurations
     python benchmarks/quality.py --jobs 2             # the curves: one process per configuration
-    python benchmarks/quality.py --time               # step times, on a machine that does nothing else
-    python benchmarks/quality.py --report             # table and plot into docs/ from the results, no training
+    python benchmarks/quality.py --time               # step times, on an otherwise idle machine
+    python benchmarks/quality.py --report             # write table and plot to docs/ from the results, no training
 
-One JSON per configuration lies under `benchmarks/results/quality/`. A result with the same settings is not run again, so
-a study that was stopped goes on where it was. `--only 'full-*-10'` chooses, `--list` shows.
+Each configuration has a JSON file in `benchmarks/results/quality/`. A result with the same settings is not run again,
+so the same command resumes a study that was stopped. `--only 'full-*-10'` selects configurations, `--list` lists them.
 """
 
 import argparse
@@ -56,13 +56,13 @@ PLAIN = {
     "kv_grad": "selected",
     "report_loss": None,
 }  # unless a method says more
-LEARNING_RATES = {"full": 3e-4, "lora": 1e-3}  # the best of --sweep, with all tokens
+LEARNING_RATES = {"full": 3e-4, "lora": 1e-3}  # the best of --sweep, on all tokens
 SWEEP = {"full": (1e-4, 3e-4, 6e-4, 1e-3), "lora": (5e-4, 1e-3, 2e-3, 4e-3)}
 
 
 @dataclass(frozen=True)
 class Study:
-    """What is the same for every configuration."""
+    """The settings that all configurations share."""
 
     layers: int = 4
     hidden: int = 128
@@ -76,7 +76,7 @@ class Study:
     pretrain: int = 800
 
     def model(self) -> LlamaForCausalLM:
-        """0.86 M parameters, two query heads to each key/value head."""
+        """A Llama with 0.86 M parameters and two query heads per key/value head."""
         sizes = {"hidden_size": self.hidden, "intermediate_size": 3 * self.hidden, "num_hidden_layers": self.layers}
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": self.length}
         return LlamaForCausalLM(LlamaConfig(vocab_size=data.BYTE_VOCAB, use_cache=False, **sizes, **heads)).train()
@@ -88,7 +88,7 @@ QUICK_RUNS = ("full-all", "full-tokenseek-10", "lora-all", "lora-random-10")
 
 @dataclass(frozen=True)
 class Run:
-    """One configuration: `options` are those of the backend (None: all tokens)."""
+    """One configuration. `options`: those of the backend; None: all tokens. `kept`: percent of the tokens."""
 
     setting: str
     method: str
@@ -100,7 +100,7 @@ class Run:
         return f"{self.setting}-{self.method}" + (f"-{self.kept}" if self.options else "")
 
     def compile(self, model: nn.Module) -> None:
-        """Switch the method on; evaluation goes through `model.forward`, which stays eager."""
+        """Prepare the model for the method; evaluation uses `model.forward`, which stays eager."""
         if self.method == "checkpointing":
             checkpoint(model)
         if self.options is None:
@@ -110,7 +110,7 @@ class Run:
 
 
 def variants() -> Iterator[tuple[str, dict[str, Any], tuple[int, ...]]]:
-    """(method, its options, the ratios it is run at)."""
+    """For each method: (its name, its options, its ratios in percent)."""
     for scorer in SCORERS:
         yield scorer, {"scorer": scorer}, RATIOS
     for scorer in ("tokenseek", "gradient", "loss", "random"):
@@ -125,7 +125,7 @@ def variants() -> Iterator[tuple[str, dict[str, Any], tuple[int, ...]]]:
 
 
 def study_runs() -> list[Run]:
-    """Every configuration, the yardsticks first."""
+    """All configurations; those on all tokens come first."""
     runs = [Run(setting, method, None) for setting in SETTINGS for method in ("all", "checkpointing")]
     for setting in SETTINGS:
         for method, options, ratios in variants():
@@ -136,7 +136,7 @@ def study_runs() -> list[Run]:
 
 
 def pairs(study: Study) -> tuple[data.Batch, data.Batch]:
-    """(training pairs, held-out pairs): whole files are held out; pairs that fill at least half of the length."""
+    """(training pairs, held-out pairs) of at least `study.shortest` bytes; whole files are held out."""
     tokens = data.byte_tokens()
     long = [
         [pair for pair in data.library_pairs(sources, tokens, study.length) if size(pair) >= study.shortest]
@@ -146,12 +146,12 @@ def pairs(study: Study) -> tuple[data.Batch, data.Batch]:
 
 
 def size(pair: data.Pair) -> int:
-    """Bytes of prompt and answer."""
+    """The number of bytes of prompt and answer."""
     return len("".join(pair).encode())
 
 
 def prepare(study: Study) -> None:
-    """Pairs and pretrained weights on disk, once; running text of the training files, all tokens."""
+    """Write pairs and pretrained weights to disk, if missing. Pretraining reads the training files as running text."""
     WORK.mkdir(parents=True, exist_ok=True)
     torch.save(pairs(study), WORK / "pairs.pt")
     if (WORK / "model.pt").exists():
@@ -171,7 +171,7 @@ def prepare(study: Study) -> None:
 
 
 class Learner:
-    """A model that is compiled once and starts again from the pretrained weights for every seed."""
+    """A model that is compiled once, and reset to the pretrained weights for each seed."""
 
     def __init__(self, study: Study, run: Run):
         self.study, self.run = study, run
@@ -187,7 +187,7 @@ class Learner:
 
     @torch.no_grad()
     def reset(self, seed: int) -> None:
-        """Pretrained weights in place; a seed draws its own LoRA weights, batches and noise."""
+        """Restore the pretrained weights in place; the seed determines LoRA weights, batches and noise."""
         torch.manual_seed(seed)
         for name, value in self.trained.items():
             value.copy_(self.start[name])
@@ -198,7 +198,7 @@ class Learner:
         return torch.optim.AdamW(self.trained.values(), lr=lr)
 
     def batch(self, seed: int, number: int) -> data.Batch:
-        """The same for every configuration."""
+        """The batch of a step, the same for all configurations."""
         return data.draw(self.pairs, self.study.batch, 100_000 * seed + number)
 
     def curve(self, seed: int, lr: float) -> list[float]:
@@ -213,12 +213,12 @@ class Learner:
 
 
 def settings(study: Study, run: Run, lr: float) -> Result:
-    """What a result depends on: the same settings are not run again."""
+    """All that a result depends on. A result with the same settings is not run again."""
     return json.loads(json.dumps({"study": asdict(study), "run": asdict(run), "lr": lr}))
 
 
 def train(study: Study, run: Run, lr: float) -> Result:
-    """One configuration in this process."""
+    """Train one configuration in this process."""
     learner, start = Learner(study, run), time.perf_counter()
     learner.reset(0)
     step(learner.model, learner.batch(0, 0), learner.optimizer(lr))
@@ -230,7 +230,7 @@ def train(study: Study, run: Run, lr: float) -> Result:
 
 
 def machine() -> Result:
-    """Where the figures come from."""
+    """The machine and versions behind the figures."""
     return {
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -241,7 +241,7 @@ def machine() -> Result:
 
 
 def step_seconds(learner: Learner, steps: int) -> list[float]:
-    """Seconds of whole steps; the first two after a switch of the model don't count."""
+    """Seconds of whole steps, after two steps for warm-up."""
     optimizer, batches = learner.optimizer(1e-4), [learner.batch(0, number) for number in range(steps + 2)]
     seconds = []
     for batch in batches:
@@ -252,25 +252,25 @@ def step_seconds(learner: Learner, steps: int) -> list[float]:
 
 
 def measure_times(study: Study, runs: list[Run], results: Path, rounds: int = 3, steps: int = 10) -> int:
-    """Every configuration in turns with all tokens, in this process; the number of those that failed."""
+    """Time each configuration in turns with all tokens, in this process; return the number that failed."""
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10_000
     yardstick, failed = Learner(study, Run(runs[0].setting, "all", None)), 0
     for run in runs:
         try:
             learner = Learner(study, run)
             turns = [(step_seconds(yardstick, steps), step_seconds(learner, steps)) for _ in range(rounds)]
-        except Exception:  # the others are still measured
+        except Exception:  # go on with the others
             print(f"{run.name} failed", traceback.format_exc(limit=-3), sep="\n", flush=True)
             failed += 1
             continue
         measured = in_turns(turns) | {"load": os.getloadavg(), "machine": machine()}
         write(results / f"{run.name}.time.json", {"study": asdict(study), **measured})
-        print("{name}: {step:.3f} s a step, {ratio:.2f} of all tokens".format(name=run.name, **measured), flush=True)
+        print("{name}: {step:.3f} s per step, {ratio:.2f} of all tokens".format(name=run.name, **measured), flush=True)
     return failed
 
 
 def in_turns(turns: list[tuple[list[float], list[float]]]) -> Result:
-    """Medians over everything, and the ratio of every turn by itself."""
+    """Medians over all turns, and the ratio of each turn."""
     every, own = ([seconds for turn in turns for seconds in turn[which]] for which in (0, 1))
     ratios = [statistics.median(own) / statistics.median(every) for every, own in turns]
     return {
@@ -287,12 +287,12 @@ def write(path: Path, result: Result) -> None:
 
 
 def is_done(path: Path, wanted: Result) -> bool:
-    """A result with these settings is on disk."""
+    """True if a result with these settings is on disk."""
     return path.exists() and wanted.items() <= json.loads(path.read_text()).items()
 
 
 def spawn(run: Run, options: argparse.Namespace) -> bool:
-    """Train one configuration in a process of its own; True if it came to its end."""
+    """Train one configuration in a process of its own; True if it succeeded."""
     flags = ["--worker", run.name, "--out", str(options.out)] + ["--quick"] * options.quick
     flags += ["--lr", str(options.lr)] if options.lr else []
     start = time.perf_counter()
@@ -303,7 +303,7 @@ def spawn(run: Run, options: argparse.Namespace) -> bool:
 
 
 def work(run: Run, study: Study, options: argparse.Namespace) -> int:
-    """The job of one process."""
+    """Train one configuration in this process, and write its result."""
     result = train(study, run, options.lr or LEARNING_RATES[run.setting])
     write(options.out / f"{run.name}.json", result)
     ends = [curve[-1] for curve in result["held_out"]]
@@ -312,7 +312,7 @@ def work(run: Run, study: Study, options: argparse.Namespace) -> int:
 
 
 def sweep(study: Study, out: Path) -> int:
-    """Held-out loss with all tokens by learning rate, one seed."""
+    """Write the held-out loss on all tokens by learning rate, for one seed."""
     study, found = replace(study, seeds=1), {}
     for setting, rates in SWEEP.items():
         learner = Learner(study, Run(setting, "all", None))
@@ -323,19 +323,19 @@ def sweep(study: Study, out: Path) -> int:
 
 
 def curves(study: Study, runs: list[Run], options: argparse.Namespace) -> int:
-    """Train what is not on disk yet, `--jobs` processes at a time; 1 if one failed."""
+    """Train configurations without a result on disk, `--jobs` processes at a time; return 1 if one failed."""
     wanted = {run.name: settings(study, run, options.lr or LEARNING_RATES[run.setting]) for run in runs}
     left = [run for run in runs if not is_done(options.out / f"{run.name}.json", wanted[run.name])]
-    print(f"{len(runs) - len(left)} of {len(runs)} configurations are there already", flush=True)
+    print(f"{len(runs) - len(left)} of {len(runs)} configurations have results already", flush=True)
     with ThreadPoolExecutor(options.jobs) as pool:
         return int(not all(list(pool.map(lambda run: spawn(run, options), left))))
 
 
 def times(runs: list[Run], options: argparse.Namespace) -> int:
-    """Step times of what is not on disk yet: a process for each setting, `--jobs` at a time; 1 if one failed."""
-    runs = [run for run in runs if run.method != "all"]  # it is what the others are measured by
+    """Measure missing step times: one process per setting, `--jobs` at a time; return 1 if one failed."""
+    runs = [run for run in runs if run.method != "all"]  # the reference of the others
     left = [run for run in runs if not (options.out / f"{run.name}.time.json").exists()]
-    print(f"{len(runs) - len(left)} of {len(runs)} step times are there already", flush=True)
+    print(f"{len(runs) - len(left)} of {len(runs)} step times have been measured already", flush=True)
     named = [[run.name for run in left if run.setting == setting] for setting in SETTINGS]
     command = [sys.executable, __file__, "--time", "--out", str(options.out), "--worker"]
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -350,9 +350,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", default=["*"], metavar="PATTERN", help="configurations by name, as 'full-*-10'"
     )
-    parser.add_argument("--list", action="store_true", help="the names of the configurations")
-    parser.add_argument("--quick", action="store_true", help="does it run: four configurations, one seed, four steps")
-    parser.add_argument("--sweep", action="store_true", help="choose the learning rates, with all tokens")
+    parser.add_argument("--list", action="store_true", help="list the names of the configurations")
+    parser.add_argument("--quick", action="store_true", help="smoke test: four configurations, one seed, four steps")
+    parser.add_argument("--sweep", action="store_true", help="compare learning rates, on all tokens")
     parser.add_argument("--time", action="store_true", help="measure step times")
     parser.add_argument("--report", action="store_true", help="write docs/when-to-use.md's table and docs/quality.svg")
     parser.add_argument("--lr", type=float, help=f"another learning rate (default {LEARNING_RATES})")
@@ -370,7 +370,7 @@ def chosen(options: argparse.Namespace) -> list[Run]:
 
 
 def main() -> int:
-    """Work for the process that started this one, or do what was asked for."""
+    """Run the command, or the work of a subprocess."""
     options = arguments()
     study = QUICK if options.quick else Study()
     options.out = options.out or (WORK / "quick" if options.quick else ROOT / "benchmarks" / "results" / "quality")

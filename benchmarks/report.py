@@ -1,4 +1,4 @@
-"""Tables, plots and claims of the suites, from their results alone."""
+"""Tables, plots and claims of the suites, made from their results."""
 
 import json
 import re
@@ -15,17 +15,16 @@ from worker import room
 
 Result = dict[str, Any]
 Rows = dict[str, Result]
-"""The figures of one setting by row."""
+"""Row -> figures, of one setting."""
 
 LOSS = (
-    "The loss is that of the first step at random weights: it shows that the rows compute the same model, not what is learnt. "
-    "What is learnt from a part of the tokens is in "
-    "[the quality study](../../../docs/when-to-use.md#what-a-selection-learns)."
+    "The loss is that of the first step at random weights: it shows that the rows compute the same model, not how well "
+    "they learn. [The quality study](../../../docs/when-to-use.md#what-a-selection-learns) measures training on a part of the tokens."
 )
 
 
 def summaries(records: list[Result]) -> dict[Setting, Rows]:
-    """Every setting's rows, in the order of `ROWS`; medians over rounds."""
+    """The rows of each setting, in the order of `ROWS`; figures are medians over rounds."""
     found: dict[Setting, dict[str, list[Result]]] = {}
     for record in records:
         if not record["limit"]:
@@ -34,7 +33,7 @@ def summaries(records: list[Result]) -> dict[Setting, Rows]:
 
 
 def summary(rounds: list[Result]) -> Result:
-    """Median of all timed steps and of peaks; first step, loss and saved bytes from round one."""
+    """Medians of all timed steps and of peaks; first step, loss and saved bytes come from the first round."""
     rounds = sorted(rounds, key=lambda record: record["round"])
     if failed := [record for record in rounds if "failed" in record]:
         return failed[0]
@@ -46,7 +45,7 @@ def summary(rounds: list[Result]) -> Result:
     return {**first, **times, **bytes_, "saved": saved, "tokens": tokens / times["step"]}
 
 
-# heading -> (value, its format, divisor, the row it is compared with)
+# heading -> (key of the figure, format, divisor, the row that it is compared with)
 Columns = dict[str, tuple[str, str, float, str | None]]
 CPU: Columns = {
     "step s": ("step", ".2f", 1, COMPILE),
@@ -69,18 +68,18 @@ GPU: Columns = {
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
-    """A table of Markdown."""
+    """A Markdown table."""
     return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
 
 
 def rows_table(rows: Rows, columns: Columns) -> str:
-    """One setting: a line for every row, figures with the ratio to the row that the heading names."""
+    """The table of a setting: a line for each row, with ratios to the row that the heading names."""
     heads = [f"{name} (/ {other})" if other else name for name, (*_, other) in columns.items()]
     return table(["", *heads], [[row, *cells(result, rows, columns)] for row, result in rows.items()])
 
 
 def cells(result: Result, rows: Rows, columns: Columns) -> list[str]:
-    """The figures of one row."""
+    """The cells of one row."""
     if "failed" in result:
         return [f"none: {result['failed']}", *[""] * (len(columns) - 1)]
     return [
@@ -89,13 +88,13 @@ def cells(result: Result, rows: Rows, columns: Columns) -> list[str]:
 
 
 def cell(value: float, other: float | None, style: str, divisor: float) -> str:
-    """`1.84 (0.37x)`."""
+    """A figure with its ratio, as `1.84 (0.37x)`."""
     text = format(value / divisor, style)
     return f"{text} ({value / other:.2f}x)" if other else text
 
 
 def scoring(rows: Rows) -> list[str]:
-    """What scores cost: beside random rows, which need no head for all tokens, and beside those whose full loss is computed."""
+    """The cost of scoring, compared with random rows, which need no head for all tokens, and with a full loss added."""
     lines = []
     for other in (RANDOM, WHOLE):
         if all("step" in rows.get(name, {}) for name in (DEFAULT, other, FORWARD)):
@@ -107,7 +106,7 @@ def scoring(rows: Rows) -> list[str]:
 
 @dataclass(frozen=True)
 class Claim:
-    """`row`'s figure is at most (`least`: at least) `factor` times `other`'s."""
+    """The claim that `row`'s figure is at most (`least`: at least) `factor` times `other`'s."""
 
     setting: Setting
     key: str
@@ -117,7 +116,7 @@ class Claim:
     row: str = DEFAULT
 
     def verdict(self, found: dict[Setting, Rows]) -> str:
-        """Met or not, with both figures and their ratio; said where they come from two runs or one is missing."""
+        """Whether the claim is met, with both figures and their ratio; marked if they come from two runs."""
         mine, theirs = (found.get(self.setting, {}).get(row, {}) for row in (self.row, self.other))
         sign = ">=" if self.least else "<="
         text = f"{self.setting}: {self.key} of {self.row} {sign} {self.factor} x {self.other}"
@@ -134,7 +133,7 @@ class Claim:
 
 
 def cpu_claims(settings: dict[str, Setting]) -> list[Claim]:
-    """What the project set itself on the CPU."""
+    """The project's goals on a CPU."""
     limits = {"1": (0.42, 0.10), "2": (0.42, 0.05), "3": (0.40, 0.06)}
     against_plain = [
         Claim(settings[name], key, factor, other)
@@ -148,7 +147,7 @@ def cpu_claims(settings: dict[str, Setting]) -> list[Claim]:
 
 
 def gpu_claims(base: Setting) -> list[Claim]:
-    """What the project set itself on an H200, in the 1B shape with 8 x 4096 tokens."""
+    """The project's goals on an H200, for the 1B shape with 8 x 4096 tokens."""
     faster = [Claim(base, "tokens", factor, row, least=True) for factor, row in ((2.0, COMPILE), (2.8, CHECKPOINT))]
     return [*faster, Claim(base, "peak", 0.5, CHECKPOINT)]
 
@@ -160,13 +159,13 @@ def machines(records: list[Result]) -> list[str]:
 
 
 def section(setting: Setting, rows: Rows, columns: Columns) -> str:
-    """One setting: what it is, its table."""
+    """The section of one setting: description, table, cost of scoring."""
     about = f"Llama, random weights: {SHAPES[setting.shape]}; {setting.dtype}."
     return "\n\n".join([f"### {setting}", about, rows_table(rows, columns), *scoring(rows)])
 
 
 def sweep_table(sweep: dict[Any, Rows], name: str, rows: list[str], key: str, style: str, unit: float) -> str:
-    """A row of the benchmark in every column, a point of the sweep in every line."""
+    """A table with a column for each row of the benchmark and a line for each point of the sweep."""
     lines = []
     for point, found in sweep.items():
         values = [found.get(row, {}).get(key) for row in rows]
@@ -175,7 +174,7 @@ def sweep_table(sweep: dict[Any, Rows], name: str, rows: list[str], key: str, st
 
 
 def model_table(sweep: dict[float, Rows], row: str, base: Rows) -> str:
-    """By keep_ratio: step time in forwards beside 1 + 3r; saved bytes beside keys/values + r x those of plain training."""
+    """By keep_ratio: step time in forwards with 1 + 3r; saved bytes with keys/values + r x those of plain training."""
     lines = []
     for r, found in sweep.items():
         if "step" in found.get(row, {}) and "step" in base.get(FORWARD, {}):
@@ -191,7 +190,7 @@ def model_table(sweep: dict[float, Rows], row: str, base: Rows) -> str:
 
 
 def slope(sweep: dict[float, Rows], row: str, base: Rows) -> str:
-    """The line through the measured step times by keep_ratio r, in forwards F."""
+    """The regression line of step times by keep_ratio r, in forwards F."""
     points = {
         r: found[row]["step"] / base[FORWARD]["step"] for r, found in sweep.items() if "step" in found.get(row, {})
     }
@@ -203,7 +202,7 @@ def slope(sweep: dict[float, Rows], row: str, base: Rows) -> str:
 
 @dataclass(frozen=True)
 class Shown:
-    """Which settings a report has: tables of their own, and two sweeps."""
+    """The settings of a report: those with tables of their own, and two sweeps."""
 
     settings: dict[str, Setting]
     lengths: list[Setting]
@@ -232,7 +231,7 @@ def cpu(records: list[Result], shown: Shown, out: Path) -> str:
 
 
 def length_section(lengths: dict[int, Rows], rows: list[str]) -> list[str]:
-    """Three tables by T."""
+    """The section of the sweep by length: three tables by T."""
     trained = [row for row in rows if row != FORWARD]
     figures = [("Step s", rows, "step", ".2f", 1), ("Peak MB", trained, "peak", ".0f", 1e6)]
     figures.append(("Loss", rows, "loss", ".3f", 1))
@@ -241,13 +240,13 @@ def length_section(lengths: dict[int, Rows], rows: list[str]) -> list[str]:
 
 
 def drawn(name: str, out: Path, figure: Any) -> list[str]:
-    """The plot beside the report, and the line that shows it."""
+    """Save the plot beside the report; return the Markdown that shows it."""
     charts.save(figure, out / f"{name}.svg")
     return [f"![{name}]({name}.svg)"]
 
 
 def text(parts: list[str], verdicts: list[str], records: list[Result]) -> str:
-    """A report: its parts, what is claimed, what to know, and where it was measured."""
+    """A report: its parts, claims, notes and machine."""
     print(*verdicts, sep="\n")
     claims = "\n".join(f"- {verdict}" for verdict in verdicts)
     where = "\n".join(f"- `{line}`" for line in machines(records))
@@ -255,7 +254,7 @@ def text(parts: list[str], verdicts: list[str], records: list[Result]) -> str:
 
 
 def write(report: str, out: Path, page: Path | None, name: str) -> None:
-    """`report.md`, and the same on the page between its markers."""
+    """Write `report.md`, and the same text between the markers of the page."""
     (out / "report.md").write_text(report)
     if page:
         begin, end = (f"<!-- {name}: {words} -->" for words in (f"written by benchmarks/{name}.py --report", "end"))
@@ -279,7 +278,7 @@ def gpu(records: list[Result], base: Setting, lengths: list[Setting], rows: list
 
 
 def split_table(found: dict[Setting, Rows]) -> str:
-    """The step with one kept token (seek), what the kept rows add (ditch), and the model F + 3rF where F was measured."""
+    """Step time with one kept token (seek), the time that kept rows add (ditch), and F + 3rF if F was measured."""
     lines = []
     for setting, rows in found.items():
         if all("step" in rows.get(row, {}) for row in (DEFAULT, SEEK)):
@@ -291,7 +290,7 @@ def split_table(found: dict[Setting, Rows]) -> str:
 
 
 def longest_table(records: list[Result]) -> str:
-    """By model, row and card: the longest that fitted, and the shortest that did not."""
+    """By model, row and card: the longest length that fitted, and the shortest that did not."""
     asked = [record for record in records if record["limit"]]
     cards = sorted({record["limit"] for record in asked})
     lines: dict[tuple[Setting, str], dict[float, str]] = {}
@@ -304,7 +303,7 @@ def longest_table(records: list[Result]) -> str:
 
 
 def bracket(records: list[Result], card: float) -> str:
-    """`24576 (28672 does not)`, from every probe that tells about this card."""
+    """The answer for a card as `24576 (28672 does not)`, from all probes that apply to it."""
     good = [r["setting"]["length"] for r in records if "used" in r and r["used"] <= room(card)]
     bad = [r["setting"]["length"] for r in records if r.get("memory") and r["limit"] >= card]
     bad += [r["setting"]["length"] for r in records if "used" in r and r["used"] > room(card)]

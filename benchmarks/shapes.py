@@ -1,4 +1,4 @@
-"""What is trained in the benchmarks: shapes of models, and settings (a shape, a batch, what is trained, on which device)."""
+"""The models of the benchmarks: shapes, and settings (a shape, a batch, the trained parameters, a device)."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ class Shape:
     tied: bool = False
 
     def config(self, length: int) -> LlamaConfig:
-        """For sequences of `length` tokens."""
+        """The configuration for sequences of `length` tokens."""
         sizes = {"hidden_size": self.hidden, "intermediate_size": self.mlp, "num_hidden_layers": self.layers}
         heads = {"num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads}
         rest = {"vocab_size": self.vocab, "tie_word_embeddings": self.tied, "max_position_embeddings": length}
@@ -42,7 +42,7 @@ SHAPES = {
     "3B": Shape(hidden=3072, mlp=8192, layers=28, heads=24, kv_heads=8, vocab=128256, tied=True),
     "8B": Shape(hidden=4096, mlp=14336, layers=32, heads=32, kv_heads=8, vocab=128256),
 }
-"""1B, 3B, 8B: Llama-3.2-1B, Llama-3.2-3B, Llama-3.1-8B, from their published config.json."""
+"""1B, 3B, 8B: Llama-3.2-1B, Llama-3.2-3B and Llama-3.1-8B, from their published config.json."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -60,7 +60,7 @@ class Setting:
     dtype: str = "float32"
 
     def model(self) -> nn.Module:
-        """Random weights, the same for every row."""
+        """The model with random weights, the same for all rows."""
         torch.manual_seed(0)
         before = torch.get_default_dtype()
         torch.set_default_dtype(DTYPES[self.dtype])
@@ -70,7 +70,7 @@ class Setting:
         return self.adapted(model).train()
 
     def adapted(self, model: LlamaForCausalLM) -> nn.Module:
-        """With what is trained: everything, or adapters on every linear of the blocks."""
+        """The model prepared for training all parameters, or adapters on all linear layers of the blocks."""
         if self.training == "full":
             return model
         if self.training == "qlora":
@@ -81,7 +81,7 @@ class Setting:
         return peft.get_peft_model(model, config)
 
     def inputs(self) -> dict[str, torch.Tensor]:
-        """Random ids, every token labelled."""
+        """Random ids and labels, int64 [batch, length]; all tokens are labelled."""
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(SHAPES[self.shape].vocab, (self.batch, self.length), generator=generator).to(self.device)
         return {"input_ids": ids, "labels": ids.clone()}
@@ -94,7 +94,7 @@ class Setting:
 
 
 def quantise(model: nn.Module, device: str) -> None:
-    """Every linear of the blocks in NF4, in place."""
+    """Quantise all linear layers of the blocks to NF4, in place."""
     import bitsandbytes
 
     model.requires_grad_(False)

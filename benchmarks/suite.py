@@ -1,4 +1,4 @@
-"""Runs a plan of tasks, each in a process of its own, and writes what is known after every one; goes on where it was stopped."""
+"""Run tasks, each in a process of its own, and write results after each. The same command resumes a stopped run."""
 
 import argparse
 import json
@@ -27,7 +27,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Task:
-    """One process: a row of a setting, at least `steps` steps and `seconds`; with `limit`, whether it fits on a card of so many GiB."""
+    """The task of one process: measure a row of a setting, for at least `steps` steps and `seconds` seconds.
+
+    With `limit`: whether it fits on a card of `limit` GiB.
+    """
 
     setting: Setting
     row: str
@@ -37,7 +40,7 @@ class Task:
     seconds: float = 0
 
     def same(self, record: Result) -> bool:
-        """Whether a record is of this task, however many steps it took."""
+        """True if a record is of this task, with any number of steps."""
         mine = (asdict(self.setting), self.row, self.round, self.limit)
         return mine == (record["setting"], record["row"], record["round"], record["limit"])
 
@@ -48,7 +51,7 @@ class Task:
 
 @dataclass
 class Book:
-    """Records in a file, one for every task that was run; `run` tells figures of one run from those of another."""
+    """A file of records, one for each task that was run. `run`: identifies the run that measured a figure."""
 
     path: Path
     run: str
@@ -56,35 +59,35 @@ class Book:
 
     @classmethod
     def open(cls, path: Path) -> "Book":
-        """What is there; a folder is made for it."""
+        """Read existing records; create the folder if needed."""
         path.parent.mkdir(parents=True, exist_ok=True)
         records = json.loads(path.read_text())["records"] if path.exists() else []
         return cls(path, time.strftime("%Y-%m-%dT%H:%M:%S"), records)
 
     def find(self, task: Task) -> Result | None:
-        """The record of this task, if there is one."""
+        """The record of this task, or None."""
         return next((record for record in self.records if task.same(record)), None)
 
     def add(self, task: Task, result: Result, where: Result) -> Result:
-        """Written at once: what is known survives a stop."""
+        """Add a record, and write the file at once."""
         self.records.append({**asdict(task), **result, "run": self.run, "machine": where})
         self.path.write_text(json.dumps({"records": self.records}, indent=1) + "\n")
         return self.records[-1]
 
 
 class Clock:
-    """The time a suite may take; what can't be done in it is left for the next run."""
+    """The time limit of a suite; tasks that don't fit are left for the next run."""
 
     def __init__(self, minutes: float | None):
         self.end = time.monotonic() + 60 * minutes if minutes else float("inf")
 
     def left(self) -> float | None:
-        """Seconds, None where there is no limit."""
+        """Seconds left; None without a limit."""
         return None if self.end == float("inf") else max(0.0, self.end - time.monotonic())
 
 
 def spawn(task: Task, cache: Path, seconds: float | None) -> Result | None:
-    """The task in a process of its own; its errors are part of the result; None where time ran out."""
+    """Run the task in a new process. Errors are part of the result; None if time ran out."""
     exact = EXACT_MEMORY if task.setting.device == "cpu" else {}
     environment = os.environ | exact | {"TORCHINDUCTOR_CACHE_DIR": str(cache)}
     command = [sys.executable, str(WORKER), json.dumps(asdict(task))]
@@ -92,7 +95,7 @@ def spawn(task: Task, cache: Path, seconds: float | None) -> Result | None:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=seconds)
     except subprocess.TimeoutExpired:
         return None
-    if done.returncode:  # killed, by the system's out-of-memory killer as a rule
+    if done.returncode:  # usually killed by the system's out-of-memory killer
         return {"failed": f"exit status {done.returncode}", "memory": done.returncode == -9}
     result = json.loads(done.stdout.splitlines()[-1])
     for line in done.stderr.splitlines():
@@ -102,7 +105,7 @@ def spawn(task: Task, cache: Path, seconds: float | None) -> Result | None:
 
 
 def perform(task: Task, book: Book, clock: Clock, where: Result, cache: Path) -> Result | None:
-    """The record of a task, from the book or from a process; None where time ran out."""
+    """The record of a task, from the book or from a new process; None if time ran out."""
     if (known := book.find(task)) is not None:
         return known
     if (left := clock.left()) == 0:
@@ -116,19 +119,19 @@ def perform(task: Task, book: Book, clock: Clock, where: Result, cache: Path) ->
 
 
 def run(tasks: Iterable[Task], book: Book, clock: Clock) -> int:
-    """All of them, in their order; how many there was no time for."""
+    """Run all tasks in order; return the number that there was no time for."""
     left, where = 0, machine()
     with tempfile.TemporaryDirectory() as caches:
         for task in tasks:
-            cache = Path(caches) / str(abs(hash((task.setting, task.row))))  # the first step of round one compiles
+            cache = Path(caches) / str(abs(hash((task.setting, task.row))))  # only the first round compiles
             left += perform(task, book, clock, where, cache) is None
     if left:
-        console.print(f"No time for {left} tasks: the same command goes on with them.", highlight=False)
+        console.print(f"There was no time for {left} tasks. Repeat the command to run them.", highlight=False)
     return left
 
 
 def describe(record: Result) -> str:
-    """One process in half a line."""
+    """A short text for the record of one process."""
     if "failed" in record:
         return f"failed: {record['failed']}"
     if record["limit"]:
@@ -138,7 +141,7 @@ def describe(record: Result) -> str:
 
 
 def turns(pairs: list[tuple[Setting, str]], options: argparse.Namespace) -> list[Task]:
-    """Every row of a setting once, then every row again: a drift of the machine meets all rows alike."""
+    """Tasks in rounds. Each round has all rows of a setting, so that drift of the machine affects all rows equally."""
     settings = list(dict.fromkeys(setting for setting, _ in pairs))
     tasks = [
         Task(setting, row, number, options.steps, seconds=options.seconds)
@@ -151,7 +154,7 @@ def turns(pairs: list[tuple[Setting, str]], options: argparse.Namespace) -> list
 
 
 def machine() -> Result:
-    """Where the figures come from."""
+    """The machine and versions behind the figures."""
     where = {"torch": torch.__version__, "python": platform.python_version(), "system": platform.platform()}
     if torch.cuda.is_available():
         where["gpu"] = torch.cuda.get_device_name()
@@ -159,27 +162,30 @@ def machine() -> Result:
 
 
 def parser(description: str | None, name: str, parts: Iterable[str]) -> argparse.ArgumentParser:
-    """The options that both suites have."""
+    """A parser with the options of both suites."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     every, out = list(parts), f"benchmarks/results/{name}"
     parser.set_defaults(name=name)
     parser.add_argument("--parts", nargs="+", choices=every, default=every, help=f"of {', '.join(every)}")
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), metavar="ROW", help="; ".join(ROWS))
     parser.add_argument("--rounds", type=int, default=1, help="processes per row, default %(default)s")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps per process at least, default %(default)s")
+    parser.add_argument("--steps", type=int, default=2, help="minimum of timed steps per process, default %(default)s")
     parser.add_argument(
-        "--seconds", type=float, default=0, help="of timed steps per process at least, default %(default)s (quick: 0)"
+        "--seconds",
+        type=float,
+        default=0,
+        help="minimum seconds of timed steps per process, default %(default)s (quick: 0)",
     )
-    parser.add_argument("--minutes", type=float, help="stop then; the same command goes on")
-    parser.add_argument("--quick", action="store_true", help="does it run: tiny shapes")
+    parser.add_argument("--minutes", type=float, help="time limit; repeat the command to resume")
+    parser.add_argument("--quick", action="store_true", help="smoke test: tiny shapes")
     parser.add_argument("--plan", action="store_true", help="print the tasks and stop")
-    parser.add_argument("--report", action="store_true", help="no measuring: tables, plots and claims of what is there")
+    parser.add_argument("--report", action="store_true", help="only write tables, plots and claims of existing results")
     parser.add_argument("--out", type=Path, help=f"folder of results and report, default {out}; quick: out/{name}")
     return parser
 
 
 def parse(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
-    """Quick figures stay out of the folder of results, and only its report is shown on the page."""
+    """Parse options and set paths. Quick figures go to out/; only full results in the default folder go to the page."""
     options = parser.parse_args(words)
     options.seconds *= not options.quick
     options.page = None if options.out or options.quick else ROOT / "docs/benchmarks.md"

@@ -1,8 +1,8 @@
-"""One row of one setting, measured in this process: step time, peak memory, saved bytes, first step, loss.
+"""Measure one row of one setting in this process: step time, peak memory, saved bytes, first step, loss.
 
-A step is forward + backward (`FORWARD`: the forward alone, without gradient). Peak memory is that above the model and its
-gradients: on CUDA what PyTorch has allocated; on the CPU resident memory, once with every freed tensor given back to the system
-at once (*peak*: what is in use) and once as the C allocator keeps it (*resident*).
+A step is forward and backward (`FORWARD`: only the forward, without gradient). Peak memory is that beyond the model and
+its gradients: on CUDA the memory that PyTorch allocated; on the CPU resident memory, measured twice: with freed tensors
+returned to the system at once (*peak*: memory in use), and with the usual behaviour of the C allocator (*resident*).
 """
 
 import ctypes
@@ -26,26 +26,26 @@ from torch import Tensor, nn
 Result = dict[str, Any]
 Batch = dict[str, Tensor]
 
-# glibc keeps freed memory for itself, by an amount that depends on the order of sizes more than on what is in use. With a
-# fixed threshold tensors are mapped and unmapped one by one, and resident memory is memory in use. It slows every row, so
-# times are taken after `usual_allocator`.
+# glibc keeps freed memory, by an amount that depends more on the order of sizes than on memory in use. With a fixed
+# threshold, tensors are mapped and unmapped one by one, and resident memory is memory in use. This slows down all rows,
+# so times are measured after `usual_allocator`.
 EXACT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
-LARGEST = 32 << 20  # where glibc's own threshold ends up once a tensor of that size was freed: mallopt(3)
+LARGEST = 32 << 20  # the maximum of glibc's dynamic threshold, reached when a tensor of that size is freed: mallopt(3)
 
 
 def usual_allocator() -> None:
-    """glibc's thresholds as they are in a process that trains, from here on."""
+    """Set glibc's thresholds to their usual values in a process that trains."""
     try:
         libc = ctypes.CDLL("libc.so.6")
-    except OSError:  # not glibc, so the threshold was not read either
+    except OSError:  # not glibc: the threshold had no effect
         return
     libc.mallopt(M_MMAP_THRESHOLD, LARGEST)
     libc.mallopt(M_TRIM_THRESHOLD, 2 * LARGEST)
 
 
 def step(model: nn.Module, inputs: Batch, trains: bool) -> Result:
-    """Seconds of the forward and of all, and the loss; gradients stay allocated."""
+    """Run a step: seconds of the forward and of the whole step, and the loss. Gradients stay allocated."""
     model.zero_grad(set_to_none=False)
     begin = now(inputs)
     with torch.set_grad_enabled(trains):
@@ -57,7 +57,7 @@ def step(model: nn.Module, inputs: Batch, trains: bool) -> Result:
 
 
 def now(inputs: Batch) -> float:
-    """Seconds, once the device has done what it was given."""
+    """The time in seconds, after the device has finished its work."""
     if inputs["input_ids"].is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter()
@@ -65,7 +65,7 @@ def now(inputs: Batch) -> float:
 
 def work(row: str, setting: Setting, steps: int, seconds: float) -> Result:
     """All figures of one row."""
-    for name in EXACT_MEMORY:  # this process has read it; the C++ compiler would be slow under it
+    for name in EXACT_MEMORY:  # this process has read it, and it would slow down the C++ compiler
         os.environ.pop(name, None)
     model, inputs = peers.ROWS[row](setting.model(), setting.keep_ratio), setting.inputs()
     trains = row != peers.FORWARD
@@ -76,7 +76,7 @@ def work(row: str, setting: Setting, steps: int, seconds: float) -> Result:
 
 
 def on_cpu(model: nn.Module, inputs: Batch, trains: bool, steps: int, seconds: float) -> Result:
-    """One step for memory in use; a step in which the heap takes its usual size; then the timed ones."""
+    """Figures on the CPU: a step for memory in use, a step in which the heap grows to its usual size, timed steps."""
     with measure.PeakMemory() as exact:
         step(model, inputs, trains)
     usual_allocator()
@@ -87,7 +87,7 @@ def on_cpu(model: nn.Module, inputs: Batch, trains: bool, steps: int, seconds: f
 
 
 def on_cuda(model: nn.Module, inputs: Batch, trains: bool, steps: int, seconds: float = 0) -> Result:
-    """Timed steps; what was allocated above model and gradients, and what the caching allocator held."""
+    """Figures on CUDA: timed steps, and the peaks of allocated and reserved memory beyond model and gradients."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     base = torch.cuda.memory_allocated()
@@ -97,7 +97,7 @@ def on_cuda(model: nn.Module, inputs: Batch, trains: bool, steps: int, seconds: 
 
 
 def timed(model: nn.Module, inputs: Batch, trains: bool, steps: int, seconds: float) -> Result:
-    """At least so many steps, and steps for at least so many seconds."""
+    """Times of at least `steps` steps and `seconds` seconds."""
     found, end = [], time.monotonic() + seconds
     while len(found) < steps or time.monotonic() < end:
         found.append(step(model, inputs, trains))
@@ -105,24 +105,24 @@ def timed(model: nn.Module, inputs: Batch, trains: bool, steps: int, seconds: fl
 
 
 def saved(model: nn.Module, inputs: Batch, vocab: int, trains: bool) -> Result:
-    """Bytes that one forward keeps for backward."""
+    """Bytes that one forward saves for backward."""
     return measure.saved_bytes(model, inputs, vocab) if trains else {"activations": 0, "logits": 0}
 
 
 def room(card: float) -> float:
-    """Bytes for PyTorch on a card of so many GiB: what the driver and CUDA's context take is left out."""
+    """Bytes for PyTorch on a card of `card` GiB, without those of the driver and the CUDA context."""
     return (card - 1) * 2**30 if card > 8 else card * 2**30
 
 
 def largest(row: str, setting: Setting, card: float) -> Result:
-    """Does a step with AdamW fit on a card of so many GiB, weights, gradients and optimizer states included?"""
+    """Whether a step with AdamW fits on a card of `card` GiB, including weights, gradients and optimizer states."""
     cuda, limit = setting.device == "cuda", room(card)
     if cuda:
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.get_device_properties(0).total_memory))
     with measure.PeakMemory() as peak:
         model, inputs = peers.ROWS[row](setting.model(), setting.keep_ratio), setting.inputs()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
-        for _ in range(2):  # in the second the optimizer's states are there during the forward
+        for _ in range(2):  # in the second step, optimizer states exist during the forward
             step(model, inputs, True)
             optimizer.step()
     used = torch.cuda.max_memory_allocated() if cuda else peak.bytes
@@ -130,12 +130,12 @@ def largest(row: str, setting: Setting, card: float) -> Result:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Of the device; on the CPU PyTorch says it in the message."""
+    """True for an error of memory; on the CPU only PyTorch's message shows it."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def main() -> int:
-    """`worker.py TASK`: the figures as the last line; an error is a figure too."""
+    """Run `worker.py TASK`: print the figures, or the error, as the last line."""
     task = json.loads(sys.argv[1])
     setting = Setting(**task["setting"])
     try:

@@ -1,6 +1,7 @@
-"""A training loop with accelerate, on one process or several:
+"""A training loop with accelerate, in one process or several.
 
-python examples/accelerate_loop.py, or accelerate launch --multi_gpu --num_processes 2 examples/accelerate_loop.py
+Run `python examples/accelerate_loop.py`, or
+`accelerate launch --multi_gpu --num_processes 2 examples/accelerate_loop.py`.
 """
 
 import accelerate
@@ -12,11 +13,11 @@ import tokenseek_fx
 
 
 def main(steps: int = 6, **options: object) -> list[float]:
-    """Train and return the losses of this process."""
-    torch._dynamo.config.optimize_ddp = False  # it would split the model between the buckets of DDP
+    """Train, and return the losses of this process."""
+    torch._dynamo.config.optimize_ddp = False  # it would split the model at DDP's gradient buckets
     accelerator = accelerate.Accelerator(gradient_accumulation_steps=2)
     model, loader = small.llama(), DataLoader(small.encoded(), batch_size=4)
-    model.compile(backend="tokenseek", options={"keep_ratio": 0.2, **options})  # before it is wrapped
+    model.compile(backend="tokenseek", options={"keep_ratio": 0.2, **options})  # before DDP wraps it
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     losses = []

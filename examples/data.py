@@ -1,6 +1,6 @@
-"""Real text for the demo: docstring -> code pairs out of Python's own standard library, or a file of yours.
+"""Real text for the demo: docstring -> code pairs from Python's standard library, or a file of yours.
 
-Files of the library are split first, pairs are drawn afterwards: no file of the held-out part is ever trained on.
+The library is split by file before pairs are drawn, so no held-out file is trained on.
 """
 
 import ast
@@ -14,15 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-BYTE_VOCAB = 264  # 256 bytes, specials, room: a number that is no other size in the demo's model
-IGNORED = -100  # the label that transformers' loss leaves out
+BYTE_VOCAB = 264  # 256 bytes, special tokens, padding: a size that no other dim of the demo's model has
+IGNORED = -100  # the label that transformers' loss ignores
 Pair = tuple[str, str]
 Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """How text becomes ids."""
+    """A tokenizer: how text becomes ids."""
 
     encode: Callable[[str], list[int]]
     start: tuple[int, ...]
@@ -31,12 +31,12 @@ class Tokens:
 
 
 def byte_tokens() -> Tokens:
-    """One token per byte, three specials."""
+    """One token per byte, and three special tokens."""
     return Tokens(encode=lambda text: list(text.encode()), start=(256,), end=257, pad=258)
 
 
 def hub_tokens(name: str) -> Tokens:
-    """The tokenizer that belongs to a model on disk or on the hub."""
+    """The tokenizer of a model on disk or on the hub."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(name)
@@ -47,7 +47,7 @@ def hub_tokens(name: str) -> Tokens:
 
 
 def library_files(held_out: float = 0.15) -> tuple[list[str], list[str]]:
-    """Sources of the standard library: (training, held out)."""
+    """Source texts of the standard library: (training, held out). `held_out`: the fraction of the files."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skip = {"test", "tests", "idlelib", "site-packages", "lib2to3", "encodings", "pydoc_data"}
     paths = sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
@@ -58,7 +58,7 @@ def library_files(held_out: float = 0.15) -> tuple[list[str], list[str]]:
 
 
 def pairs_of(source: str) -> Iterator[Pair]:
-    """Every documented function of a module as (first line of the docstring, code without it)."""
+    """Each documented function of a module as (first line of the docstring, code without docstring)."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef) and len(node.body) > 1 and (text := ast.get_docstring(node)):
             node.body = node.body[1:]
@@ -66,7 +66,7 @@ def pairs_of(source: str) -> Iterator[Pair]:
 
 
 def library_pairs(sources: list[str], tokens: Tokens, length: int) -> list[Pair]:
-    """The pairs that fit into `length` tokens uncut, shuffled."""
+    """The pairs that fit into `length` tokens, shuffled."""
     room = length - len(tokens.start) - 1
     pairs = [p for source in sources for p in pairs_of(source) if len(tokens.encode(p[0] + p[1])) <= room]
     random.Random(0).shuffle(pairs)
@@ -74,7 +74,7 @@ def library_pairs(sources: list[str], tokens: Tokens, length: int) -> list[Pair]
 
 
 def file_pairs(path: Path, tokens: Tokens, length: int) -> list[Pair]:
-    """Lines of a .jsonl with `prompt` and `completion`, or windows of a plain text (no prompt: all of it is learnt)."""
+    """Pairs from a .jsonl with `prompt` and `completion`, or windows of plain text without prompt, labelled in full."""
     text = path.read_text(encoding="utf-8")
     if path.suffix in {".jsonl", ".json"}:
         rows = [json.loads(line) for line in text.splitlines() if line.strip()]
@@ -84,7 +84,7 @@ def file_pairs(path: Path, tokens: Tokens, length: int) -> list[Pair]:
 
 
 def encode(pairs: list[Pair], tokens: Tokens, length: int) -> Batch:
-    """Pairs as tensors [N, length]: padded on the right, labels of prompt and padding ignored."""
+    """Pairs as int64 tensors [N, length], padded on the right; labels of prompt and padding are ignored."""
     ids = torch.full((len(pairs), length), tokens.pad)
     labels = torch.full((len(pairs), length), IGNORED)
     mask = torch.zeros(len(pairs), length, dtype=torch.long)
@@ -98,13 +98,13 @@ def encode(pairs: list[Pair], tokens: Tokens, length: int) -> Batch:
 
 
 def windows(sources: list[str], tokens: Tokens, length: int) -> Batch:
-    """Running text as tensors [N, length], every token labelled."""
+    """Running text as int64 tensors [N, length]; all tokens are labelled."""
     ids = torch.tensor(tokens.encode("\n".join(sources)))
     ids = ids[: len(ids) // length * length].view(-1, length)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
 def draw(data: Batch, batch: int, step: int) -> Batch:
-    """The batch of one step: the same rows for everyone who asks for this step."""
+    """The batch of a step: the same rows in every call for this step."""
     rows = torch.randperm(len(data["input_ids"]), generator=torch.Generator().manual_seed(step))[:batch]
     return {name: value[rows] for name, value in data.items()}

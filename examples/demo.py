@@ -1,8 +1,8 @@
-"""Fine-tune one model three ways from the same weights, and see what each costs: `make demo`.
+"""Fine-tune a model in three ways from the same weights, and compare their cost: `make demo`.
 
-All tokens through torch.compile, gradient checkpointing, and `backend="tokenseek"`. Without arguments the model is a
-byte-level Llama, first trained for a moment on the sources of Python's standard library, then fine-tuned on its
-docstring -> code pairs. With your own weights and data:
+The ways: all tokens through torch.compile, gradient checkpointing, and `backend="tokenseek"`. Without arguments the
+model is a byte-level Llama, which is briefly trained on the sources of Python's standard library, then fine-tuned on
+docstring -> code pairs from it. With your own weights and data:
 
     python examples/demo.py --model PATH_OR_ID --data FILE.jsonl --keep-ratio 0.1
 """
@@ -40,7 +40,7 @@ console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 def byte_llama(length: int) -> nn.Module:
-    """About 2.5 million parameters, three query heads to each key/value head."""
+    """A Llama with about 2.5 million parameters and three query heads per key/value head."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "max_position_embeddings": length}
@@ -49,7 +49,7 @@ def byte_llama(length: int) -> nn.Module:
 
 
 def load(path: str) -> nn.Module:
-    """A causal language model in float32, ready to train."""
+    """A causal language model in float32, in training mode."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -58,7 +58,7 @@ def load(path: str) -> nn.Module:
 
 
 def prepare(way: str, model: nn.Module, options: argparse.Namespace) -> None:
-    """Switch the way on; the model stays the same object."""
+    """Prepare the model in place for a way to train."""
     if way == "compile":
         model.compile()
     elif way == "checkpoint":
@@ -68,26 +68,26 @@ def prepare(way: str, model: nn.Module, options: argparse.Namespace) -> None:
 
 
 def tell(**event: Any) -> None:
-    """One line of JSON to the process that shows the progress."""
+    """Print one line of JSON for the process that shows the progress."""
     print(json.dumps(event), flush=True)
 
 
 def pretrain(work: Path, options: argparse.Namespace) -> None:
-    """A byte-level model that has read some Python, saved for the three ways."""
+    """Train a byte-level model on Python sources, and save it for the three ways."""
     torch.manual_seed(0)
     text = torch.load(work / "text.pt")
     model = byte_llama(options.length)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=options.pretrain)
     for number in range(options.pretrain):
-        batch = data.draw(text, max(1, options.batch // 2), number)  # more, smaller steps: it starts from nothing
+        batch = data.draw(text, max(1, options.batch // 2), number)  # more and smaller steps, from random weights
         tell(step=number + 1, loss=step(model, batch, optimizer))
         schedule.step()
     model.save_pretrained(work / "model")
 
 
 def fine_tune(way: str, work: Path, options: argparse.Namespace) -> None:
-    """One way from the saved weights: first step (compiles), measured steps, what was saved, what was learnt."""
+    """Train in one way from the saved weights: first step (compiles), measured steps, saved bytes, held-out loss."""
     torch.manual_seed(0)
     pairs, held_out = torch.load(work / "pairs.pt"), torch.load(work / "held_out.pt")
     model = load(options.model or str(work / "model"))
@@ -108,7 +108,7 @@ def fine_tune(way: str, work: Path, options: argparse.Namespace) -> None:
 
 
 def first_step(model: nn.Module, batch: data.Batch, optimizer: torch.optim.Optimizer) -> float:
-    """Seconds of the step that compiles."""
+    """Run the first step, which compiles, and return its seconds."""
     tell(stage="first step (compiles)")
     start = time.perf_counter()
     loss = step(model, batch, optimizer)
@@ -117,7 +117,7 @@ def first_step(model: nn.Module, batch: data.Batch, optimizer: torch.optim.Optim
 
 
 def events(job: str, work: Path) -> Iterator[Event]:
-    """What a worker process tells, as it tells it; every way compiles from cold."""
+    """The events of a worker process as they arrive; each way compiles with an empty cache."""
     command = [sys.executable, __file__, "--worker", job, "--work", str(work), *sys.argv[1:]]
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(work / "cache" / job)}
     with (work / f"{job}.log").open("w") as log:
@@ -129,7 +129,7 @@ def events(job: str, work: Path) -> Iterator[Event]:
 
 
 def watch(title: str, job: str, steps: int, work: Path) -> Event:
-    """Run a job under a progress bar, which keeps moving while the job compiles; its result."""
+    """Run a job with a progress bar, and return its result."""
     columns = [SpinnerColumn(), TextColumn("{task.description:<26}"), BarColumn(), TimeElapsedColumn()]
     result: Event = {}
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=console) as progress:
@@ -143,7 +143,7 @@ def watch(title: str, job: str, steps: int, work: Path) -> Event:
 
 
 def note(event: Event, steps: int) -> str:
-    """What stands beside the bar."""
+    """The text beside the progress bar."""
     if "step" in event:
         return f"step {event['step']}/{steps}, loss {event['loss']:.3f}"
     return (
@@ -154,7 +154,7 @@ def note(event: Event, steps: int) -> str:
 
 
 def build_data(work: Path, options: argparse.Namespace) -> str:
-    """Text to pretrain on, training pairs and held-out pairs as tensors on disk; a line that describes them."""
+    """Write the text for pretraining, training pairs and held-out pairs to disk; return a line that describes them."""
     tokens = data.hub_tokens(options.model) if options.model else data.byte_tokens()
     library, rest = data.library_files()
     if not options.model:
@@ -182,8 +182,8 @@ COLUMNS: dict[str, Callable[[Event], str]] = {
 
 
 def table(results: dict[str, Event]) -> Table:
-    """One line per way; a way that failed says so."""
-    out = Table("way", title="What each way costs and learns", title_justify="left")
+    """A table with one line per way, or its error."""
+    out = Table("way", title="Cost and loss of each way to train", title_justify="left")
     for name in COLUMNS:
         out.add_column(name, justify="right")
     for title, result in results.items():
@@ -193,28 +193,28 @@ def table(results: dict[str, Event]) -> Table:
 
 
 def footnotes(described: str, results: dict[str, Event], options: argparse.Namespace) -> str:
-    """The settings the table stands on, and how to read its last column."""
+    """The settings behind the table, and an explanation of its columns."""
     model = options.model or f"byte-level Llama of 2.5 M parameters after {options.pretrain} steps of pretraining"
     return f"""\
 model: {model}
 pairs: {described}
 batch {options.batch}, length {options.length}, {options.steps} steps, AdamW lr {options.lr:g}, float32
 CPU, {torch.get_num_threads()} threads, torch {torch.__version__}
-step: median of forward + backward + update, without the first step (which compiles). peak: resident memory above model,
-gradients and optimizer state. saved: bytes that one forward keeps for backward, keys and values among the activations.
+step: median of forward + backward + update, without the first step (which compiles). peak: resident memory beyond
+model, gradients and optimizer state. saved: bytes that one forward saves for backward; activations include keys and values.
 {verdict(results, options)}"""
 
 
 def verdict(results: dict[str, Event], options: argparse.Namespace) -> str:
-    """What the run says about learning, in numbers."""
+    """The changes of the held-out loss, and how to read them."""
     falls = [f"{r['before'] - r['after']:.3f} ({title})" for title, r in results.items() if "failed" not in r]
     return f"""\
-Held-out loss fell by {", ".join(falls) or "nothing: no way came to its end"}, after as many steps each.
-tokenseek learns from {options.keep_ratio:.0%} of the tokens: less per step is expected. One run, one seed."""
+Held-out loss fell by {", ".join(falls) or "an unknown amount: all ways failed"}, after the same number of steps.
+tokenseek trains on {options.keep_ratio:.0%} of the tokens, so each step learns less. One run, one seed."""
 
 
 def run(options: argparse.Namespace, work: Path) -> dict[str, Event]:
-    """Data, weights, three ways, one table."""
+    """Prepare data and weights, train in three ways, and print the table."""
     with console.status("reading and encoding the data"):
         described = build_data(work, options)
     if not options.model:
@@ -232,18 +232,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--data", help=".jsonl with prompt and completion, or plain text (default: the standard library)"
     )
-    parser.add_argument("--keep-ratio", type=float, default=0.1, help="share of the tokens tokenseek trains on")
+    parser.add_argument("--keep-ratio", type=float, default=0.1, help="fraction of the tokens to keep, default 0.1")
     for name, value in {"steps": 35, "batch": 16, "length": 256, "pretrain": 140, "held-out": 64}.items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
     parser.add_argument("--lr", type=float, default=1e-3, help="default 1e-3")
-    parser.add_argument("--json", type=Path, help="write the table's figures there")
+    parser.add_argument("--json", type=Path, help="write the figures of the table to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def work_on(options: argparse.Namespace) -> int:
-    """The job of one process."""
+    """Run the job of a worker process."""
     if options.worker == "pretrain":
         pretrain(options.work, options)
     else:
@@ -252,7 +252,7 @@ def work_on(options: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Show, or work for the process that shows."""
+    """Run and show the three ways, or run the job of a worker process."""
     options = arguments()
     if options.worker:
         return work_on(options)

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer, whose loss is computed outside of the model: `python examples/dpo.py`."""
+"""TRL's DPOTrainer, which computes its loss outside the model: `python examples/dpo.py`."""
 
 import tempfile
 
@@ -9,12 +9,12 @@ from trl import DPOConfig, DPOTrainer
 
 from tokenseek_fx.integrations import TokenSeekCallback
 
-#: The loss reads log-probabilities of the answers alone, so tokens of these are kept first.
+#: The loss uses only log-probabilities of answers, so their tokens are kept first.
 ANSWERS = {"keep_ratio": 0.5, "scorer": "random", "labelled_first": 1.0}
 
 
 def main(steps: int = 6, **options: object) -> list[dict]:
-    """Train and return the trainer's logs."""
+    """Train, and return the trainer's logs."""
     with tempfile.TemporaryDirectory() as directory:
         trainer = DPOTrainer(
             small.llama(),

@@ -1,4 +1,4 @@
-"""Lightning: compile the model inside the module, in place: `python examples/lightning_module.py`."""
+"""Lightning: compile the model in place inside the module: `python examples/lightning_module.py`."""
 
 import tempfile
 
@@ -12,7 +12,7 @@ import tokenseek_fx
 
 
 class FineTuning(lightning.LightningModule):
-    """Trains on selected tokens; validation and checkpoints know nothing of it."""
+    """Trains on selected tokens; validation and checkpoints are unaffected."""
 
     def __init__(self, **options: object) -> None:
         super().__init__()
@@ -20,23 +20,26 @@ class FineTuning(lightning.LightningModule):
         self.model.compile(backend="tokenseek", options={"keep_ratio": 0.2, **options})
 
     def training_step(self, batch: dict, number: int) -> torch.Tensor:
-        """The loss; the share that was kept goes to the logger."""
+        """Return the loss, and log it with the kept fraction of the tokens."""
         with tokenseek_fx.record() as rec:
             loss = self.model(**batch).loss
         self.log_dict({"loss": loss.detach(), "kept": rec[0].indices.numel() / rec[0].scores.numel()})
         return loss
 
     def validation_step(self, batch: dict, number: int) -> None:
-        """The loss of all tokens: in evaluation none is left out."""
+        """Log the loss of all tokens: evaluation selects none."""
         self.log("held_out", self.model(**batch).loss)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW over everything."""
+        """AdamW over all parameters."""
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
 def main(steps: int = 6, **options: object) -> dict:
-    """Train with a held-out batch, keep the best checkpoint; the last logged figures, and the loss of that checkpoint's weights."""
+    """Train with a held-out batch, and keep the best checkpoint.
+
+    Returns the last logged figures, and the held-out loss of the checkpoint's weights.
+    """
     texts = small.encoded()
     train, held_out = DataLoader(texts[4:], batch_size=4), DataLoader(texts[:4], batch_size=4)
     with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +54,7 @@ def main(steps: int = 6, **options: object) -> dict:
         )
         trainer.fit(FineTuning(**options), train, held_out)
         weights = torch.load(best.best_model_path, weights_only=True)["state_dict"]
-    plain = small.llama().eval()  # the checkpoint knows of no compiler
+    plain = small.llama().eval()  # the checkpoint loads into a model that is not compiled
     plain.load_state_dict({name.removeprefix("model."): weight for name, weight in weights.items()})
     with torch.no_grad():
         loss = plain(**next(iter(held_out))).loss

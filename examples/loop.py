@@ -9,7 +9,7 @@ import tokenseek_fx
 
 
 def main(steps: int = 6, **options: object) -> list[float]:
-    """Train and return the losses."""
+    """Train, and return the losses."""
     model = peft.get_peft_model(small.llama(), peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
     model.compile(backend="tokenseek", options={"keep_ratio": 0.2, **options})
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)

@@ -1,4 +1,4 @@
-"""What the demo and the benchmarks measure: peak resident memory, and bytes saved for backward."""
+"""Measurements of the demo and the benchmarks: peak resident memory, and bytes saved for backward."""
 
 import ctypes
 import gc
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tokenseek_fx.peak import forget_peak, peak_bytes
 
 CPU = torch.device("cpu")
-PERIOD = 0.005  # seconds between two samples, where the kernel does not keep the peak for us
+PERIOD = 0.005  # seconds between two samples, if the system doesn't record the peak
 
 
 def resident() -> int:
@@ -23,16 +23,16 @@ def resident() -> int:
 
 
 def trim() -> None:
-    """Give freed memory back to the system, so that what is resident is what is in use."""
+    """Return freed memory to the system, so that resident memory is memory in use."""
     gc.collect()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):  # not glibc: the base line then includes what the allocator holds
+    except (OSError, AttributeError):  # not glibc: the baseline then includes memory that the allocator keeps
         return
 
 
 class PeakMemory:
-    """Peak resident bytes above the entry's: `with PeakMemory() as peak: ...; peak.bytes`."""
+    """Peak resident bytes beyond those on entry: `with PeakMemory() as peak: ...; peak.bytes`."""
 
     def __enter__(self) -> "PeakMemory":
         trim()
@@ -57,12 +57,12 @@ class PeakMemory:
 
 
 def storages(tensors: list[Tensor]) -> set[int]:
-    """Where the given tensors lie."""
+    """The addresses of the tensors' storages."""
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
 def nodes(last: Any) -> set[Any]:
-    """All of autograd's graph: a model that Dynamo splits has several compiled functions in it."""
+    """All nodes of autograd's graph. A model that Dynamo splits has several compiled functions in it."""
     found, ahead = set(), [last]
     while ahead:
         if (node := ahead.pop()) not in found:
@@ -72,10 +72,10 @@ def nodes(last: Any) -> set[Any]:
 
 
 def saved_bytes(model: nn.Module, batch: dict[str, Tensor], vocab: int) -> dict[str, int]:
-    """Bytes that one forward keeps for backward, each storage once, without parameters, buffers and inputs.
+    """Bytes that one forward saves for backward: each storage once, without parameters, buffers and inputs.
 
-    Autograd's hooks see the tensors of eager operations and of AOTAutograd's compiled functions alike. A tensor with a
-    vocabulary-sized dim counts as logits.
+    Autograd's hooks see tensors of eager operations and of AOTAutograd's compiled functions. A tensor with a dim of
+    size `vocab` counts as logits.
     """
     known = storages([*model.parameters(), *model.buffers(), *batch.values()])
     found: dict[int, tuple[str, int]] = {}
@@ -89,7 +89,7 @@ def saved_bytes(model: nn.Module, batch: dict[str, Tensor], vocab: int) -> dict[
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(**batch).loss
     for node in nodes(loss.grad_fn):
-        for tensor in getattr(node, "_tensors_no_vc_check", ()):  # AOTAutograd keeps these beside the hooks
+        for tensor in getattr(node, "_tensors_no_vc_check", ()):  # AOTAutograd keeps these without hooks
             pack(tensor)
     loss.backward()
     kinds = ("activations", "logits")

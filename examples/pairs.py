@@ -1,10 +1,10 @@
-"""Real pairs, and a small model without weights to try `tokenseek finetune` on, without a network:
+"""Write real pairs and a small model without weights, to try `tokenseek finetune` without a network:
 
     python examples/pairs.py out/pairs
     tokenseek finetune out/pairs/model out/pairs/pairs.jsonl --random-weights
 
-The pairs are signature -> docstring of Python's own library. The tokenizer is trained on them, the model is a Llama of some
-4 million parameters. Give your own model and data in their place.
+The pairs are signature -> docstring from Python's standard library. The tokenizer is trained on them; the model is a
+Llama with about 4 million parameters. Pass your own model and data instead.
 """
 
 import argparse
@@ -20,11 +20,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 END, PAD = "<|end|>", "<|pad|>"
-CHAT = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 
 
 def pairs_of(source: str) -> Iterator[dict[str, str]]:
-    """Every documented function of a module."""
+    """The signature and docstring of each documented function of a module."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef) and (text := ast.get_docstring(node)):
             signature = f"def {node.name}({ast.unparse(node.args)}):"
@@ -32,7 +35,7 @@ def pairs_of(source: str) -> Iterator[dict[str, str]]:
 
 
 def pairs(count: int) -> list[dict[str, str]]:
-    """`count` different ones, shuffled."""
+    """`count` different pairs, shuffled."""
     files, _ = library_files(held_out=0)
     found = {pair["prompt"] + pair["completion"]: pair for source in files for pair in pairs_of(source)}
     chosen = list(found.values())
@@ -41,7 +44,7 @@ def pairs(count: int) -> list[dict[str, str]]:
 
 
 def tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with a chat template."""
+    """A byte-level BPE tokenizer with `size` tokens and a chat template."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()

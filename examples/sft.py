@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with adapters of PEFT: prompt and completion, loss on the completion: `python examples/sft.py`."""
+"""TRL's SFTTrainer with adapters of PEFT, and loss on completions only: `python examples/sft.py`."""
 
 import tempfile
 
@@ -11,7 +11,7 @@ from tokenseek_fx.integrations import TokenSeekCallback
 
 
 def main(steps: int = 6, **options: object) -> list[dict]:
-    """Train and return the trainer's logs."""
+    """Train, and return the trainer's logs."""
     with tempfile.TemporaryDirectory() as directory:
         trainer = SFTTrainer(
             small.llama(),

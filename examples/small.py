@@ -1,4 +1,4 @@
-"""A model and real text that are small enough for seconds on a CPU: what the examples of integrations train."""
+"""A model and real text for the examples of integrations, small enough to train for seconds on a CPU."""
 
 import data
 import torch
@@ -11,7 +11,7 @@ PAD, END = "<pad>", "<end>"
 
 
 def llama() -> LlamaForCausalLM:
-    """Random weights, one token per byte."""
+    """A Llama with random weights and one token per byte."""
     torch.manual_seed(0)
     sizes = {"vocab_size": data.BYTE_VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, pad_token_id=256))
@@ -26,24 +26,24 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def pairs(count: int = 24) -> list[data.Pair]:
-    """(first line of a docstring, the code) of functions in Python's own library."""
+    """(first line of the docstring, code) of functions in Python's standard library."""
     sources, _ = data.library_files()
     return data.library_pairs(sources[:40], data.byte_tokens(), LENGTH)[:count]
 
 
 def encoded(count: int = 24) -> list[data.Batch]:
-    """Those pairs as token ids [LENGTH], prompts without labels."""
+    """The pairs as int64 tensors [LENGTH]; prompts have no labels."""
     batch = data.encode(pairs(count), data.byte_tokens(), LENGTH)
     return [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
 
 
 def prompts(count: int = 24) -> Dataset:
-    """Those pairs as columns ``prompt`` and ``completion``."""
+    """The pairs as columns ``prompt`` and ``completion``."""
     return Dataset.from_list([{"prompt": prompt, "completion": code} for prompt, code in pairs(count)])
 
 
 def preferences(count: int = 24) -> Dataset:
-    """Those pairs with the next function's code as the worse answer."""
+    """The pairs, with the code of the next function as the rejected answer."""
     every = pairs(count)
     worse = [code for _, code in every[1:] + every[:1]]
     return Dataset.from_list(

@@ -1,4 +1,4 @@
-"""transformers' Trainer, which one callback makes train on selected tokens: `python examples/trainer.py`."""
+"""transformers' Trainer with a callback that trains on selected tokens: `python examples/trainer.py`."""
 
 import tempfile
 
@@ -9,7 +9,7 @@ from tokenseek_fx.integrations import TokenSeekCallback
 
 
 def main(steps: int = 6, **options: object) -> list[dict]:
-    """Train and return the Trainer's logs."""
+    """Train, and return the Trainer's logs."""
     with tempfile.TemporaryDirectory() as directory:
         trainer = Trainer(
             small.llama(),

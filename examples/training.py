@@ -1,4 +1,4 @@
-"""What the demo and the benchmarks do with a model: checkpoint it, train a step, evaluate it."""
+"""Training for the demo and the benchmarks: gradient checkpointing, a step, evaluation."""
 
 import data
 import torch
@@ -6,13 +6,13 @@ from torch import nn
 
 
 def checkpoint(model: nn.Module) -> None:
-    """Switch gradient checkpointing of a model of transformers on: every layer is recomputed in backward."""
-    enable = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.20 on
+    """Switch gradient checkpointing of a transformers model on: all layers are recomputed in backward."""
+    enable = getattr(model, "activation_checkpointing_enable", None)  # the name from transformers 5.20 on
     (enable or model.gradient_checkpointing_enable)()
 
 
 def step(model: nn.Module, batch: data.Batch, optimizer: torch.optim.Optimizer) -> float:
-    """Forward, backward, update; gradients stay allocated."""
+    """Forward, backward and update; returns the loss. Gradients stay allocated."""
     optimizer.zero_grad(set_to_none=False)
     loss = model(**batch).loss
     loss.backward()
@@ -22,7 +22,7 @@ def step(model: nn.Module, batch: data.Batch, optimizer: torch.optim.Optimizer) 
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, pairs: data.Batch, batch: int) -> float:
-    """Mean over all labelled tokens, uncompiled (`model.forward` is not what `model.compile` replaced)."""
+    """Mean loss over all labelled tokens, uncompiled (`model.compile` doesn't replace `model.forward`)."""
     model.eval()
     total = count = 0.0
     for start in range(0, len(pairs["labels"]), batch):

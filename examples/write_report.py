@@ -1,7 +1,7 @@
-"""A plain training loop that ends with a report, one HTML file: `python examples/write_report.py report.html`.
+"""A training loop that writes a report, one HTML file: `python examples/write_report.py report.html`.
 
-A small Llama with random weights learns docstring -> code pairs of Python's own library, every pair three times: once on a fifth
-of the tokens, and once on all of them.
+A small Llama with random weights is trained on docstring -> code pairs from Python's standard library, three times on
+each pair: in one run on a fifth of the tokens, and in another on all of them.
 """
 
 import argparse
@@ -22,21 +22,21 @@ SPECIAL = ["<start>", "<end>", "<pad>"]
 
 
 def tokenizer_of(sources: list[str]) -> ByteLevelBPETokenizer:
-    """A tokenizer made from the text itself."""
+    """A tokenizer trained on the text."""
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(sources, vocab_size=WORDS, special_tokens=SPECIAL, show_progress=False)
     return tokenizer
 
 
 def model_of(layers: int) -> LlamaForCausalLM:
-    """The same random weights every time."""
+    """A Llama with the same random weights in every call."""
     torch.manual_seed(0)
     sizes = {"vocab_size": WORDS, "hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": layers}
     return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, use_cache=False))
 
 
 def batches_of(sources: list[str], tokens: data.Tokens, steps: int, batch: int, length: int) -> list[data.Batch]:
-    """Every pair comes once in each of the visits."""
+    """The batches of all steps; each pair comes once per visit."""
     each = -(-steps // VISITS)
     pairs = data.encode(data.library_pairs(sources, tokens, length)[: each * batch], tokens, length)
     rows = [torch.arange(number % each * batch, (number % each + 1) * batch) for number in range(steps)]
@@ -44,7 +44,7 @@ def batches_of(sources: list[str], tokens: data.Tokens, steps: int, batch: int, 
 
 
 def train(model: LlamaForCausalLM, batches: list[data.Batch]) -> tuple[list[Step], torch.optim.Optimizer]:
-    """Loss, time and peak of every step; of the first, which compiles, the loss alone."""
+    """Train; return loss, time and peak of each step (only the loss of the first, which compiles) and the optimizer."""
     optimizer, steps = torch.optim.AdamW(model.parameters(), lr=1e-3), []
     for number, batch in enumerate(batches, 1):
         with measure.PeakMemory() as peak:
@@ -60,7 +60,7 @@ def train(model: LlamaForCausalLM, batches: list[data.Batch]) -> tuple[list[Step
 
 
 def make_run(steps: int, layers: int = 4, length: int = 128, batch: int = 8, **options: object) -> Run:
-    """Train both ways, and put what is known of it together. `options`: those of the backend."""
+    """Train on selected tokens and on all tokens, and build the run. `options`: those of the backend."""
     sources = data.library_files()[0][:120]
     tokenizer = tokenizer_of(sources)
     tokens = data.Tokens(lambda text: tokenizer.encode(text).ids, start=(0,), end=1, pad=2)
@@ -92,7 +92,7 @@ def make_run(steps: int, layers: int = 4, length: int = 128, batch: int = 8, **o
 
 
 def main() -> None:
-    """Train and write the report."""
+    """Train, and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, nargs="?", default=Path("report.html"))
     parser.add_argument("--steps", type=int, default=120, help="default 120")

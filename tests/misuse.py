@@ -1,6 +1,7 @@
-"""What goes wrong in a user's hands: one small function for each case, what it comes to, and ``docs/errors.md`` made of them.
+"""Mistakes of users: a small function provokes each, and ``docs/errors.md`` lists the outcomes.
 
-``python tests/misuse.py`` prints the page. A case takes options of the backend, so that each can be tried with ``strict=True``.
+``python tests/misuse.py`` prints the page. A case takes options of the backend, so that it can run with
+``strict=True``.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ Provoke = Callable[..., object]
 
 @dataclass(frozen=True)
 class Misuse:
-    """``what`` the user did; ``provoke(**options)`` does it; the ``remedy``."""
+    """``what``: the mistake. ``provoke(**options)`` makes it. ``remedy``: what to do instead."""
 
     section: str
     what: str
@@ -42,7 +43,7 @@ class Misuse:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The class and the text of what was raised or, where nothing was, warned or told by ``explain``; empty: nothing is said."""
+    """Class and message of the error or, without one, of the warning or of ``explain``; empty: no message."""
 
     kind: str = ""
     text: str = ""
@@ -63,7 +64,7 @@ def misuse(section: str, what: str, remedy: str) -> Callable[[Provoke], Provoke]
 
 @functools.cache
 def outcome(case: Misuse, strict: bool = False) -> Outcome:
-    """What comes of a case."""
+    """The outcome of a case."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     with warnings.catch_warnings(record=True) as caught:
@@ -81,7 +82,7 @@ def outcome(case: Misuse, strict: bool = False) -> Outcome:
 
 
 def _portable(text: str) -> str:
-    """The first paragraph on one line, without what differs between machines."""
+    """The first paragraph on one line, without paths and line numbers."""
     paragraph = " ".join(re.split(r"\n\s*\n", text.strip())[0].split())
     return re.sub(r"[^\s(]*(misuse|test_custom_op)\.py:\d+", "FILE:LINE", paragraph)
 
@@ -152,61 +153,59 @@ def train(model: nn.Module, **options: Any) -> None:
 
 
 def option(what: str, remedy: str, **options: Any) -> None:
-    """A case of bad options."""
+    """A case of invalid options."""
     misuse("Options", what, remedy)(lambda **strict: Config.from_options({**options, **strict}))
 
 
-option("an option that doesn't exist", "take the name that is meant", keep_ration=0.1)
-option("a ratio that keeps nothing", "a ratio above 0; at least one token is kept of every sequence", keep_ratio=0)
-option("a ratio above 1", "a share, not a percentage", keep_ratio=10)
-option("a ratio that is no number", "a number", keep_ratio="10%")
+option("an option that doesn't exist", "correct the name", keep_ration=0.1)
+option("a ratio that keeps nothing", "a ratio above 0; each sequence keeps at least one token", keep_ratio=0)
+option("a ratio above 1", "a fraction, not a percentage", keep_ratio=10)
+option("a ratio that isn't a number", "a number", keep_ratio="10%")
 option("a number of tokens that keeps nothing", "1 or more", keep_tokens=0)
-option("two options that contradict each other", "give one of them", keep_ratio=0.5, keep_tokens=64)
+option("two options that contradict each other", "set one of them", keep_ratio=0.5, keep_tokens=64)
 
 
-@misuse("Options", "a scorer that doesn't exist", "take one of the list, or `register_scorer`")
+@misuse("Options", "a scorer that doesn't exist", "one of the list, or `register_scorer`")
 def _(**options):
     ours = {name: make for name, make in SCORERS.items() if make.__module__.startswith("tokenseek_fx.")}
     with mock.patch.dict(SCORERS, ours, clear=True):  # another test may have registered some
         Config.from_options({"scorer": "randon", **options})
 
 
-option("a word that an option doesn't take", "take one of the list", logits="none")
+option("a value that an option doesn't accept", "one of the list", logits="none")
 option("a switch that is neither True nor False", "True or False", keep_label="yes")
-option("a number out of its range", "a number in the range", mix=1.5)
-option("positions that are no list", "a list", pinned=3)
-option("nothing left of a score", "at least one factor above 0", scorer="tokenseek", alpha=0, beta=0)
+option("a number out of range", "a number in the range", mix=1.5)
+option("positions that aren't a list", "a list", pinned=3)
+option("a score without terms", "at least one factor above 0", scorer="tokenseek", alpha=0, beta=0)
 option(
     "an option of Inductor with another compiler",
-    'leave it out, or `inner="inductor"`',
+    'remove it, or `inner="inductor"`',
     inner="eager",
     mode="max-autotune",
 )
-option("a word for `recompute` that it doesn't take", "one of the list, or bytes", recompute="all")
-option("a way to keep keys and values that doesn't exist", "take one of the list", kv="fp16")
-option("keys and values kept otherwise without saved tensors", "another `inner`", inner="eager", kv="recompute")
-option("keys and values kept otherwise and live", "leave one out", kv_grad="all", kv="recompute")
+option("a value that `recompute` doesn't accept", "one of the list, or bytes", recompute="all")
+option("a mode of keys and values that doesn't exist", "one of the list", kv="fp16")
+option("a mode of keys and values without saved tensors", "another `inner`", inner="eager", kv="recompute")
+option("a mode of keys and values that get gradient", "remove one of them", kv_grad="all", kv="recompute")
 option("an amount of memory with an unknown unit", "GiB, not GB", memory_budget="8GB")
-option("chunks of no bytes", "1 or more", chunk_bytes=0)
+option("chunks of 0 bytes", "1 or more", chunk_bytes=0)
 option(
-    "a budget that another compiler can't plan for",
-    'leave it out, or `inner="inductor"`',
+    "a memory budget with another compiler",
+    'remove it, or `inner="inductor"`',
     inner="aot_eager",
     memory_budget="8GiB",
 )
-option("an option of another scorer", "leave it out, or choose the scorer", scorer="random", alpha=2.0)
-option("an option of another choice of rows", 'leave it out, or `select="sample"`', select="topk", mix=0.5)
-option(
-    "an option of Inductor that doesn't exist", "take the name that is meant", inductor_options={"max_autotun": True}
-)
+option("an option of another scorer", "remove it, or choose that scorer", scorer="random", alpha=2.0)
+option("an option of another selection", 'remove it, or `select="sample"`', select="topk", mix=0.5)
+option("an option of Inductor that doesn't exist", "correct the name", inductor_options={"max_autotun": True})
 
 
-@misuse("Options", "a `Config` in place of the dict of options", "`backend=tokenseek_fx.backend(config)`")
+@misuse("Options", "a `Config` instead of the dict of options", "`backend=tokenseek_fx.backend(config)`")
 def _(**options):
     torch.compile(Model(), backend="tokenseek", options=Config())(ids(), ids())
 
 
-@misuse("Options", "a dict in place of the `Config`", "`options={...}`, or a `Config`")
+@misuse("Options", "a dict instead of the `Config`", "`options={...}`, or a `Config`")
 def _(**options):
     tokenseek_fx.backend({"keep_ratio": 0.1})  # type: ignore[arg-type]
 
@@ -216,19 +215,19 @@ def _(**options):
     torch.compile(Model(), backend=tokenseek_fx.backend)(ids(), ids())
 
 
-@misuse("Options", "`mode` and `options` of `torch.compile`", 'the mode among the options: `{"mode": ...}`')
+@misuse("Options", "`mode` and `options` of `torch.compile`", 'the mode as an option: `{"mode": ...}`')
 def _(**options):
     torch.compile(Model(), backend="tokenseek", mode="max-autotune", options={"keep_ratio": 0.1})
 
 
 class Open(Model):
-    """As many models do, it takes whatever it is given."""
+    """Accepts any keyword argument, as many models do."""
 
     def forward(self, ids: Tensor, labels: Tensor, **ignored: Any) -> Any:
         return super().forward(ids, labels)
 
 
-@misuse("Options", "an option among the inputs that `explain` gives the model", "`options={...}`")
+@misuse("Options", "an option passed to `explain` as an input of the model", "`options={...}`")
 def _(**options):
     tokenseek_fx.explain(Open(), ids(), ids(), keep_ratio=0.5, options=options)
 
@@ -238,37 +237,37 @@ def _(**options):
     torch.compile(Model(), backend="tokenseeker")(ids(), ids())
 
 
-@misuse("Options", "attentions that the model doesn't have", "numbers that it has")
+@misuse("Options", "attentions that the model doesn't have", "numbers of existing attentions")
 def _(**options):
     forward(Model(), scorer="attention", attention_layers=[7], **options)
 
 
-@misuse("Options", "more ratios than the model has token axes", "one ratio, or one for each axis")
+@misuse("Options", "more ratios than token axes", "one ratio, or one for each axis")
 def _(**options):
     forward(Model(), keep_ratio=[0.5, 0.25], **options)
 
 
-@misuse("Options", "a pinned position behind the end", "a position in the sequence")
+@misuse("Options", "a pinned position beyond the end", "a position in the sequence")
 def _(**options):
     forward(Model(), pinned=[0, 99], **options)
 
 
-@misuse("Options", "more pinned positions than kept tokens", "keep more tokens; those with the highest scores are kept")
+@misuse("Options", "more pinned positions than kept tokens", "keep more tokens; the highest scores are kept")
 def _(**options):
     forward(Model(), pinned=[0, 1, 2], keep_tokens=2, **options)
 
 
-@misuse("Options", "keys and values in host memory on a CPU", '`kv="recompute"`, or leave it out')
+@misuse("Options", "keys and values offloaded on a CPU", '`kv="recompute"`, or remove it')
 def _(**options):
     forward(Model(), inner="aot_eager", kv="offload", **options)
 
 
-@misuse("Options", "a number of bytes for `recompute` below what has to be saved", "the bytes that it tells")
+@misuse("Options", "fewer bytes for `recompute` than must be saved", "the bytes in the message")
 def _(**options):
     forward(Model(), inner="aot_eager", recompute=64, **options)
 
 
-@misuse("Options", "keys and values made again, but grouped heads make them small", "leave it out")
+@misuse("Options", "recomputed keys and values that grouped heads make small", "remove it")
 def _(**options):
     forward(Grouped(), inner="aot_eager", kv="recompute", **options)
 
@@ -277,7 +276,7 @@ def _(**options):
 
 
 def scorer(what: str, remedy: str) -> Callable[[Any], Any]:
-    """A case of a bad scorer."""
+    """A case of an invalid scorer."""
 
     def register(score: Any) -> Any:
         misuse("Scorers", what, remedy)(lambda **options: forward(Model(), scorer=score, **options))
@@ -286,7 +285,7 @@ def scorer(what: str, remedy: str) -> Callable[[Any], Any]:
     return register
 
 
-@scorer("a scorer that returns another shape", "`scores.expand(inputs.batch, inputs.tokens)`")
+@scorer("a scorer that returns scores of the wrong shape", "`scores.expand(inputs.batch, inputs.tokens)`")
 def _(inputs: ScoreInputs):
     return torch.zeros(inputs.tokens)
 
@@ -301,12 +300,12 @@ def _(inputs: ScoreInputs):
     return None
 
 
-@scorer("a scorer on another device", "make tensors with `device=inputs.device`")
+@scorer("a scorer on another device", "create tensors with `device=inputs.device`")
 def _(inputs: ScoreInputs):
     return torch.zeros(inputs.batch, inputs.tokens, device="meta")
 
 
-@scorer("a scorer that reads a signal it didn't ask for", '`@needs("loss")`')
+@scorer("a scorer that reads a signal without requesting it", '`@needs("loss")`')
 def _(inputs: ScoreInputs):
     return inputs.loss.log()
 
@@ -317,10 +316,10 @@ def _(inputs: ScoreInputs):
     return labelled if labelled.sum() > 3 else -labelled
 
 
-scorer("a factory in place of its scorer", "its name, or call it")(tokenseek_fx.scorers.SCORERS["random"])
+scorer("a factory instead of a scorer", "its name, or call it")(tokenseek_fx.scorers.SCORERS["random"])
 
 
-@misuse("Scorers", "a scorer that needs a signal which doesn't exist", "one of the list")
+@misuse("Scorers", "a scorer that requests a signal that doesn't exist", "one of the list")
 def _(**options):
     needs("entropy")
 
@@ -338,7 +337,7 @@ def _(**options):
 # -- models -----------------------------------------------------------------------------------------------------------
 
 
-@misuse("Models", "a model without attention", "plain training; a selection needs a transformer")
+@misuse("Models", "a model without attention", "plain training; token selection needs a transformer")
 def _(**options):
     compiled(nn.Sequential(nn.Linear(3, 3)), **options)(torch.randn(2, 3)).sum().backward()
 
@@ -349,12 +348,10 @@ def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 flash.register_fake(lambda q, k, v: torch.empty_like(q))
-flash.register_autograd(lambda ctx, grad: (grad, grad, grad))  # what it computes doesn't matter here
+flash.register_autograd(lambda ctx, grad: (grad, grad, grad))  # the values don't matter here
 
 
-@misuse(
-    "Models", "an attention that is one operation of a package, as those of flash-attn", "`sdpa` or `eager` attention"
-)
+@misuse("Models", "attention as a single operation of a package, as in flash-attn", "`sdpa` or `eager` attention")
 def _(**options):
     class Flash(Model):
         def hidden(self, x):
@@ -368,7 +365,7 @@ def _(**options):
     zoo.build("llama").set_attn_implementation("flash_attention_2")
 
 
-@misuse("Models", "an attention that Dynamo can't trace", "`sdpa` or `eager` attention")
+@misuse("Models", "attention that Dynamo can't trace", "`sdpa` or `eager` attention")
 def _(**options):
     class Untraceable(Model):
         def hidden(self, x):
@@ -377,7 +374,7 @@ def _(**options):
     train(Untraceable(), **options)
 
 
-@misuse("Models", "a graph break", "remove what breaks it, here `.item()`")
+@misuse("Models", "a graph break", "remove its cause, here `.item()`")
 def _(**options):
     class Broken(Model):
         def forward(self, ids, labels):
@@ -406,7 +403,7 @@ def _(**options):
     train(Halves(), **options)
 
 
-@misuse("Models", "windows cut out of the tokens before attention", "attention over all tokens, with a mask")
+@misuse("Models", "tokens split into windows before attention", "attention over all tokens, with a mask")
 def _(**options):
     class Windows(Model):
         def hidden(self, x):
@@ -454,7 +451,7 @@ def _(**options):
     train(Sharing(), **options)
 
 
-@misuse("Models", "parts of a model compiled one by one", "compile the model")
+@misuse("Models", "modules of a model compiled separately", "compile the model")
 def _(**options):
     model = Model()
     model.block = compiled(model.block, **options)
@@ -469,7 +466,7 @@ def _(**options):
 @misuse(
     "Models",
     "a custom operation without a rule",
-    "right as it is, it runs over all tokens; [two rules](extend.md) save more",
+    "none needed: it runs over all tokens, exactly; [two rules](extend.md) save more",
 )
 def _(**options):
     model, batch = model_and_batch("gate")
@@ -480,7 +477,7 @@ def _(**options):
 # -- losses -----------------------------------------------------------------------------------------------------------
 
 
-@misuse("Losses", "no loss in the model", "a loss in the model, or a scorer without one")
+@misuse("Losses", "no loss in the model", "a loss in the model, or a scorer that needs none")
 def _(**options):
     forward(WithoutLoss(), **options).sum().backward()
 
@@ -495,7 +492,7 @@ def _(**options):
     forward(WithoutLoss(), scorer="attention", logits="drop", **options).sum().backward()
 
 
-@misuse("Losses", "a loss of sequences, tokens drawn by their loss", '`scorer="gradient"`')
+@misuse("Losses", "a loss per sequence, tokens drawn by their loss", '`scorer="gradient"`')
 def _(**options):
     class Classifier(Model):
         def loss(self, logits, labels):
@@ -504,7 +501,7 @@ def _(**options):
     train(Classifier(), **options)
 
 
-@misuse("Losses", "a loss over a part of the tokens", "`ignore_index` in the labels of the others")
+@misuse("Losses", "a loss over some of the tokens", "`ignore_index` in the labels of the others")
 def _(**options):
     class Part(Model):
         def loss(self, logits, labels):
@@ -513,7 +510,7 @@ def _(**options):
     train(Part(), scorer="random", **options)
 
 
-@misuse("Losses", "a loss over the labelled tokens, indexed by a mask", "`ignore_index` in the labels")
+@misuse("Losses", "a loss over labelled tokens, indexed by a mask", "`ignore_index` in the labels")
 def _(**options):
     class Masked(Model):
         def loss(self, logits, labels):
@@ -522,7 +519,7 @@ def _(**options):
     train(Masked(), **options)
 
 
-@misuse("Losses", "a weight for every token in the call of the loss", '`reduction="none"`, then multiply and reduce')
+@misuse("Losses", "a weight for each token in the call of the loss", '`reduction="none"`, then multiply and reduce')
 def _(**options):
     class Weighted(Model):
         def loss(self, logits, labels):
@@ -543,14 +540,14 @@ def _(**options):
 
 
 @misuse(
-    "Backward", "a term of the logits beside the loss of the model", "the term in the model, or no loss in the model"
+    "Backward", "a term computed from the logits, added to the model's loss", "the term in the model, or no loss there"
 )
 def _(**options):
     loss, logits = forward(Model())
     (loss + logits.square().mean()).backward()
 
 
-@misuse("Backward", "backward of a forward under `no_grad`", "the forward outside of `no_grad`")
+@misuse("Backward", "backward of a forward under `no_grad`", "the forward outside `no_grad`")
 def _(**options):
     with torch.no_grad():
         loss, _ = forward(Model())
@@ -590,19 +587,19 @@ def _(**options):
     make_fx(compiled(Model()))(ids(), ids())
 
 
-# -- nothing is said --------------------------------------------------------------------------------------------------
+# -- no message -------------------------------------------------------------------------------------------------------
 
-SILENT = "Nothing is said"
+SILENT = "Cases without a message"
 
 
-@misuse(SILENT, "`eval`, `no_grad` or nothing that requires grad", "the model's own forward: selection is for training")
+@misuse(SILENT, "`eval`, `no_grad`, or no parameter that requires grad", "the model's own forward runs")
 def _(**options):
     assert not selections(lambda: forward(Model().requires_grad_(False)))
     with torch.no_grad():
         assert not selections(lambda: forward(Model().eval()))
 
 
-@misuse(SILENT, "a batch in which all is padding, or nothing has a label", "loss 0 and gradient 0, not NaN")
+@misuse(SILENT, "a batch of padding only, or without labels", "loss and gradient are 0, not NaN")
 def _(**options):
     model = zoo.build("llama")
     batch = {**zoo.batch(model, B, T), "attention_mask": torch.zeros(B, T, dtype=torch.int64)}
@@ -611,12 +608,12 @@ def _(**options):
     assert loss == 0 and all((p.grad == 0).all() for p in model.parameters())
 
 
-@misuse(SILENT, "`keep_tokens` above the length", "all tokens: plain training")
+@misuse(SILENT, "`keep_tokens` above the length", "all tokens are kept: plain training")
 def _(**options):
     assert selections(lambda: forward(Model(), keep_tokens=99))[0].indices.shape == (B, T)
 
 
-@misuse(SILENT, "a compiled submodule in a compiled model", "the options of the whole model count")
+@misuse(SILENT, "a compiled submodule in a compiled model", "the options of the whole model apply")
 def _(**options):
     model = Model()
     model.block.compile(backend="tokenseek", options={"keep_tokens": 2})
@@ -632,7 +629,7 @@ def _(**options):
 @misuse(
     SILENT,
     "a function around a compiled model compiled by another backend",
-    "**trains on all tokens**: PyTorch compiles the whole function by its backend; compile the function with tokenseek",
+    "**trains on all tokens**: PyTorch uses the function's backend for all of it; compile the function with tokenseek",
 )
 def _(**options):
     model = Model()
@@ -643,9 +640,9 @@ def _(**options):
 
 @misuse(
     SILENT,
-    "a graph break inside a loop of a forward that calls no other function of the user's",
-    "**trains on all tokens**: Dynamo leaves the whole forward to Python, without calling the backend; "
-    "`torch.compile(..., fullgraph=True)` tells the cause, `record()` that nothing was selected",
+    "a graph break in a loop of a forward that calls no other function of the user's",
+    "**trains on all tokens**: Dynamo runs the whole forward in Python and never calls the backend; "
+    "`torch.compile(..., fullgraph=True)` shows the cause",
 )
 def _(**options):
     class Looped(Model):
@@ -662,7 +659,7 @@ def _(**options):
 @misuse(
     SILENT,
     "a scripted or traced (`torch.jit`) model compiled",
-    "**trains on all tokens**: Dynamo passes it by; compile the model itself",
+    "**trains on all tokens**: Dynamo skips it; compile the model itself",
 )
 def _(**options):
     traced = torch.jit.trace(Model(), (ids(), ids()), check_trace=False)
@@ -672,7 +669,7 @@ def _(**options):
 @misuse(
     SILENT,
     "a `torch.func` transform around a compiled model",
-    "**trains on all tokens**: Dynamo passes it by; take the gradient by `backward` or `torch.autograd.grad`",
+    "**trains on all tokens**: Dynamo skips it; compute the gradient by `backward` or `torch.autograd.grad`",
 )
 def _(**options):
     model = compiled(Model())
@@ -683,8 +680,8 @@ def _(**options):
 
 @misuse(
     SILENT,
-    "a module of `torch.nn` itself compiled in place",
-    "**trains on all tokens**: Dynamo passes it by; `torch.compile(module)`, or a module of your own around it",
+    "a module of `torch.nn` compiled in place",
+    "**trains on all tokens**: Dynamo skips it; use `torch.compile(module)`, or wrap it in a module of your own",
 )
 def _(**options):
     model = nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True)
@@ -696,7 +693,7 @@ def _(**options):
 
 
 def begin(model: nn.Module, options: dict[str, Any], gpus: int = 0, **settings: Any) -> None:
-    """The moment when a Trainer begins to train, in a process that sees so many GPUs."""
+    """Call the callback as a Trainer does when training begins, in a process with ``gpus`` GPUs."""
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
     arguments = TrainingArguments("unused", use_cpu=True, report_to=[], **settings)
@@ -705,14 +702,14 @@ def begin(model: nn.Module, options: dict[str, Any], gpus: int = 0, **settings: 
     callback.on_train_begin(arguments, TrainerState(), TrainerControl(), model=model)
 
 
-@misuse("Trainers", "`model.compile(...)`, and `TokenSeekCallback` as well", "the callback alone, with the options")
+@misuse("Trainers", "`model.compile(...)` together with `TokenSeekCallback`", "only the callback, with the options")
 def callback_on_a_compiled_model(**options):
     model = nn.Linear(2, 2)
     model.compile(backend="eager")
     begin(model, options)
 
 
-@misuse("Trainers", "`TrainingArguments(torch_compile=True)`, and `TokenSeekCallback` as well", "the callback alone")
+@misuse("Trainers", "`TrainingArguments(torch_compile=True)` together with `TokenSeekCallback`", "only the callback")
 def callback_beside_torch_compile(**options):
     with mock.patch.dict("os.environ"):  # where transformers writes the settings of accelerate
         begin(nn.Linear(2, 2), options, torch_compile=True, torch_compile_backend="eager")
@@ -720,7 +717,7 @@ def callback_beside_torch_compile(**options):
 
 @misuse(
     "Trainers",
-    "`TokenSeekCallback` in one process that sees several GPUs",
+    "`TokenSeekCallback` in one process with several GPUs",
     "one process for each GPU, or one GPU: `CUDA_VISIBLE_DEVICES=0`",
 )
 def callback_under_data_parallel(**options):
@@ -729,7 +726,7 @@ def callback_under_data_parallel(**options):
 
 @misuse(
     "Trainers",
-    "SFT of a mixture of experts, whose auxiliary loss TRL adds outside of the model",
+    "SFT of a mixture of experts, whose auxiliary loss TRL adds outside the model",
     "`router_aux_loss_coef=0.0`",
 )
 def trl_with_an_auxiliary_loss(**options):
@@ -743,33 +740,33 @@ def trl_with_an_auxiliary_loss(**options):
 
 # -- the page ---------------------------------------------------------------------------------------------------------
 
-TABLE = "| what was done | what comes | its text | what to do |\n|---|---|---|---|"
+TABLE = "| mistake | error or warning | message | remedy |\n|---|---|---|---|"
 SILENT_TABLE = """\
-Where PyTorch never asks the backend, the backend can't say so. `tokenseek_fx.record()` around one training step tells: the
-recording is empty where nothing was selected.
+If PyTorch never calls the backend, the backend can't warn. To check, run one training step inside
+`tokenseek_fx.record()`: the recording is empty if no tokens were selected.
 
-| what was done | what happens, what to do |
+| case | what happens, and the remedy |
 |---|---|"""
 HEAD = """\
 # Errors
 
-What goes wrong, and what is said. This page is generated from [`tests/misuse.py`](../tests/misuse.py) by
-[`tests/test_errors.py`](../tests/test_errors.py), which does each of these things and compares class and text.
+Common mistakes and their messages. This page is generated from [`tests/misuse.py`](../tests/misuse.py) by
+[`tests/test_errors.py`](../tests/test_errors.py), which makes each mistake and compares class and message.
 
-- `ConfigError`: an option or a scorer is wrong; it is always raised.
-- `TokenSeekWarning`: the graph can't be rewritten exactly, or something asked for is not there. The model is compiled without
-  token selection, or otherwise as the warning says. Where `strict` stands beside it, `strict=True` raises `GraphNotSupported` with
-  the same fact instead.
-- What the compiler raises while it compiles is in the `inner_exception` of Dynamo's `BackendCompilerFailed`. All classes of this
-  package derive from `tokenseek_fx.TokenSeekError`.
-- Other classes are those of PyTorch, transformers or Python. Of their texts the first paragraph is shown.
+- `ConfigError`: an option or a scorer is invalid. It is always raised.
+- `TokenSeekWarning`: the graph can't be rewritten exactly, or an option can't be followed. The model is compiled
+  without token selection, unless the warning says otherwise. If `strict` is beside it, `strict=True` raises
+  `GraphNotSupported` with the same fact instead.
+- An error that the backend raises during compilation is the `inner_exception` of Dynamo's `BackendCompilerFailed`. All
+  error classes of this package derive from `tokenseek_fx.TokenSeekError`.
+- Other classes come from PyTorch, transformers or Python. The page shows the first paragraph of their messages.
 
 `FILE:LINE` stands for a place in your code.
 """
 
 
 def page(row: Callable[[Misuse], str] | None = None) -> str:
-    """The text of ``docs/errors.md``; ``row`` gives the line of a case in its table."""
+    """The text of ``docs/errors.md``. ``row``: returns the line of a case in its table."""
     sections = dict.fromkeys(case.section for case in CASES)
     return HEAD + "".join(_section(section, row or row_of) for section in sections)
 
@@ -780,7 +777,7 @@ def _section(section: str, row: Callable[[Misuse], str]) -> str:
 
 
 def row_of(case: Misuse) -> str:
-    """The line of a case, from what comes of it."""
+    """The line of a case in its table, from its outcome."""
     found = outcome(case)
     if not found.kind:
         return f"| {case.what} | {case.remedy} |"
@@ -790,7 +787,7 @@ def row_of(case: Misuse) -> str:
 
 
 def strictly(case: Misuse) -> Outcome | None:
-    """What ``strict=True`` raises in place of a warning."""
+    """The error that ``strict=True`` raises instead of a warning, or None."""
     if outcome(case).kind != TokenSeekWarning.__name__:
         return None
     found = outcome(case, strict=True)

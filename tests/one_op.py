@@ -25,7 +25,8 @@ from tokenseek_fx.passes.attention.positional import PositionalAttentions
 from tokenseek_fx.passes.graph.factors import Axes, Dim, Space
 from tokenseek_fx.passes.graph.program import Program
 from tokenseek_fx.passes.rules.axes import flow_of
-from tokenseek_fx.passes.streams.ditch_stream import Barrier, DitchStream
+from tokenseek_fx.passes.streams.barriers import Barrier
+from tokenseek_fx.passes.streams.ditch_stream import DitchStream
 
 SIZES = (2, 4, 3, 5, 6, 7)
 

@@ -420,7 +420,7 @@ def test_loss_outside_the_graph():
 def test_a_term_of_another_output_is_refused_instead_of_dropped():
     model = Model(lambda self, x, labels: {"loss": self.loss(x, labels), "hidden": x, "n": 3, "none": None})
     out = compile_eager(model, strict=True)(**data())
-    with pytest.raises(GraphNotSupported, match="A gradient came to an output of shape"):
+    with pytest.raises(GraphNotSupported, match="A gradient reached an output of shape"):
         (out["loss"] + out["hidden"].sum()).backward()
     torch.testing.assert_close(out["hidden"], model(**data())["hidden"].detach(), rtol=0, atol=1e-12)
     assert (out["n"], out["none"]) == (3, None)

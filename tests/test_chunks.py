@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import batch as batch_of
 from zoo import build
 
-from tokenseek_fx.backend import backend
+from tokenseek_fx.compilation import backend
 from tokenseek_fx.config import Config
 from tokenseek_fx.passes.lower import chunks
 from tokenseek_fx.passes.lower.chunks import Chunk

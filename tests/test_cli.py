@@ -1,4 +1,4 @@
-"""The command line: what is read of data, what commands answer and how they fail, one run of `finetune`, stopped and gone on."""
+"""The command line: reading data, what commands return and how they fail, a run of `finetune`, stopped and resumed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def tokenizer(work):
 
 
 def tokenseek(*arguments: object):
-    """A command, its exit code and what it wrote; an error that it doesn't know is raised. What was compiled before is not of its process."""
+    """Run a command; return its exit code and output. Unexpected errors are raised. Resets Dynamo first."""
     torch._dynamo.reset()
     return CliRunner().invoke(app, [str(each) for each in arguments], catch_exceptions=False)
 
@@ -86,14 +86,12 @@ def learnt(tokenizer, sequence) -> str:
 LINES = {
     b'{"prompt": "a", "completion": "b"}': None,
     b"{'prompt': 'a'}": "not JSON: Expecting property name enclosed in double quotes at column 2",
-    b"[1]": "expected an object with columns, found a list",
+    b"[1]": "expected an object with columns, got a list",
     b'{"prompt": "a"}': "no 'completion'",
-    b'{"prompt": "a", "completion": 3}': "the completion is no text, but of type int",
+    b'{"prompt": "a", "completion": 3}': "completion: expected text, got int",
     b'{"prompt": "a", "completion": ""}': "the completion is empty",
     b'{"prompt": "\xff", "completion": "b"}': "not UTF-8: invalid start byte at byte 13",
-    b'{"prompt": "'
-    + b"xyz" * 50
-    + b'", "completion": "b"}': "nothing to learn in the first 48 tokens: 150 stand before it",
+    b'{"prompt": "' + b"xyz" * 50 + b'", "completion": "b"}': "no label in the first 48 tokens: 150 tokens precede it",
 }
 
 
@@ -101,7 +99,7 @@ def test_every_bad_line_is_told_with_its_number_and_the_reason(tmp_path, tokeniz
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\n".join(LINES))
     found = encoded(path, tokenizer)
-    told = {each.line: each.reason.removesuffix(" (--length)") for each in found.bad}
+    told = {each.line: each.reason.removesuffix("; raise --length") for each in found.bad}
     assert told == {number: reason for number, reason in enumerate(LINES.values(), 1) if reason}
     assert len(found.sequences) == found.rows == 1
     with pytest.raises(Failure, match=r"7 rows can't be used.*--skip-bad\.\n  line 2: not JSON"):
@@ -113,9 +111,9 @@ def test_a_table_is_read_with_fields_of_several_lines(tmp_path, tokenizer):
     path.write_text('question,answer\na,"b\nc"\nd,e,f\ng,h\n', encoding="utf-8-sig")
     found = encoded(path, tokenizer, columns="question,answer")
     assert [learnt(tokenizer, each) for each in found.sequences] == [f"b\nc{pairs.END}", f"h{pairs.END}"]
-    assert [(each.line, each.reason) for each in found.bad] == [(4, "3 fields, but 2 columns are named")]
+    assert [(each.line, each.reason) for each in found.bad] == [(4, "expected 2 fields, got 3")]
     path.write_text('question,answer\na,b\nc,"d\ne,f\n')
-    with pytest.raises(Failure, match=r"line 3: a quote begins here that is never closed\."):
+    with pytest.raises(Failure, match=r"line 3: a quote that begins here is never closed\."):
         encoded(path, tokenizer, columns="question,answer")
 
 
@@ -138,9 +136,9 @@ def test_of_messages_the_assistants_are_learnt(tmp_path, tokenizer):
 def test_columns_that_are_not_there_are_a_wrong_question(tmp_path, tokenizer):
     path = tmp_path / "data.jsonl"
     path.write_text('{"a": "x", "b": "y"}')
-    with pytest.raises(Usage, match=r"No column is known .* the data has: a, b\."):
+    with pytest.raises(Usage, match=r"The data has none of the known columns .*, but: a, b\."):
         encoded(path, tokenizer)
-    with pytest.raises(Usage, match=r"--columns a,c: the data has no c, but: a, b\."):
+    with pytest.raises(Usage, match=r"--columns a,c: the data has no column c\. Choose from: a, b\."):
         encoded(path, tokenizer, columns="a,c")
 
 
@@ -375,8 +373,8 @@ def test_doctor_tells_what_works():
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
-        (["explain", "./nothing"], 1, "there is no such directory"),
-        (["explain", "nobody/nothing"], 1, "is the hub id right"),
+        (["explain", "./nothing"], 1, "no such directory"),
+        (["explain", "nobody/nothing"], 1, "check the hub id"),
         (["explain", "m", "-o", "keep_ration=0.1"], 2, "Did you mean 'keep_ratio'"),
         (["explain", "m", "-o", "strict"], 2, "expected NAME=VALUE"),
         (["explain", "m", "--batch", "0"], 2, "--batch"),

@@ -67,7 +67,7 @@ def test_gradients_of_ddp_and_fsdp2_are_those_of_one_process(tmp_path):
 def test_gradients_of_a_trainer_are_those_of_one_process_and_optimize_ddp_is_said_to_be_off(tmp_path):
     """It divides by the labelled tokens of all processes."""
     said = launch(ACCELERATE, str(HERE / "distributed.py"), str(tmp_path), "trainer")
-    assert "optimize_ddp is off while the Trainer trains" in said
+    assert "optimize_ddp is switched off during training" in said
     found = steps(tmp_path, "trainer")
     count = sum((step["batch"]["labels"][:, 1:] != -100).sum() for step in found)
     assert_equal(found, on_one_process(found, num_items_in_batch=count))

@@ -1,5 +1,7 @@
-"""``docs/errors.md`` is what comes of the cases in ``tests/misuse.py``. ``EXPECTTEST_ACCEPT=1 pytest tests/test_errors.py`` writes it
-anew."""
+"""``docs/errors.md`` has the outcomes of the cases in ``tests/misuse.py``.
+
+``EXPECTTEST_ACCEPT=1 pytest tests/test_errors.py`` regenerates it.
+"""
 
 from __future__ import annotations
 

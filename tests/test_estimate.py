@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tokenseek_fx
 from tokenseek_fx import ConfigError, GraphNotSupported, StepMemory, compat, estimate, explain
-from tokenseek_fx.estimate import Estimate, bytes_of
+from tokenseek_fx.estimation import Estimate, bytes_of
 from tokenseek_fx.memory import Live, step_memory
 from tokenseek_fx.ops.fully_masked import grad_blind
 from tokenseek_fx.ops.head import head_loss

@@ -475,8 +475,8 @@ def test_malformed_rows_are_refused_at_once(indices, weights):
 @pytest.mark.parametrize(
     ("indices", "message"),
     [
-        (rows(4, 3), "indices of 3 sequences, but the batch has 2"),
-        (torch.tensor([[0, 11]] * 2), "index 11, but a sequence has 11 tokens"),
+        (rows(4, 3), "indices are for 3 sequences, but the batch has 2"),
+        (torch.tensor([[0, 11]] * 2), "index 11 is out of range: a sequence has 11 tokens"),
     ],
 )
 def test_rows_that_do_not_fit_the_batch_are_refused(indices, message, compiled_before):
@@ -489,16 +489,16 @@ def test_rows_that_do_not_fit_the_batch_are_refused(indices, message, compiled_b
 
 
 def test_rows_on_another_device_are_refused():
-    with pytest.raises(SelectionError, match="indices on meta, but the model is on cpu"):
+    with pytest.raises(SelectionError, match="indices are on meta, but the model is on cpu"):
         Given(rows(4).to("meta"), None, last=9).check_fits(B, T, torch.device("cpu"))
 
 
 def test_rows_that_nothing_takes_are_told_of():
-    with pytest.warns(TokenSeekWarning, match="no graph compiled for training ran under it"), selecting(rows(4)):
+    with pytest.warns(TokenSeekWarning, match="no graph compiled for training ran inside"), selecting(rows(4)):
         Model()(**data())
 
 
 def test_weights_that_no_loss_takes_are_told_of():
     step = compile_eager(Model(lambda self, x, labels: self.lm_head(x)))
-    with pytest.warns(TokenSeekWarning, match="no loss took the weights"), selecting(rows(4), torch.ones(B, 4)):
+    with pytest.warns(TokenSeekWarning, match="the weights had no effect"), selecting(rows(4), torch.ones(B, 4)):
         step(**data())

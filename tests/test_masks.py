@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from tokenseek_fx.passes.attention.masks import Mask, read_mask
+from tokenseek_fx.passes.attention.mask_reader import read_mask
+from tokenseek_fx.passes.attention.masks import Mask
 from tokenseek_fx.passes.capture.canonicalize import Canonicalize
 from tokenseek_fx.passes.graph.nodes import bind
 from tokenseek_fx.passes.graph.program import Program

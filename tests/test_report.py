@@ -88,12 +88,12 @@ def test_what_is_not_finite_is_written_as_unknown(tmp_path):
     ("text", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "is not a run of this version"),
-        ('{"title": "r"}', "is not a run of this version"),
-        ('{"version": 1}', "a Run with steps, plain, examples; its fields are title"),
+        ("[]", "is not a run of format version 1"),
+        ('{"title": "r"}', "is not a run of format version 1"),
+        ('{"version": 1}', "expected a Run with fields from title, .*; got steps, plain, examples"),
         (
             '{"version": 1, "title": "r", "steps": [{"step": 1, "lost": 2}]}',
-            "a Step with step, lost; its fields are step",
+            "expected a Step with fields from step, .*; got step, lost",
         ),
     ],
 )
@@ -104,9 +104,9 @@ def test_a_file_that_is_no_run_is_refused(tmp_path, text, message):
 
 
 def test_an_example_has_one_value_for_every_token():
-    with pytest.raises(ValueError, match="has 2 tokens and 1 `gradient`"):
+    with pytest.raises(ValueError, match="expected 2 values in `gradient`, one for each token; got 1"):
         Example(1, "e", ["a", "b"], [0], gradient=[1.0])
-    with pytest.raises(ValueError, match="keeps position 2 of 2 tokens"):
+    with pytest.raises(ValueError, match="keeps position 2, but has 2 tokens"):
         Example(1, "e", ["a", "b"], [2])
 
 
@@ -147,9 +147,9 @@ def test_examples_are_spread_over_the_run():
 
 
 def test_a_run_of_other_steps_or_other_ids_is_refused():
-    with pytest.raises(ValueError, match="1 steps for 2 that were recorded"):
+    with pytest.raises(ValueError, match="`steps`: expected 2, one for each recorded step, or none; got 1"):
         run_of(recording(), [Step(1)])
-    with pytest.raises(ValueError, match=r"shape \[1, 4\] for a selection of \[2, 4\] tokens"):
+    with pytest.raises(ValueError, match=r"shape \[1, 4\], but the recorded scores \[2, 4\]"):
         example_of(recording()[0], torch.zeros(1, 4), str, step=1)
 
 

@@ -162,7 +162,9 @@ def test_the_channel_and_its_scale_are_switched(page):
 
 
 def test_another_example_is_chosen(page):
-    assert "Kept 1000 of 10000 tokens (10.0 %), 0 of 5000 with a label." in page.locator("#tokens .note").inner_text()
+    assert (
+        "Kept 1000 of 10000 tokens (10.0 %), 0 of 5000 labelled tokens." in page.locator("#tokens .note").inner_text()
+    )
     page.get_by_label("example").select_option(label="step 2: short")
     assert page.locator(".token").all_inner_texts() == ["a", "b"]
     assert "Kept 1 of 2 tokens (50.0 %)." in page.locator("#tokens .note").inner_text()
@@ -256,11 +258,11 @@ def test_gathers_and_barriers_are_marked_in_the_graph(page):
 def test_what_was_not_recorded_is_said(opened):
     page = opened(Run("nothing"))
     assert page.locator(".note").all_inner_texts() == [
-        "No figures of steps were recorded.",
+        "No step figures were recorded.",
         "Neither loss nor time was recorded.",
         "No examples were recorded.",
         "Statistics were not recorded.",
-        "The peak of steps was not recorded.",
-        "The split of memory was not recorded.",
+        "Peak memory was not recorded.",
+        "The memory split was not recorded.",
         "The graph was not recorded.",
     ]

@@ -370,13 +370,13 @@ def test_results_repeat():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"query": torch.randn(2, 3, 5, 8).double()}, "3 query heads cannot share 2"),
-        ({"value": torch.randn(2, 2, 12, 8).double()}, "do not fit together"),
+        ({"query": torch.randn(2, 3, 5, 8).double()}, "3 query heads can't share 2"),
+        ({"value": torch.randn(2, 2, 12, 8).double()}, "don't match"),
         ({"value": torch.randn(2, 2, 13, 8)}, "one dtype"),
-        ({"row_value": None}, "belong together"),
+        ({"row_value": None}, "Pass both or none"),
         ({"positions": None}, "need the positions"),
-        ({"mask": torch.zeros(13, requires_grad=True)}, "gives it none"),
-        ({"sinks": torch.zeros(4), "fully_masked": torch.ones(2, 5).bool()}, "give one of both"),
+        ({"mask": torch.zeros(13, requires_grad=True)}, "gives it no gradient"),
+        ({"sinks": torch.zeros(4), "fully_masked": torch.ones(2, 5).bool()}, "Pass one of them"),
     ],
 )
 def test_operands_that_do_not_fit_are_refused(wrong, message):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -15,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.utils import run_and_get_code
 
-import tokenseek_fx.backend  # noqa: F401 (the module, not the function of the same name)
+from tokenseek_fx import compilation
 from tokenseek_fx.ops.received import attention_received
 
 BATCH, HEADS, INNER, LAYERS = 2, 4, 88, 2
@@ -39,7 +38,7 @@ def graphs(monkeypatch) -> list[fx.GraphModule]:
         return graph
 
     compiler = aot_autograd(fw_compiler=keep, bw_compiler=keep)
-    monkeypatch.setattr(sys.modules["tokenseek_fx.backend"], "inner_compiler", lambda config, defaults=None: compiler)
+    monkeypatch.setattr(compilation, "inner_compiler", lambda config, defaults=None: compiler)
     return found
 
 

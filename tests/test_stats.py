@@ -183,10 +183,10 @@ def test_an_empty_recording(figure):
 @pytest.mark.parametrize(
     ("figure", "name", "remedy"),
     [
-        (stats.labelled_kept, "labelled", "Compute a loss over tokens inside the compiled model, and keep fewer"),
+        (stats.labelled_kept, "labelled", "Compute a loss over tokens in the compiled model, and keep fewer"),
         (stats.gradient_kept, "gradient", 'Record with a scorer that computes it: "tokenseek" or "gradient".'),
         (stats.loss_kept, "loss", 'Record with a scorer that computes it: "tokenseek", "gradient" or "loss".'),
-        (stats.visit_overlap, "instances", r"Give the compiled model token ids \[B, T\]"),
+        (stats.visit_overlap, "instances", r"Pass token ids \[B, T\] to the compiled model"),
     ],
 )
 def test_what_was_not_recorded(figure, name, remedy):
@@ -232,7 +232,7 @@ def test_summary_leaves_out_what_is_not_known():
         "  of the gradient      unknown",
         "  of the loss          unknown",
         "  overlap of visits    100.0%",
-        "  by position          start ██▁▁ end, the highest bar 50.0%",
+        "  by position          start ██▁▁ end, highest bar 50.0%",
     ]
 
 

@@ -270,9 +270,9 @@ def test_accumulated_and_mixed_gradients_are_those_of_the_definition(tmp_path, s
 def test_what_is_compiled_otherwise_is_refused(tmp_path):
     compiled = zoo.build("llama", dtype=torch.float32)
     compiled.compile(backend="eager")
-    with pytest.raises(ConfigError, match=r"compiled already\. Leave out model\.compile"):
+    with pytest.raises(ConfigError, match=r"already compiled\. Remove model\.compile"):
         trainer(tmp_path, TokenSeekCallback(**KEEP), model=compiled).train()
-    with pytest.raises(ConfigError, match=r"torch_compile=True .* Leave it out"):
+    with pytest.raises(ConfigError, match=r"torch_compile=True .* Remove torch_compile"):
         trainer(tmp_path, TokenSeekCallback(**KEEP), torch_compile=True, torch_compile_backend="eager").train()
     with pytest.raises(ConfigError, match="Did you mean 'keep_ratio'"):
         TokenSeekCallback(keep_ration=0.1)
@@ -282,7 +282,7 @@ def test_data_parallel_is_refused(tmp_path):
     """What the Trainer does where it sees two GPUs; wrapping needs none."""
     run = trainer(tmp_path, TokenSeekCallback(**KEEP))
     run.args._n_gpu = 2
-    with pytest.raises(ConfigError, match=r"over 2 GPUs by DataParallel, .* Start one process for each GPU"):
+    with pytest.raises(ConfigError, match=r"on 2 GPUs with DataParallel, .* Start one process for each GPU"):
         run.train()
     assert isinstance(run.model_wrapped, torch.nn.DataParallel) and run.model._compiled_call_impl is None
 

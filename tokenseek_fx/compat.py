@@ -1,4 +1,4 @@
-"""What differs between the supported versions of PyTorch, and what has no public name in any."""
+"""Code that depends on the version of PyTorch, or on names that PyTorch doesn't publish."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ _RESUME_PREFIX = "torch_dynamo_resume_in_"
 
 
 class _OnceLoggers(set):
-    """Dynamo's set of functions to skip, with the ``logger.warning_once`` family that transformers adds to every logger
-    (looked up late: transformers may be imported after this package)."""
+    """Dynamo's set of functions to ignore, extended by ``logger.warning_once`` and related methods.
+
+    transformers adds these to all loggers. They are looked up late: it may be imported after this package.
+    """
 
     _NAMES = ("warning_once", "info_once", "warning_advice")
 
@@ -32,14 +34,14 @@ class _OnceLoggers(set):
 
 
 def ignore_logging_in_forward() -> None:
-    """Let Dynamo trace through ``logger.warning_once``: it would split a model's graph for the sake of a message."""
+    """Let Dynamo skip ``logger.warning_once``, which would otherwise break the graph."""
     import torch._dynamo.config as config
 
     config.ignore_logging_functions = _OnceLoggers(config.ignore_logging_functions)
 
 
 def graph_break(gm: fx.GraphModule) -> tuple[str, str, int] | None:
-    """``(reason, file, line)`` where Dynamo ended this graph because it had to split the model; None where it did not."""
+    """``(reason, file, line)`` of the graph break that ended this graph; None without one."""
     why = getattr(gm, "compile_subgraph_reason", None)
     if why is None or not why.graph_break:
         return None
@@ -49,7 +51,7 @@ def graph_break(gm: fx.GraphModule) -> tuple[str, str, int] | None:
 
 
 def continues_a_split_model() -> bool:
-    """True inside the compilation of the rest of a function that Dynamo split."""
+    """True during the compilation of a resume function: the rest of a function that Dynamo split."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
@@ -59,9 +61,10 @@ def continues_a_split_model() -> bool:
 
 
 def module_outside() -> torch.nn.Module | None:
-    """A module whose own code runs as plain Python around the frame that Dynamo compiles: it split the model there.
+    """A module whose code runs as plain Python around the frame that Dynamo compiles, so Dynamo split the model there.
 
-    Found on the stack, between the call of what was compiled and here. torch's own modules (DDP) may well stand there.
+    It is searched on the stack, from here up to the call of the compiled function. torch's own modules (DDP) don't
+    count.
     """
     frame, outside = sys._getframe(1), None
     while frame is not None and frame.f_code.co_name != "compile_wrapper":
@@ -82,7 +85,7 @@ def is_sharded(module: torch.nn.Module) -> bool:
 
 
 def compiled_twice() -> bool:
-    """True where two ``torch.compile`` of one module stand on the stack: of them only the inner one compiles anything."""
+    """True if two ``torch.compile`` calls of one module are on the stack; only the inner one compiles anything."""
     frame, contexts = sys._getframe(1), {}
     while frame is not None:
         if frame.f_code.co_name == "compile_wrapper":
@@ -94,19 +97,20 @@ def compiled_twice() -> bool:
 
 
 def inductor(mode: str | None, options: dict[str, Any] | None) -> Any:
-    """Inductor as ``torch.compile(mode=..., options=...)`` would call it."""
+    """Inductor as ``torch.compile(mode=..., options=...)`` calls it."""
     _mend_inductor()
     return torch._TorchCompileInductorWrapper(mode, options, None)
 
 
 @cache
 def _mend_inductor() -> None:
-    """Mend what makes Inductor's C++ silently wrong, in all supported versions.
+    """Patch two bugs that make Inductor's C++ silently wrong in all supported versions.
 
-    - pytorch#191837: for several threads the index of an addition counts the place inside of a transposed tile twice. Gradients of small
-      tables (T5's position bias) are wrong, and memory beside them is written to.
-    - Where loops are made alike to be fused, a reader forgets that it reads a buffer after it was written to (#177631 keeps that only
-      where the reader has other such dependencies): experts' gradient of their input was read before it was added up.
+    - pytorch#191837: with several threads, the index of an atomic addition counts the offset inside a transposed tile
+      twice. Gradients of small tables (T5's position bias) are wrong, and memory beside them is overwritten.
+    - When loops are reordered for fusion, a reader loses its dependency on an earlier write to its buffer (#177631
+      keeps it only if the reader has other such dependencies): the gradient of experts' inputs was read before it was
+      summed.
     """
     from torch._inductor import config
     from torch._inductor.codegen.cpp import CppTile2DKernel, CppVecKernel
@@ -119,7 +123,7 @@ def _mend_inductor() -> None:
     def store_once(self: CppTile2DKernel, name: str, index: Any, value: Any, mode: Any = None) -> None:
         shared = mode == "atomic_add" and (config.cpp.dynamic_threads or self.num_threads != 1)
         if shared and not self.need_vec_transpose(self.rename_indexing(index)):
-            return CppVecKernel.store(self, name, index, value, mode)  # which counts it itself
+            return CppVecKernel.store(self, name, index, value, mode)  # adds the offset itself
         return store(self, name, index, value, mode)
 
     def recompute_in_order(self: SchedulerNode, *args: Any, **kwargs: Any) -> None:
@@ -129,11 +133,11 @@ def _mend_inductor() -> None:
 
     CppTile2DKernel.store = store_once
     SchedulerNode.recompute_size_and_body = recompute_in_order
-    torch.compiler.config.cache_key_tag += "mended by tokenseek_fx"  # what is in a cache was written without
+    torch.compiler.config.cache_key_tag += "mended by tokenseek_fx"  # cached code was generated without the patches
 
 
 def aot_eager(partition: Callable[..., Any]) -> Callable[..., Any]:
-    """The backend of this name with another partitioner."""
+    """The backend ``aot_eager`` with another partitioner."""
     from torch._dynamo.backends.common import aot_autograd
     from torch._dynamo.backends.debugging import boxed_nop
 
@@ -142,7 +146,7 @@ def aot_eager(partition: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def reaches_recompile_limit() -> int | None:
-    """Dynamo's recompile limit, inside the last compilation of a function that it allows (``None``: there may be more)."""
+    """Dynamo's recompile limit during the last compilation of a function that it allows; None if more are allowed."""
     from torch._guards import CompileContext
 
     running, limit = CompileContext.current_compile_id(), torch._dynamo.config.recompile_limit
@@ -150,12 +154,12 @@ def reaches_recompile_limit() -> int | None:
 
 
 def unlimited_recompiles() -> Any:
-    """Trace once more whatever was compiled before."""
+    """A context without Dynamo's recompile limits."""
     return torch._dynamo.config.patch(recompile_limit=1 << 20, accumulated_recompile_limit=1 << 20)
 
 
 def body_of_custom_op(operation: Any) -> Any:
-    """The Python function that an operation of this package was made from by ``torch.library.custom_op``; None for any other."""
+    """The Python function behind a ``torch.library.custom_op`` of this package; None for any other operation."""
     from torch._library.custom_ops import OPDEFS
 
     if getattr(operation, "namespace", None) != "tokenseek_fx":
@@ -165,8 +169,10 @@ def body_of_custom_op(operation: Any) -> Any:
 
 
 def without_idle_results(node: fx.Node, forward: fx.GraphModule, backward: fx.GraphModule) -> tuple[Any, Any, int]:
-    """The bodies of a custom function, and their number of results, without the last ones that nothing uses and whose gradient is not
-    read: PyTorch 2.11 also returns what the forward computes on its way."""
+    """The bodies of a custom function without trailing results that are unused and whose gradient is not read.
+
+    Returns (forward, backward, number of results). PyTorch 2.11 also returns intermediate values of the forward.
+    """
     results, gradients = _results(forward.graph)[0], backward.graph.find_nodes(op="placeholder")
     used = [user.args[1] for user in node.users] + [i for i in range(len(results)) if gradients[i].users]
     count = max(used, default=0) + 1
@@ -181,22 +187,22 @@ def without_idle_results(node: fx.Node, forward: fx.GraphModule, backward: fx.Gr
 
 
 def _results(forward: fx.Graph) -> Any:
-    """The results of the forward body of a custom function, and what it saves."""
+    """(results, saved values) of the forward body of a custom function."""
     return forward.output_node().args[0]
 
 
 def wrap_kernel(kernel: Any) -> Any:
-    """``torch.library.wrap_triton``; PyTorch 2.11 has none for kernels that Triton's interpreter runs."""
+    """``torch.library.wrap_triton``; PyTorch 2.11 doesn't wrap kernels that Triton's interpreter runs."""
     import triton
 
     return torch.library.wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
 
 
 def called_in_place(module: torch.nn.Module) -> Callable[..., Any] | None:
-    """What ``module(...)`` runs in place of its forward: what ``module.compile()`` puts there (``None``: nothing)."""
+    """The call that ``module.compile()`` sets to run instead of the module's forward; None if not set."""
     return module._compiled_call_impl
 
 
 def call_in_place(module: torch.nn.Module, call: Callable[..., Any] | None) -> None:
-    """Let ``module(...)`` run ``call``, or its forward again; class, signature, ``state_dict`` and copies know nothing of it."""
+    """Let ``module(...)`` run ``call``, or with None its forward. Class, signature and ``state_dict`` don't change."""
     module._compiled_call_impl = call  # pyright: ignore[reportAttributeAccessIssue]

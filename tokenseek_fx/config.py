@@ -42,7 +42,7 @@ class Config:
         keep_ratio: share of the tokens of every sequence that are trained on, 0 < r <= 1; k = ceil(keep_ratio * T). A list
             gives one for every token axis, first that of the loss (of an encoder-decoder: decoder, encoder).
         keep_tokens: the number k itself, instead of ``keep_ratio`` (all tokens where a sequence is shorter).
-        scorer: a scorer's name (default chosen by the study in docs/quality.md), or a function ``ScoreInputs -> scores [B, T]``.
+        scorer: a scorer's name (default chosen by the study in docs/when-to-use.md), or a function ``ScoreInputs -> scores [B, T]``.
         alpha: factor in TokenSeek's score ``alpha log(attention received) + beta minmax(gradient)``.
         beta: factor of the gradient in it.
         attention_layers: the attentions that count: "last", "first", "all", or a list of numbers (negative: from the end).

@@ -1,4 +1,4 @@
-"""Rows given from outside: ``with tokenseek_fx.selecting(indices): ...``."""
+"""Rows that the user selects: ``with tokenseek_fx.selecting(indices): ...``."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ _given: ContextVar[Given | None] = ContextVar("tokenseek_given", default=None)
 
 
 class SelectionError(TokenSeekError, ValueError):
-    """Rows (or weights) given to ``selecting`` that are malformed, or that don't fit the batch."""
+    """Indices or weights of ``selecting`` are malformed, or don't fit the batch."""
 
 
 @dataclass(eq=False)
 class Given:
-    """The rows of the forwards under one ``selecting``. ``last``: the highest. ``used``: a graph took the rows.
-    ``weighed``: a loss took the weights.
+    """The rows for the forwards inside one ``selecting``.
 
-    Of values that pass from one graph of a model to the next: ``places``: their batch and token dims. ``parallel``: the dims of
-    which one must be the token axis, as the graph that gave them has no attention and works by rows along those alone.
+    ``indices``: int64 [B, k]. ``weights``: float [B, k]. ``last``: the highest index. ``used``: a graph used the rows.
+    ``weighed``: a loss used the weights. For values that pass from one graph of a model to the next: ``places``: their
+    batch and token dims; ``parallel``: candidates for their token dim, if the graph that returned them has no attention
+    and is row-wise along these dims only.
     """
 
     indices: Tensor
@@ -42,7 +43,7 @@ class Given:
     parallel: MutableMapping[Tensor, frozenset[int]] = field(default_factory=WeakTensorKeyDictionary)
 
     def passed(self, values: Sequence[Any]) -> tuple[tuple[int, RowPlace], ...]:
-        """The values whose batch and token dims are known, by position."""
+        """(index, batch and token dims) of the values whose dims are known."""
         return tuple((i, self.places[x]) for i, x in enumerate(values) if isinstance(x, Tensor) and x in self.places)
 
     @property
@@ -54,35 +55,51 @@ class Given:
         return dict(zip(("indices", "weights"), self.tensors, strict=False))
 
     def check_fits(self, batch: int, tokens: int, device: torch.device) -> None:
-        """Raise ``SelectionError`` where these are no rows of a batch."""
+        """Raise ``SelectionError`` if the rows don't fit a batch of this size, length and device."""
         if self.indices.shape[0] != batch:
-            raise SelectionError(f"selecting: indices of {self.indices.shape[0]} sequences, but the batch has {batch}.")
+            raise SelectionError(
+                f"selecting: indices are for {self.indices.shape[0]} sequences, but the batch has {batch}. "
+                "Pass a row of indices for each sequence."
+            )
         if self.last >= tokens:
-            raise SelectionError(f"selecting: index {self.last}, but a sequence has {tokens} tokens.")
+            raise SelectionError(
+                f"selecting: index {self.last} is out of range: a sequence has {tokens} tokens. Indices count from 0."
+            )
         if self.indices.device != device:
-            raise SelectionError(f"selecting: indices on {self.indices.device}, but the model is on {device}.")
+            raise SelectionError(
+                f"selecting: indices are on {self.indices.device}, but the model is on {device}. Move the indices."
+            )
 
     def warn_of_no_use(self) -> None:
-        """Tell where what was given had no effect."""
+        """Warn if the rows or the weights had no effect."""
         if not self.used:
-            _warn("no graph compiled for training ran under it, so no rows were selected")
+            _warn(
+                "no rows were selected, since no graph compiled for training ran inside the context. "
+                "Run a training forward of a compiled model in it"
+            )
         elif self.weights is not None and not self.weighed:
-            _warn("no loss took the weights: weigh the one that is computed outside the compiled graphs yourself")
+            _warn(
+                "the weights had no effect, since no loss in the compiled graphs uses them. "
+                "Apply them to the loss that you compute outside"
+            )
 
 
 @contextmanager
 def selecting(indices: Tensor, weights: Tensor | None = None) -> Iterator[None]:
-    """Train on these rows in every forward under it in this thread, by any model compiled with this backend.
+    """Train on these rows in all forwards inside the context, in this thread, of any model compiled with this backend.
 
-    All graphs of a model that Dynamo split, and all modules that are compiled each for itself, take the same rows.
+    All graphs of a model that Dynamo split, and all modules that are compiled separately, use the same rows.
 
     Args:
-        indices: int64 [B, k], the kept positions of every sequence, strictly increasing.
-        weights: float [B, k], one factor for the loss of every kept token (``Selection.weights``).
+        indices: int64 [B, k], the kept positions of each sequence, strictly increasing.
+        weights: float [B, k], one factor for the loss of each kept token (``Selection.weights``).
 
     Raises:
-        SelectionError: malformed indices or weights; in the forward: they don't fit the batch.
-        GraphNotSupported: in the forward: a graph can't be rewritten exactly for these rows.
+        SelectionError: indices or weights are malformed; from the forward: they don't fit the batch.
+        GraphNotSupported: from the forward: a graph can't be rewritten exactly for these rows.
+
+    Warns:
+        TokenSeekWarning: the rows or the weights had no effect.
 
     >>> with selecting(torch.tensor([[0, 3, 4]])):  # doctest: +SKIP
     ...     model(**batch).loss.backward()
@@ -106,13 +123,15 @@ def given() -> Given | None:
 def _check(indices: Any, weights: Any) -> None:
     shaped = isinstance(indices, Tensor) and indices.dtype is torch.int64 and indices.ndim == 2 and indices.numel()
     if not shaped or bool((indices[:, 0] < 0).any() | (indices.diff(dim=1) <= 0).any()):
-        raise SelectionError("selecting: expected indices int64 [B, k], from 0, strictly increasing in every sequence.")
+        raise SelectionError(
+            "selecting: expected indices int64 [B, k], at least 0 and strictly increasing in each sequence."
+        )
     if weights is None:
         return
     if not isinstance(weights, Tensor) or not weights.is_floating_point() or weights.shape != indices.shape:
-        raise SelectionError("selecting: expected weights float [B, k], one for every index.")
+        raise SelectionError("selecting: expected weights float [B, k], one for each index.")
     if weights.requires_grad:
-        raise SelectionError("selecting: weights can't require grad.")
+        raise SelectionError("selecting: weights can't require grad. Detach them.")
 
 
 def _warn(fact: str) -> None:

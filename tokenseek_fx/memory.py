@@ -1,8 +1,8 @@
-"""Memory of a compiled training step, without running it.
+"""The memory of a compiled training step, computed without running it.
 
-Inductor writes programs of allocations, kernels and frees for forward and backward. They are executed here on fake tensors, with
-kernels that do nothing, and under the real autograd: what is alive is then known at every line, after fusion and reuse of buffers,
-and no kernel is compiled.
+Inductor generates programs of allocations, kernels and frees for forward and backward. Here they run on fake tensors,
+with kernels that do nothing, under the real autograd. So the live bytes are known at each line, after fusion and buffer
+reuse, and no kernel is compiled.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .passes.lower.chunks import CHUNK_BYTES
 from .passes.memory.saved import kind_of_saved
 
 _DEVICES = ("cpu", "cuda", "xpu", "mtia")
-#: Operations that Triton kernels do on a GPU, and in which dtypes: what is held there is what they give.
+#: Operations with Triton kernels on a GPU, and the dtypes of these kernels, which hold nothing but their results.
 _KERNELS = {
     **dict.fromkeys(
         ("selected_attention", "selected_attention_grad_query", "selected_attention_grad_keys", "attention_received"),
@@ -45,10 +45,10 @@ _KERNELS = {
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes that a compiled forward and backward hold beside parameters, inputs and gradients that were there before.
+    """Bytes that a compiled forward and backward hold beside parameters, inputs and gradients that existed before.
 
-    ``saved``: between forward and backward, by kind. ``forward``, ``backward``: the most that is alive in each; gradients that
-    the backward makes count.
+    ``saved``: bytes between forward and backward, by kind. ``forward``, ``backward``: the peak of each; it includes
+    gradients that the backward allocates.
     """
 
     saved: Mapping[str, int] = field(default_factory=dict)
@@ -59,10 +59,10 @@ class StepMemory:
 def step_memory(
     compile: Callable[[], Callable[..., Sequence[Any]]], inputs: Sequence[Any], set_to_none: bool = True
 ) -> StepMemory:
-    """What a training step of the graph holds that ``compile`` gives to Inductor.
+    """The memory of a training step of the graph that ``compile`` compiles by Inductor.
 
-    ``inputs``: fake tensors that exist before the step, those that require grad with gradients unless ``set_to_none``. The
-    backward starts at the loss, or at all outputs where none is a scalar; other outputs are given up before it.
+    ``inputs``: fake tensors that exist before the step; unless ``set_to_none``, those that require grad have gradients.
+    The backward starts at the loss, or at all outputs if none is a scalar; other outputs are freed before it.
     """
     live, mode = Live(), _mode_of(inputs)
     with _planning(live), tracing(TracingContext(mode)):
@@ -81,7 +81,7 @@ def step_memory(
 
 @contextmanager
 def planned_for(device: str) -> Iterator[None]:
-    """Of what is on the CPU, chunks and tiles are as large as on ``device``, and done by its kernels."""
+    """Inside the context, chunks and tiles on the CPU have the size of those on ``device`` and count as its kernels."""
     with ExitStack() as stack:
         for sizes in (CHUNK_BYTES, TILE_BYTES):
             stack.enter_context(patch.dict(sizes, cpu=sizes[device]))
@@ -107,8 +107,11 @@ def _losses(outputs: Sequence[Any]) -> list[Tensor]:
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the storages made under this mode that are still alive; ``peak``: the most there were at a time. ``kernels``: operations, by
-    name, that hold nothing but their results where their first input is of one of these dtypes."""
+    """Counts the live bytes of the storages allocated under this mode.
+
+    ``peak``: the maximum so far. ``kernels``: operation name -> dtypes of its first input for which it holds nothing
+    but its results.
+    """
 
     kernels: Mapping[str, tuple[torch.dtype, ...]] = {}
 
@@ -120,7 +123,7 @@ class Live(TorchDispatchMode):
         self.peak = 0
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Never count the storages of ``tensors``."""
+        """Exclude the storages of ``tensors`` from now on."""
         self.ignored.update((x.untyped_storage()._cdata, x) for x in tensors)
 
     def add(self, tensors: Iterable[Tensor]) -> None:
@@ -131,15 +134,15 @@ class Live(TorchDispatchMode):
             key = storage._cdata
             if key not in self.ignored and key not in self.storages:
                 self.storages[key] = (StorageWeakRef(storage), storage.nbytes())
-                self.kinds.pop(key, None)  # of another that was there before
+                self.kinds.pop(key, None)  # of a freed storage at the same address
         self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
 
     def note(self, x: Tensor, kind: str) -> None:
-        """What a storage is counted as; the first kind stays."""
+        """Set the kind that the storage of ``x`` is counted as, unless it has one."""
         self.kinds.setdefault(x.untyped_storage()._cdata, kind)
 
     def by_kind(self, without: Iterable[Tensor] = ()) -> dict[str, int]:
-        """Bytes alive by kind."""
+        """Live bytes by kind, leaving out the storages of ``without``."""
         hidden = {x.untyped_storage()._cdata for x in without}
         counts: Counter[str] = Counter()
         for key, (_, size) in self.storages.items():
@@ -148,7 +151,7 @@ class Live(TorchDispatchMode):
         return dict(counts)
 
     def forget_peak(self) -> int:
-        """The peak so far; another begins."""
+        """Return the peak so far, and reset it to 0."""
         peak, self.peak = self.peak, 0
         return peak
 
@@ -156,7 +159,7 @@ class Live(TorchDispatchMode):
         body = compat.body_of_custom_op(func)
         if body is None or args[0].dtype in self.kernels.get(func._opname, ()):
             result = func(*args, **(kwargs or {}))
-        else:  # written in PyTorch operations: what it needs for itself counts
+        else:  # its body consists of PyTorch operations, whose temporaries count
             with _largest_blocks(), _LargestResults(), self:
                 result = body(*args, **(kwargs or {}))
         self.add(x for x in pytree.tree_leaves(result) if isinstance(x, Tensor))
@@ -164,7 +167,7 @@ class Live(TorchDispatchMode):
 
 
 class _LargestResults(TorchDispatchMode):
-    """Sizes that depend on data are the largest that they can be, and what is done if there is anything to do is done."""
+    """Assumes the worst case where results depend on data: the largest sizes, and conditions that are true."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.is_nonzero.default:
@@ -176,14 +179,14 @@ class _LargestResults(TorchDispatchMode):
 
 @contextmanager
 def _largest_blocks() -> Iterator[None]:
-    """Blocks of attention are as large as those of the last rows, which see all keys."""
+    """Inside the context, all blocks of attention are as large as those of the last rows, which see all keys."""
     every = lambda sight, instances, rows: slice(0, sight.keys.shape[1])  # noqa: E731
     with patch.object(Sight, "seen", every), patch.object(Sight, "start", None):
         yield
 
 
 def _planning(live: Live) -> ExitStack:
-    """Inductor plans everything and compiles nothing; nothing of it is found in a cache, or goes there."""
+    """A context in which Inductor generates its programs, but compiles no kernel and uses no cache."""
     from torch._inductor import config, cpu_vec_isa
     from torch._inductor.codecache import PyCodeCache
 
@@ -193,7 +196,7 @@ def _planning(live: Live) -> ExitStack:
         stack.enter_context(config.patch(uncached))
         stack.enter_context(torch._functorch.config.patch(now))
         stack.enter_context(patch.object(PyCodeCache, "load_by_key_path", partial(_load, live)))
-        # which vector instructions the processor has is found out with a C++ compiler
+        # detecting the vector instructions of the processor would need a C++ compiler
         stack.enter_context(patch.object(cpu_vec_isa, "valid_vec_isa_list", list))
         return stack.pop_all()
 
@@ -201,7 +204,7 @@ def _planning(live: Live) -> ExitStack:
 def _load(
     live: Live, key: str, path: str, linemap: Any = None, attrs: Mapping[str, Any] | None = None, **_: Any
 ) -> ModuleType:
-    """A program that Inductor has written, with kernels that do nothing and fake allocations."""
+    """Load a program generated by Inductor, with kernels that do nothing and fake allocations."""
     from torch._inductor import async_compile
     from torch._inductor.virtualized import V
 
@@ -218,7 +221,7 @@ def _load(
 
 
 def _noting(call: Callable[[list], Sequence[Any]], kinds: Sequence[str], live: Live) -> Callable[[list], Sequence[Any]]:
-    """A forward that tells what kind its outputs, those saved among them, are of."""
+    """A forward that notes the kinds of its outputs, including the saved ones."""
 
     def noting(args: list) -> Sequence[Any]:
         outputs = call(args)
@@ -236,7 +239,7 @@ def _kinds_of_outputs(module: torch.fx.GraphModule) -> list[str]:
 
 
 class _NoKernels:
-    """In place of Inductor's ``AsyncCompile``: every kernel, however it is compiled and launched, does nothing."""
+    """Replaces Inductor's ``AsyncCompile``: all kernels, however they are compiled and launched, do nothing."""
 
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **kwargs: _NoKernel()

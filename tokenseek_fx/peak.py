@@ -1,4 +1,4 @@
-"""The most memory that this process takes: counted anew, and read."""
+"""Reset and read the peak memory of this process."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 
 
 def forget_peak(device: torch.device) -> bool:
-    """Count the peak anew from here on. False where the system can't (a CPU, not Linux or not permitted): it then goes on from before.
+    """Reset the peak. False if the system can't (CPU, outside Linux or without permission): the peak then stays.
 
-    There is one count for the whole process: a reset moves it for all that read it, here ``torch.cuda.max_memory_allocated`` of this
-    device, or ``VmHWM`` and ``ru_maxrss``. What is in use is not touched.
+    The process has one counter: a reset affects all its readers, ``torch.cuda.max_memory_allocated`` of this device, or
+    ``VmHWM`` and ``ru_maxrss``. Memory in use is not affected.
     """
     if device.type != "cpu":
         torch.accelerator.reset_peak_memory_stats(device)
@@ -25,15 +25,17 @@ def forget_peak(device: torch.device) -> bool:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """The most that was allocated on the device since ``forget_peak``; on the CPU, the most that was resident. Where ``forget_peak`` is
-    False it is the most since the process began; None where that is not known either (Windows)."""
+    """Peak bytes allocated on the device since ``forget_peak``; on the CPU, peak resident bytes.
+
+    If ``forget_peak`` returned False, it is the peak since the process started; None if that is unknown too (Windows).
+    """
     if device.type != "cpu":
         return torch.accelerator.max_memory_allocated(device)
     return status_bytes("VmHWM") or _resident_ever()
 
 
 def status_bytes(name: str) -> int | None:
-    """A line of Linux's account of the process; None where there is none."""
+    """A value of ``/proc/self/status`` in bytes (``VmRSS``, ``VmHWM``); None without such a file or line."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -27,7 +27,7 @@ def within_budget(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> 
     """
     if config.memory_budget is None:
         return config
-    from .estimate import held  # which compiles with the backend, which plans
+    from .estimation import held  # which compiles with the backend, which plans
 
     def size(candidate: Config) -> int:
         with warnings.catch_warnings():  # what is to be said of the options is said when they are compiled

@@ -1,4 +1,4 @@
-"""See what was selected: ``with tokenseek_fx.record() as rec: ...``."""
+"""Record which tokens were selected: ``with tokenseek_fx.record() as rec: ...``."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ _recordings: ContextVar[tuple[Recording, ...]] = ContextVar("tokenseek_recording
 
 @dataclass(frozen=True)
 class Selection:
-    """The tokens one forward kept, and what was computed to choose them (``None``: it was not).
+    """The tokens that one forward kept, and the values computed to choose them (``None``: not computed).
 
-    ``indices``: [B, k] int64, sorted. ``scores``: [B, T] float, -inf for padding. ``weights``: [B, k] float, of the kept
-    tokens in the loss. Of every token, [B, T]: ``attention`` received (I1), ``gradient`` (I2), ``loss``, ``labelled`` (bool).
-    ``instances``: [B] int64, a fingerprint of each sequence's token ids, by which its visits are known again. ``others``: the
-    selections on further token axes (the encoder's tokens of an encoder-decoder).
+    ``indices``: int64 [B, k], sorted, the kept positions. ``scores``: float [B, T], -inf for padding. ``weights``:
+    float [B, k], the factors of the kept tokens in the loss. For each token, [B, T]: ``attention`` received (I1),
+    ``gradient`` (I2) and ``loss``, float; ``labelled``, bool. ``instances``: int64 [B], a fingerprint of each
+    sequence's token ids that identifies repeated visits. ``others``: the selections on further token axes (the
+    encoder's tokens of an encoder-decoder).
     """
 
     indices: torch.Tensor
@@ -34,7 +35,7 @@ class Selection:
 
 
 class Recording(list[Selection]):
-    """The selections of the forwards under ``record()``, in order. A notebook shows its statistics."""
+    """The selections of the forwards inside ``record()``, in order. A notebook shows their statistics."""
 
     def _repr_html_(self) -> str:
         from .report.notebook import recording_html
@@ -44,9 +45,9 @@ class Recording(list[Selection]):
 
 @contextmanager
 def record() -> Iterator[Recording]:
-    """Collect a ``Selection`` for every training forward run under it in this thread, by any compiled model.
+    """Collect a ``Selection`` for each training forward of any compiled model inside the context, in this thread.
 
-    Recordings nest; each thread has its own (as with ``torch.no_grad``). Nothing is kept when none is open.
+    Recordings nest; each thread has its own (as with ``torch.no_grad``). Without an open recording nothing is stored.
 
     >>> with record() as rec:
     ...     pass  # model(**batch).loss.backward()
@@ -62,17 +63,20 @@ def record() -> Iterator[Recording]:
 
 
 def note(selected: Mapping[str, torch.Tensor], *others: Mapping[str, torch.Tensor]) -> None:
-    """Add a selection, by the fields of ``Selection``, to the open recordings of this thread; ``others``: its ``others``."""
+    """Add a selection to the open recordings of this thread.
+
+    ``selected``: the fields of ``Selection`` by name. ``others``: the same for further token axes.
+    """
     for recording in _recordings.get():
         recording.append(selection(selected, *others))
 
 
 def selection(selected: Mapping[str, torch.Tensor], *others: Mapping[str, torch.Tensor]) -> Selection:
-    """A ``Selection`` of copies."""
+    """A ``Selection`` of detached copies; arguments as in ``note``."""
     copies = {name: value.detach().clone() for name, value in selected.items()}
     return Selection(**copies, others=tuple(selection(other) for other in others))
 
 
 def is_open() -> bool:
-    """True when a recording is open in this thread."""
+    """True if a recording is open in this thread."""
     return bool(_recordings.get())

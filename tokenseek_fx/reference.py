@@ -1,24 +1,24 @@
-"""The eager definition of token ditching: slow, plain, and independent of every graph pass.
+"""The eager definition of token ditching: slow, simple, and independent of all graph passes.
 
     with reference.ditching(model, indices):
         loss = model(**batch).loss
         loss.backward()
 
-``indices[b]`` lists the kept tokens of instance b. The forward is the ordinary forward; the gradient of every
-activation row outside the selection is zero, which is ``torch.where(selected, x, x.detach())`` written at every
-operation, here as a gradient hook so that views and in-place writes keep their meaning. A torch loss over tokens
-becomes the loss of the kept labelled tokens at the scale of the full loss, or with ``weights`` its estimate from
-them. Blocks in ``open_blocks`` keep the keys and values of every token live.
+``indices[b]`` lists the kept tokens of instance b. The forward is unchanged. The gradient of every activation row
+outside the selection is zero, as if ``torch.where(selected, x, x.detach())`` followed every operation; here gradient
+hooks do this, so that views and in-place writes keep their meaning. A torch loss over tokens becomes the loss of the
+kept labelled tokens at the scale of the full loss or, with ``weights``, an estimate of the full loss. Blocks in
+``open_blocks`` keep the keys and values of all tokens live.
 
-Which entry of a value belongs to which token is told in two ways, and a disagreement is an error, not a choice:
+The token of each entry of a value is determined in two ways. If they disagree, it is an error:
 
-- by size: the dim of size T is the token axis, the dim of size B the batch (so T and B must be unmistakable numbers);
-- by descent: where that cannot be seen (a slice, ``[B*T, D]``, ``[B*H, T, d]``), views and copies are replayed on the
-  row numbers of their source, and other operations keep the rows of the operand whose leading dims they share.
+- by size: the dim of size T is the token axis, the dim of size B the batch (so T and B must be distinctive numbers);
+- by descent, if sizes don't show it (a slice, ``[B*T, D]``, ``[B*H, T, d]``): views and copies are replayed on the row
+  numbers of their source, and other operations keep the rows of the operand with the same leading dims.
 
 Not covered: reentrant gradient checkpointing, token mixing inside a custom ``autograd.Function`` (its inputs and
-outputs are covered), and multi-layer ``nn.LSTM``/``nn.GRU`` (one call is one operation). A token axis that no selection is
-given for is left alone.
+outputs are covered), and multi-layer ``nn.LSTM``/``nn.GRU`` (one call is one operation). A token axis without a
+selection is left unchanged.
 """
 
 import inspect
@@ -83,42 +83,44 @@ def ditching(
     open_blocks: Iterable[nn.Module] = (),
     others: Mapping[int, Tensor] | None = None,
 ) -> Iterator[None]:
-    """Give every forward of `model` inside the block the gradient of token ditching.
+    """Give every forward of `model` inside the context the gradient of token ditching.
 
-    With l_i the loss term of token i, as reduction="none" gives it, S the kept tokens and L the labelled ones (every
-    entry, where a loss has no labels), a loss over tokens is
+    Let l_i be the loss term of token i with reduction="none", S the kept tokens and L the labelled tokens (all entries,
+    if a loss has no labels). A loss over tokens becomes
 
-    - mean: the sum of l_i over S and L, divided by |S and L|; with `weights` w the sum of w_i l_i over S and L, divided by |L|
-    - sum: the sum of l_i over S and L, times |L| / |S and L|; with `weights` w the sum of w_i l_i over S and L
+    - mean: the sum of l_i over S and L, divided by |S and L|; with `weights` w: the sum of w_i l_i over S and L,
+      divided by |L|
+    - sum: the sum of l_i over S and L, times |L| / |S and L|; with `weights` w: the sum of w_i l_i over S and L
 
-    where a class-weighted mean counts every token by its class weight, and a sum over nothing is 0 with gradients 0.
-    With w_i = 1 / (the probability that i is in S) what has weights has the full loss as its expectation. Reductions
-    that are no torch loss are neither rescaled nor weighted, nor is a loss per instance.
+    A class-weighted mean counts each token by its class weight. A sum over no token is 0, with gradients 0. With
+    w_i = 1 / P(i in S), the expectation of the weighted loss is the full loss. Reductions other than torch losses, and
+    losses per instance, are neither rescaled nor weighted.
 
-    An open block b computes ``only(b(only(x)))`` with ``only(x) = torch.where(selected, x, x.detach())``, and cuts
-    nothing between. It is meant to be a residual block with one attention: no gradient enters its queries, its MLP and
-    its output in rows outside S, but it does enter the projections of all keys and values and the norms before them,
-    and ends at the block's input. (Between two attentions of one open block the gradient would pass through such rows.)
+    An open block b computes ``only(b(only(x)))`` with ``only(x) = torch.where(selected, x, x.detach())``, without cuts
+    inside. It should be a residual block with one attention. Then no gradient enters its queries, MLP and output in
+    rows outside S, but gradient does enter the projections of all keys and values and the norms before them, and ends
+    at the block's input. (Between two attentions of one open block, gradient would pass through such rows.)
 
     Args:
         model: an eager module (or any callable, if `length` is given).
-        indices: int64 [B, k], the kept positions of every instance, strictly increasing.
-        length: T, the size of the token axis. Default: taken from the first [B, T] or [B, T, D] (or [T, B, D]) tensor
-            the model is called with. To be given where the model builds the axis itself (patches, a class token).
-        weights: float [B, k], one factor for the loss term of every kept token.
-        open_blocks: modules whose insides are not cut, for instance ``model.model.layers``: ``kv_grad="all"``.
-        others: the kept positions of further token axes, by their length (the encoder of an encoder-decoder).
+        indices: int64 [B, k], the kept positions of each instance, strictly increasing.
+        length: T, the size of the token axis. Default: that of the first [B, T], [B, T, D] or [T, B, D] tensor among
+            the model's inputs. Required if the model builds the axis itself (patches, a class token).
+        weights: float [B, k], one factor for the loss term of each kept token.
+        open_blocks: modules without cuts inside, for instance ``model.model.layers``: this is ``kv_grad="all"``.
+        others: int64 [B, k] kept positions of further token axes, by their length (the encoder's tokens of an
+            encoder-decoder).
 
     Raises:
-        ValueError: `indices` or `weights` is malformed; T or B cannot be told from another dim; a value mixes tokens
-            in a way that leaves no answer to "which token is this row"; gradient checkpointing is on; a loss has
-            `weights` and reduction="none", which leaves no place for them.
+        ValueError: `indices` or `weights` is malformed; another dim has size T or B; a value mixes tokens so that its
+            rows belong to no single token; gradient checkpointing is on; `weights` are given and a loss has
+            reduction="none", which can't apply them.
 
     >>> with ditching(model, torch.tensor([[0, 3, 4]])):
     ...     model(input_ids=ids, labels=ids).loss.backward()
     """
     if length is None and not isinstance(model, nn.Module):
-        raise ValueError("the token axis of a plain callable cannot be seen from its inputs: give length=T.")
+        raise ValueError("The token axis of a plain callable can't be read from its inputs. Pass length=T.")
     mode = _Ditching(model, _checked(indices), length, _checked_weights(weights, indices))
     mode.others = {size: _checked(kept) for size, kept in (others or {}).items()}
     handles = [hook for block in open_blocks for hook in mode.open(block)]
@@ -135,7 +137,7 @@ def ditching(
 
 
 class _Ditching(TorchFunctionMode):
-    """Runs every torch function as it is, and hooks the gradient of whatever it takes and returns."""
+    """Runs every torch function unchanged, and hooks the gradients of its operands and results."""
 
     def __init__(
         self, model: Callable[..., Any], indices: Tensor, length: int | None, weights: Tensor | None = None
@@ -150,19 +152,19 @@ class _Ditching(TorchFunctionMode):
         self.rows = WeakTensorKeyDictionary()
         self.inside = 0
 
-    # ---- the start of a forward: what T is
+    # ---- the start of a forward: determine T
 
     def start_forward(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Forward pre-hook: fixes T and puts a masked view in the place of every leaf input that wants a gradient."""
+        """Forward pre-hook: sets T, and replaces every leaf input that requires grad by a view, which can be hooked."""
         if any(getattr(m, "gradient_checkpointing", False) and m.training for m in module.modules()):
-            raise ValueError("the reference cannot see inside a checkpointed block: switch gradient checkpointing off.")
+            raise ValueError("The reference can't see inside checkpointed blocks. Switch gradient checkpointing off.")
         self.start(self.given_length or _length_of([*args, *kwargs.values()], self.batch))
         return tuple(map(_view_of_leaf, args)), {name: _view_of_leaf(value) for name, value in kwargs.items()}
 
     def start(self, length: int) -> None:
-        """Set T = `length` and forget the previous forward; ValueError if T or B could be mistaken for another dim."""
+        """Set T = `length` and reset the state of the previous forward; ValueError if another dim has size T or B."""
         if length in self.others:
-            raise ValueError(f"two token axes have {length} tokens: {_REMEDY}.")
+            raise ValueError(f"Two token axes have {length} tokens. {_REMEDY}.")
         named = self.model.named_parameters() if isinstance(self.model, nn.Module) else ()
         shapes = {name: tuple(parameter.shape) for name, parameter in named}
         self.length, self.rows, self.inside = length, WeakTensorKeyDictionary(), 0
@@ -178,9 +180,12 @@ class _Ditching(TorchFunctionMode):
 
     def _check_axis(self, length: int, indices: Tensor, shapes: dict[str, tuple[int, ...]]) -> None:
         if indices.numel() and int(indices.max()) >= length:
-            raise ValueError(f"indices select position {int(indices.max())} of a sequence of {length} tokens.")
+            raise ValueError(
+                f"indices select position {int(indices.max())}, but a sequence has {length} tokens. "
+                "Positions count from 0."
+            )
         if length == self.batch or length == 1:
-            raise ValueError(f"the token axis of size {length} cannot be told from the batch: {_REMEDY}.")
+            raise ValueError(f"A token axis of size {length} can't be distinguished from the batch. {_REMEDY}.")
         for name, shape in shapes.items():
             self._check_parameter(name, shape, length)
 
@@ -188,20 +193,20 @@ class _Ditching(TorchFunctionMode):
         table = [*shape[-3:-2], *shape[-2:-1]] in (
             [1, length],
             [length],
-        )  # [1, T, D], or [T, D] of positions by its name
+        )  # [1, T, D], or [T, D] with a name of positions
         position_table = shape.count(length) == 1 and table and (len(shape) == 3 or "pos" in name)
         if length in shape and not position_table:
-            raise ValueError(f"{length} tokens, and parameter {name} {list(shape)} has a dim of that size: {_REMEDY}.")
+            raise ValueError(f"Parameter {name} {list(shape)} has a dim of size T = {length}. {_REMEDY}.")
         if self.batch > 1 and self.batch in shape:
             raise ValueError(
-                f"a batch of {self.batch}, and parameter {name} {list(shape)} has a dim of that size: "
-                "pick another batch size for the check."
+                f"Parameter {name} {list(shape)} has a dim of the batch size {self.batch}. "
+                "Use another batch size for the check."
             )
 
-    # ---- open blocks: nothing is cut inside
+    # ---- open blocks: no cuts inside
 
     def open(self, block: nn.Module) -> list[RemovableHandle]:
-        """Hooks that cut what goes into `block` and what comes out of it, and nothing between."""
+        """Hooks that cut the gradient at the inputs and outputs of `block`, and nowhere inside."""
         enter = block.register_forward_pre_hook(self._enter, prepend=True, with_kwargs=True)
         return [enter, block.register_forward_hook(self._leave)]
 
@@ -218,7 +223,7 @@ class _Ditching(TorchFunctionMode):
     # ---- every torch function
 
     def __torch_function__(self, func: Function, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Run `func`; the float values it takes and returns get their gradient rows outside the selection zeroed."""
+        """Run `func`; zero the gradient of its floating-point operands and results in rows outside the selection."""
         kwargs = kwargs or {}
         if not self.length or _is_opaque(func):
             return func(*args, **kwargs)
@@ -237,7 +242,7 @@ class _Ditching(TorchFunctionMode):
         return out
 
     def _see_inside(self, func: Function, args: tuple, kwargs: dict) -> Any:
-        """Run the Python body of a torch.nn.functional composite with this mode on, so its steps are seen."""
+        """Run the Python body of a torch.nn.functional composite under this mode, so that its steps are hooked."""
         no = dict.fromkeys(_DISPATCH_CHECKS, lambda *_: False)
         body = types.FunctionType(func.__code__, {**func.__globals__, **no}, func.__name__, func.__defaults__)
         body.__kwdefaults__ = func.__kwdefaults__
@@ -251,18 +256,18 @@ class _Ditching(TorchFunctionMode):
         return tensors
 
     def _meet(self, x: Tensor) -> None:
-        """An operand seen for the first time (an input, a custom function's output), or rewritten in place."""
+        """Hook an operand: one that is new (an input, a custom function's output) or was modified in place."""
         if x not in self.rows:
             self._record(x, self._agree(x, None))
         else:
             self._hook(x)
 
     def _place(self, func: Function, args: tuple, kwargs: dict, operands: list[Tensor], out: Any) -> None:
-        """Tell the rows of every tensor in `out` and hook it."""
+        """Determine the rows of every tensor in `out`, and hook it."""
         results = [y for y in tree_leaves(out) if isinstance(y, Tensor)]
         moved = self._move(func, args, kwargs, results) if func in _MOVES else None
         for y, descent in zip(results, moved or [None] * len(results), strict=True):
-            if y in self.rows and self.rows[y].shape == y.shape:  # in place, or handed through
+            if y in self.rows and self.rows[y].shape == y.shape:  # modified in place, or returned unchanged
                 self._hook(y)
                 continue
             if descent is None and (func not in _MOVES or func in _JOINS):
@@ -278,7 +283,7 @@ class _Ditching(TorchFunctionMode):
             self._hook(y)
 
     def _hook(self, y: Tensor) -> None:
-        """Zero the gradient of `y` outside the selection, once per autograd node and output (not in an open block)."""
+        """Zero the gradient of `y` outside the selection, once per autograd node and output (not in open blocks)."""
         if self.inside or not y.requires_grad or y.grad_fn is None:
             return
         key = ("ditched", id(self), y.output_nr)
@@ -293,10 +298,10 @@ class _Ditching(TorchFunctionMode):
     def _factors(self, rows: Tensor) -> Tensor | None:
         return None if self.factors is None else self.factors.to(rows.device)[rows]
 
-    # ---- which token a row is: row number b * T + t for every entry of a value, counted on over the token axes
+    # ---- the token of a row: row number b * T + t for every entry of a value, continued over the token axes
 
     def _by_size(self, y: Tensor) -> list[Tensor]:
-        """Every reading of the shape of `y` as one batch dim and one token dim, the earlier dims first."""
+        """The rows of `y` for each reading of its shape as one batch dim and one token dim, earlier dims first."""
         tokens = [dim for dim, size in enumerate(y.shape) if size in self.firsts]
         batches = [None] if self.batch == 1 else [dim for dim, size in enumerate(y.shape) if size == self.batch]
         return [self._numbered(y, b, t) for b, t in product(batches, tokens)]
@@ -309,18 +314,18 @@ class _Ditching(TorchFunctionMode):
         return rows.expand(y.shape)
 
     def _tokens_in(self, shape: Iterable[int]) -> int:
-        """How many dims have the size of a token axis."""
+        """The number of dims with the size of a token axis."""
         return sum(size in self.firsts for size in shape)
 
     def _agree(self, y: Tensor, descent: Tensor | None) -> Tensor | None:
-        """The rows of `y` from its size and its descent; None if it has no token axis; ValueError if they clash."""
+        """The rows of `y` by size and descent; None if it has no token axis; ValueError if the two disagree."""
         readings = self._by_size(y)
         if descent is None and len(readings) > 1:
             score_matrix = self._tokens_in(y.shape) == len(readings) == 2  # [.., T, T]: rows are queries
             if not score_matrix and y.requires_grad:
                 raise ValueError(
-                    f"a value of shape {list(y.shape)} shows a batch of {self.batch} or {self.length} tokens more than "
-                    f"once: {_REMEDY}, or another batch size."
+                    f"A value of shape {list(y.shape)} has several dims of the batch size {self.batch} or of "
+                    f"{self.length} tokens. {_REMEDY}, or another batch size."
                 )
             return readings[0] if score_matrix else None
         if descent is None or len(readings) != 1 or torch.equal(descent, readings[0]):
@@ -328,13 +333,13 @@ class _Ditching(TorchFunctionMode):
         token_dim = next(dim for dim, size in enumerate(y.shape) if size in self.firsts)
         if y.requires_grad and _varies(descent, token_dim):
             raise ValueError(
-                f"a value of shape {list(y.shape)} has {y.shape[token_dim]} entries along dim {token_dim} that are not "
-                f"tokens 0..{y.shape[token_dim] - 1} in order (tokens reordered, or another dim of that size): {_REMEDY}."
+                f"The {y.shape[token_dim]} entries along dim {token_dim} of a value of shape {list(y.shape)} are not "
+                f"the tokens in order (tokens reordered, or another dim of that size). {_REMEDY}."
             )
-        return descent  # the dim of size T counts the keys of a slice of queries
+        return descent  # the dim of size T holds the keys of a slice of queries
 
     def _move(self, func: Function, args: tuple, kwargs: dict, results: list[Tensor]) -> list[Tensor | None] | None:
-        """Replay a view or copy on the row numbers of what it moves; None if these are not known."""
+        """Replay a view or copy on the row numbers of its source; None if these are unknown."""
         if any(isinstance(a, torch.dtype) for a in tree_leaves((args, kwargs))):
             return None
         name, source = (0, args[0]) if args else next(iter(kwargs.items()))
@@ -352,7 +357,7 @@ class _Ditching(TorchFunctionMode):
         return rows  # type: ignore[return-value]
 
     def _inherit(self, y: Tensor, operands: list[Tensor]) -> Tensor | None:
-        """The rows of the operands that share the leading dims of `y`, those with a gradient first."""
+        """The rows of the operands with the leading dims of `y`; operands that require grad come first."""
         floats = [x for x in operands if _is_float(x) and x in self.rows]
         ranks = [[x for x in floats if x.requires_grad], [x for x in floats if not x.requires_grad]]
         ranks.append([x for x in operands if not _is_float(x) and x in self.rows])
@@ -365,17 +370,17 @@ class _Ditching(TorchFunctionMode):
                 return found[0]
             if found and not visible and y.requires_grad:
                 raise ValueError(
-                    f"an operation combines rows of different tokens into a value of shape {list(y.shape)} without a "
-                    f"dim of {self.length} tokens: the reference cannot say whose rows these are."
+                    f"An operation combines rows of different tokens into a value of shape {list(y.shape)} without a "
+                    f"dim of {self.length} tokens. The reference doesn't cover this."
                 )
             if found:
                 return None
         return None
 
-    # ---- what it refuses to guess
+    # ---- ambiguous shapes are errors
 
     def _check_born(self, func: Function, sources: list[Tensor], results: list[Tensor]) -> None:
-        """A reshape of a value without token rows must not make a dim of size T out of nothing."""
+        """ValueError if a reshape of a value without token rows creates a dim of size T."""
         flat = [self.batch * length for length in self.firsts]
         for y in results:
             source = sources[0]
@@ -390,7 +395,7 @@ class _Ditching(TorchFunctionMode):
                 raise ValueError(self._born(source, y))
 
     def _check_grown(self, func: Function, sources: list[Tensor], y: Tensor, descent: Tensor) -> None:
-        """A reshape or slice of token rows may show a new dim of size T only if that is the token axis."""
+        """ValueError if a reshape or slice of token rows has a new dim of size T that isn't the token axis."""
         if func in _BROADCASTS or func in _JOINS or not y.numel():
             return
         if y.ndim == 4 and y.shape[:-1] == sources[0].shape[:-1] and self._token_dims(descent):
@@ -404,25 +409,29 @@ class _Ditching(TorchFunctionMode):
 
     def _born(self, source: Tensor, y: Tensor) -> str:
         return (
-            f"a view or slice of {list(source.shape)} makes a dim of size {self.length} in {list(y.shape)}, which is "
-            f"also the number of tokens: {_REMEDY}."
+            f"A view or slice of {list(source.shape)} has a new dim of size {self.length} in {list(y.shape)}, which is "
+            f"also the number of tokens. {_REMEDY}."
         )
 
     def _check_lost(self, func: Function, y: Tensor, operands: list[Tensor]) -> None:
-        """Refuse a result without rows where it plainly still has tokens."""
+        """ValueError if a result without rows evidently still has tokens."""
         if not y.requires_grad or not any(x in self.rows and x.requires_grad for x in operands):
             return
         if func in _JOINS and self.given_length is None:
             raise ValueError(
-                f"token rows are joined with other rows into {list(y.shape)}: give length= the size of the joined axis."
+                f"Token rows are joined with other rows into {list(y.shape)}. "
+                "Pass the size of the joined axis as length=."
             )
         folded = [size for size in y.shape[:2] if size not in self.firsts and size % self.batch == 0]
-        one_query = y.shape[-2:-1] == (1,) and y.shape[-1] in self.firsts  # its scores of the tokens: a row of no token
+        one_query = y.shape[-2:-1] == (1,) and y.shape[-1] in self.firsts  # scores of a query that is no token
         if y.ndim > 2 and self._tokens_in(y.shape) and folded and not one_query and func not in _MOVES:
-            raise ValueError(f"a value of shape {list(y.shape)} has {self.length} tokens but no visible batch dim.")
+            raise ValueError(
+                f"A value of shape {list(y.shape)} has {self.length} tokens but no batch dim. "
+                "The reference doesn't cover this."
+            )
 
     def _check_softmax(self, func: Function, args: tuple, kwargs: dict) -> None:
-        """Scores written keys-first would be masked by key: the normalised dim is the keys, never the rows."""
+        """ValueError for scores [.., keys, queries], which would be cut by key instead of by query."""
         if func not in _SOFTMAX:
             return
         x = args[0] if args else kwargs["input"]
@@ -431,14 +440,14 @@ class _Ditching(TorchFunctionMode):
             return
         if _varies(self.rows[x], dim):
             raise ValueError(
-                f"softmax over dim {dim} of scores {list(x.shape)}, whose first token dim is taken for the "
-                "queries: write the scores as [.., queries, keys]."
+                f"softmax goes over dim {dim} of scores {list(x.shape)}, whose first token dim is read as the "
+                "queries. Write the scores as [.., queries, keys]."
             )
 
     # ---- losses: kept labelled tokens at the scale of all labelled tokens
 
     def _loss(self, func: Function, args: tuple, kwargs: dict) -> Tensor:
-        """A torch loss; over tokens it becomes the loss of the kept labelled ones."""
+        """A torch loss; a loss over tokens becomes the loss of the kept labelled tokens."""
         call = inspect.signature(func).bind(*args, **kwargs)
         call.apply_defaults()
         given = call.arguments
@@ -448,7 +457,7 @@ class _Ditching(TorchFunctionMode):
         tensors = self._meet_all(given)
         if given.get("reduction", "mean") == "none":
             if self.weights is not None and any(x.requires_grad and x in self.rows for x in tensors):
-                raise ValueError(f"{func.__name__} with reduction='none' has no place for weights: use mean or sum.")
+                raise ValueError(f"{func.__name__} with reduction='none' can't apply weights. Use mean or sum.")
             return self._see_inside(func, (), given)
         if not any(x.requires_grad for x in tensors):
             return func(**given)
@@ -458,7 +467,9 @@ class _Ditching(TorchFunctionMode):
 
     def _undefined_loss(self, func: Function, given: dict, tensors: list[Tensor]) -> Tensor:
         if any(x in self.rows for x in tensors):
-            raise ValueError(f"{func.__name__} over tokens has no definition here: use reduction='none' and reduce it.")
+            raise ValueError(
+                f"{func.__name__} over tokens is not defined here. Use reduction='none', and reduce the result."
+            )
         return func(**given)
 
     def _linear_cross_entropy(
@@ -478,7 +489,9 @@ class _Ditching(TorchFunctionMode):
         if self._is_per_instance(func, logits, rows):
             return func(**given)
         if _varies(rows, class_dim):
-            raise ValueError(f"the class dim of {func.__name__}'s input {list(logits.shape)} holds tokens.")
+            raise ValueError(
+                f"The class dim of {func.__name__}'s input {list(logits.shape)} holds tokens. Move classes to dim 1."
+            )
         rows = rows.select(class_dim, 0)
         kept, factors = self._kept(rows), self._factors(rows)
         if target.is_floating_point():
@@ -504,33 +517,38 @@ class _Ditching(TorchFunctionMode):
         return _scaled(terms, self._kept(rows), given["reduction"], weight, self._factors(rows))
 
     def _is_per_instance(self, func: Function, value: Tensor, rows: Tensor | None) -> bool:
-        """One row per instance (pooled, or one chosen token), or something else of it (an image): an ordinary loss.
-        ValueError if it cannot be known."""
+        """True for a loss of one row per instance (pooled, or one token) or of another output per instance (an image).
+
+        Such a loss is left unchanged. ValueError if the rows are unknown.
+        """
         if rows is not None:
             owners = torch.cat([torch.arange(self.batch).repeat_interleave(size) for size in self.firsts])
             return sorted(owners[rows.unique().cpu()].tolist()) == [*range(self.batch)]
         if value.ndim == 0 or value.shape[0] == self.batch:
             return True
-        raise ValueError(f"{func.__name__} of a value of shape {list(value.shape)} whose tokens cannot be told.")
+        raise ValueError(
+            f"{func.__name__} takes a value of shape {list(value.shape)}, whose tokens are unknown. "
+            "The reference doesn't cover this."
+        )
 
 
-_REMEDY = "pick another length for the check"
+_REMEDY = "Use another length for the check"
 _DISPATCH_CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 
 
 def _checked(indices: Tensor) -> Tensor:
     """`indices` if it is int64 [B, k] with strictly increasing, non-negative rows; else ValueError."""
     if indices.dtype != torch.int64 or indices.ndim != 2:
-        raise ValueError(f"indices must be int64 [B, k], got {indices.dtype} {list(indices.shape)}.")
+        raise ValueError(f"Expected indices int64 [B, k], got {indices.dtype} {list(indices.shape)}.")
     if (indices < 0).any() or (indices.diff(dim=1) <= 0).any():
-        raise ValueError("indices must be non-negative and strictly increasing in every row: sort them.")
+        raise ValueError("Expected indices that are non-negative and strictly increasing in each row. Sort them.")
     return indices
 
 
 def _checked_weights(weights: Tensor | None, indices: Tensor) -> Tensor | None:
     """`weights` if it is None or float, one for every kept token; else ValueError."""
     if weights is not None and not (weights.is_floating_point() and weights.shape == indices.shape):
-        raise ValueError(f"weights must be float {list(indices.shape)}, got {weights.dtype} {list(weights.shape)}.")
+        raise ValueError(f"Expected weights float {list(indices.shape)}, got {weights.dtype} {list(weights.shape)}.")
     return None if weights is None else weights.detach()
 
 
@@ -539,7 +557,7 @@ def _length_of(inputs: list[Any], batch: int) -> int:
     for x in inputs:
         if isinstance(x, Tensor) and x.ndim in (2, 3) and batch in x.shape[:2]:
             return x.shape[1] if x.shape[0] == batch else x.shape[0]
-    raise ValueError(f"no input has the shape [B, T] or [B, T, D] with B = {batch}: give length=T.")
+    raise ValueError(f"No input has the shape [B, T] or [B, T, D] with B = {batch}. Pass length=T.")
 
 
 def _view_of_leaf(x: Any) -> Any:
@@ -548,7 +566,7 @@ def _view_of_leaf(x: Any) -> Any:
 
 
 def _is_opaque(func: Function) -> bool:
-    """Attribute access and autograd's own calls, and everything under torch.func's transforms."""
+    """True for attribute access, autograd's own calls, and all calls under torch.func's transforms."""
     attribute = getattr(func, "__name__", "") in ("__get__", "__set__", "__delete__") and func not in _MOVES
     return attribute or func in _OPAQUE or torch._C._functorch.peek_interpreter_stack() is not None
 
@@ -570,7 +588,7 @@ def _varies(rows: Tensor, dim: int) -> bool:
 
 
 def _same_leading_dims(rows: Tensor, y: Tensor) -> Tensor | None:
-    """Rows of an operand for a result of the same shape, or of one that differs in a last dim of features only."""
+    """Rows of an operand for a result of the same shape, or of one that differs only in a last dim of features."""
     if rows.shape == y.shape:
         return rows
     if rows.shape == y.shape[:-1]:
@@ -592,7 +610,8 @@ def _scaled(
 ) -> Tensor:
     """Mean over the kept terms, or their sum times (all terms / kept terms); 0 if none is kept.
 
-    `weight`: what the loss multiplied each term by, if its mean divides by the sum of that. `factors`: `_estimated`.
+    `weight`: the factors that the loss multiplied terms by, if its mean divides by their sum. `factors`: as in
+    `_estimated`.
     """
     if factors is not None:
         return _estimated(terms, kept, factors, reduction, torch.ones_like(terms) if weight is None else weight)
@@ -604,7 +623,7 @@ def _scaled(
 
 
 def _estimated(terms: Tensor, live: Tensor, factors: Tensor, reduction: str, weight: Tensor) -> Tensor:
-    """The sum of factor * term over the live terms; as a mean divided by the weight of all terms, live or not."""
+    """The sum of factor * term over the live terms; a mean divides it by the weight of all terms, live or not."""
     total = torch.where(live, factors.to(terms.dtype) * terms, torch.zeros_like(terms)).sum()
     if reduction == "sum":
         return total

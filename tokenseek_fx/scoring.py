@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from . import compat, recording
-from .backend import inner_compiler, refuse_split, trains
+from .compilation import inner_compiler, refuse_split, trains
 from .compiled import KeepAll, fingerprints, noise_for, selections_of
 from .config import Config
 from .passes.graph.errors import GraphNotSupported, NothingToSelect, TokenSeekError

@@ -1,7 +1,7 @@
-"""Figures over a recording: what was kept, where in the sequence, and how much two selections have in common.
+"""Figures of a recording: how much was kept, where in the sequence, and the overlap of selections.
 
-A figure that is not defined (what it needs was not recorded, or it would be 0 / 0) is a ``ValueError`` that says what to
-record instead, and not NaN, which would go unseen into averages. ``summary`` leaves such figures out.
+An undefined figure (its input was not recorded, or it would be 0 / 0) raises a ``ValueError`` that says what to record,
+rather than return NaN, which averages would hide. ``summary`` omits such figures.
 """
 
 from __future__ import annotations
@@ -16,21 +16,23 @@ from .recording import Selection
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SAME_BATCHES = "Record both over the same batches in the same order (a data loader with the same seed)."
-#: What must be recorded for a field of ``Selection`` to be there.
+#: For a field of ``Selection``: how to have it recorded.
 _REMEDIES = {
-    "labelled": "Compute a loss over tokens inside the compiled model, and keep fewer than all tokens.",
+    "labelled": "Compute a loss over tokens in the compiled model, and keep fewer than all tokens.",
     "gradient": 'Record with a scorer that computes it: "tokenseek" or "gradient".',
     "loss": 'Record with a scorer that computes it: "tokenseek", "gradient" or "loss".',
-    "instances": "Give the compiled model token ids [B, T] (sequences are known again by them).",
+    "instances": "Pass token ids [B, T] to the compiled model: they identify sequences.",
 }
 
 
 def labelled_kept(recording: Sequence[Selection]) -> float:
-    """Share of the labelled tokens that were kept, over all steps together; 0 to 1.
+    """Fraction of the labelled tokens that were kept, over all steps together; 0 to 1.
 
-    Raises ``ValueError`` where labels were not recorded or there was none.
+    Raises:
+        ValueError: labels were not recorded, or no token has one.
 
-    >>> first_half = Selection(torch.tensor([[0, 1]]), torch.zeros(1, 4), labelled=torch.tensor([[False, True, True, True]]))
+    >>> labelled = torch.tensor([[False, True, True, True]])
+    >>> first_half = Selection(torch.tensor([[0, 1]]), torch.zeros(1, 4), labelled=labelled)
     >>> round(labelled_kept([first_half]), 3)
     0.333
     """
@@ -38,20 +40,23 @@ def labelled_kept(recording: Sequence[Selection]) -> float:
 
 
 def gradient_kept(recording: Sequence[Selection]) -> float:
-    """Share of the gradient (I2, summed over all tokens and steps) that lies on kept tokens; 0 to 1.
+    """Fraction of the gradient (I2, summed over all tokens and steps) at kept tokens; 0 to 1.
 
-    Raises ``ValueError`` where the scorer did not compute the gradient or all of it was 0.
+    Raises:
+        ValueError: the scorer did not compute the gradient, or it is 0 for all tokens.
 
-    >>> gradient_kept([Selection(torch.tensor([[2]]), torch.zeros(1, 4), gradient=torch.tensor([[1.0, 1.0, 6.0, 0.0]]))])
+    >>> gradient = torch.tensor([[1.0, 1.0, 6.0, 0.0]])
+    >>> gradient_kept([Selection(torch.tensor([[2]]), torch.zeros(1, 4), gradient=gradient)])
     0.75
     """
     return _share_kept(recording, "gradient")
 
 
 def loss_kept(recording: Sequence[Selection]) -> float:
-    """Share of the loss (summed over all tokens and steps) that lies on kept tokens; 0 to 1.
+    """Fraction of the loss (summed over all tokens and steps) at kept tokens; 0 to 1.
 
-    Raises ``ValueError`` where the scorer did not compute the loss of single tokens or all of it was 0.
+    Raises:
+        ValueError: the scorer did not compute the loss of tokens, or it is 0 for all tokens.
 
     >>> loss_kept([Selection(torch.tensor([[0, 3]]), torch.zeros(1, 4), loss=torch.tensor([[0.0, 1.0, 2.0, 1.0]]))])
     0.25
@@ -60,10 +65,13 @@ def loss_kept(recording: Sequence[Selection]) -> float:
 
 
 def position_histogram(recording: Sequence[Selection], bins: int = 10) -> Tensor:
-    """Share of the kept rows by relative position i / T: float32 ``[bins]`` on the CPU, sums to 1.
+    """Fraction of the kept rows in each bin of relative positions i / T: float32 ``[bins]`` on the CPU; sums to 1.
 
-    Row i of T counts in bin floor(i bins / T). T is the length that the model saw, padding included, and rows of padding that
-    were kept count as well. With T < bins some bins stay empty whatever was kept.
+    Row i of T counts in bin floor(i bins / T). T includes padding, and kept rows of padding count too. If T < bins,
+    some bins are always empty.
+
+    Raises:
+        ValueError: ``bins`` is less than 1, or the recording is empty.
 
     >>> position_histogram([Selection(torch.tensor([[0, 1, 4, 7]]), torch.zeros(1, 8))], bins=4)
     tensor([0.5000, 0.0000, 0.2500, 0.2500])
@@ -75,12 +83,13 @@ def position_histogram(recording: Sequence[Selection], bins: int = 10) -> Tensor
 
 
 def overlap(a: Sequence[Selection], b: Sequence[Selection]) -> float:
-    """Mean Jaccard index |A ∩ B| / |A ∪ B| of what two recordings of the same batches kept of every sequence; 0 to 1.
+    """Mean Jaccard index |A ∩ B| / |A ∪ B| of the tokens that two recordings of the same batches kept; 0 to 1.
 
-    Sequences are matched by step and row, and their fingerprints compared where both recordings have them. Two random
-    choices of a share r of the tokens have about r / (2 - r) in common.
+    The mean is over sequences, which are matched by step and row; their fingerprints are compared if both recordings
+    have them. For two random selections of a fraction r of the tokens it is about r / (2 - r).
 
-    Raises ``ValueError`` where the recordings can't be of the same batches.
+    Raises:
+        ValueError: the recordings are not of the same batches.
 
     >>> a, b = (Selection(torch.tensor([rows]), torch.zeros(1, 8)) for rows in ([0, 1, 2], [1, 2, 3]))
     >>> overlap([a], [b])
@@ -92,14 +101,16 @@ def overlap(a: Sequence[Selection], b: Sequence[Selection]) -> float:
 
 
 def visit_overlap(recording: Sequence[Selection]) -> float:
-    """Mean Jaccard index of what consecutive visits of the same sequence kept; 0 to 1.
+    """Mean Jaccard index of the tokens kept in consecutive visits of the same sequence; 0 to 1.
 
-    A sequence is known again by ``Selection.instances``, the fingerprint of its token ids, padding included. Equal sequences
-    in one batch are visits of one, in the order of their rows.
+    A sequence is identified by ``Selection.instances``, the fingerprint of its token ids, including padding. Equal
+    sequences in one batch are visits of one sequence, in the order of their rows.
 
-    Raises ``ValueError`` where fingerprints were not recorded or no sequence was visited twice.
+    Raises:
+        ValueError: fingerprints were not recorded, or no sequence was visited twice.
 
-    >>> steps = [Selection(torch.tensor([rows]), torch.zeros(1, 8), instances=torch.tensor([5])) for rows in ([0, 1], [1, 2])]
+    >>> kept = [[0, 1], [1, 2]]
+    >>> steps = [Selection(torch.tensor([rows]), torch.zeros(1, 8), instances=torch.tensor([5])) for rows in kept]
     >>> round(visit_overlap(steps), 3)
     0.333
     """
@@ -107,16 +118,17 @@ def visit_overlap(recording: Sequence[Selection]) -> float:
     found = [jaccard for visits in _revisits(recording) for jaccard in visits]
     if not found:
         raise ValueError(
-            f"No sequence was visited twice in {len(recording)} steps. Record at least two epochs, with every sequence "
-            "padded to the same length each time."
+            f"No sequence was visited twice in {len(recording)} steps. Record at least two epochs, and pad each "
+            "sequence to the same length every time."
         )
     return _mean(found)
 
 
 def overlaps(recording: Sequence[Selection]) -> list[float | None]:
-    """``visit_overlap`` step by step: of the sequences of a step that were visited before; ``None`` where there are none.
+    """``visit_overlap`` for each step, over its sequences that were visited before; ``None`` if there are none.
 
-    >>> steps = [Selection(torch.tensor([rows]), torch.zeros(1, 8), instances=torch.tensor([5])) for rows in ([0, 1], [0, 1])]
+    >>> kept = [[0, 1], [0, 1]]
+    >>> steps = [Selection(torch.tensor([rows]), torch.zeros(1, 8), instances=torch.tensor([5])) for rows in kept]
     >>> overlaps(steps)
     [None, 1.0]
     """
@@ -124,7 +136,7 @@ def overlaps(recording: Sequence[Selection]) -> list[float | None]:
 
 
 def _revisits(recording: Sequence[Selection]) -> Iterator[list[Tensor]]:
-    """For every step the Jaccard index [1] of each sequence that was visited before, with the visit before."""
+    """For each step: the Jaccard index [1] of each sequence that was visited before, with its previous visit."""
     last: dict[tuple[int, int], Tensor] = {}
     for step in recording:
         found = []
@@ -139,10 +151,10 @@ def _revisits(recording: Sequence[Selection]) -> Iterator[list[Tensor]]:
 
 @dataclass(frozen=True)
 class Summary:
-    """All figures of a recording; ``None`` where one is not defined. ``str()`` of it is a short report.
+    """All figures of a recording; ``None``: undefined. ``str()`` gives a short report.
 
-    ``sequences``: visits, over all steps. ``tokens``, ``kept``: tokens of all of them, and those kept. ``positions``: shares of
-    the kept rows by relative position. The rest: the functions of the same names.
+    ``sequences``: the number of visits, over all steps. ``tokens``, ``kept``: the number of their tokens and of the
+    kept ones. ``positions``: ``position_histogram``. The others: the results of the functions of the same names.
     """
 
     steps: int
@@ -165,22 +177,26 @@ class Summary:
                 f"  of the gradient      {_percent(self.gradient_kept)}",
                 f"  of the loss          {_percent(self.loss_kept)}",
                 f"  overlap of visits    {_percent(self.visit_overlap)}",
-                f"  by position          start {bars} end, the highest bar {_percent(max(self.positions))}",
+                f"  by position          start {bars} end, highest bar {_percent(max(self.positions))}",
             ]
         )
 
 
 def summary(recording: Sequence[Selection], bins: int = 10) -> Summary:
-    """Everything that the recording tells; raises ``ValueError`` where it is empty.
+    """All figures of the recording. ``bins``: of the histogram of positions.
 
-    >>> print(summary([Selection(torch.tensor([[0, 1]]), torch.zeros(1, 10), labelled=torch.ones(1, 10, dtype=torch.bool))]))
+    Raises:
+        ValueError: the recording is empty, or ``bins`` is less than 1.
+
+    >>> labelled = torch.ones(1, 10, dtype=torch.bool)
+    >>> print(summary([Selection(torch.tensor([[0, 1]]), torch.zeros(1, 10), labelled=labelled)]))
     kept 2 of 10 tokens (steps: 1, sequences: 1)
       of all tokens        20.0%
       of labelled tokens   20.0%
       of the gradient      unknown
       of the loss          unknown
       overlap of visits    unknown
-      by position          start ██▁▁▁▁▁▁▁▁ end, the highest bar 50.0%
+      by position          start ██▁▁▁▁▁▁▁▁ end, highest bar 50.0%
     """
     return Summary(
         steps=len(_some(recording)),
@@ -202,7 +218,7 @@ def _some(recording: Sequence[Selection]) -> Sequence[Selection]:
 
 
 def _field(recording: Sequence[Selection], name: str) -> list[Tensor]:
-    """A field of every step."""
+    """A field of all steps; ValueError if one lacks it."""
     values = [getattr(step, name) for step in _some(recording)]
     for i, value in enumerate(values):
         if value is None:
@@ -211,11 +227,11 @@ def _field(recording: Sequence[Selection], name: str) -> list[Tensor]:
 
 
 def _share_kept(recording: Sequence[Selection], name: str) -> float:
-    """Sum of a field [B, T] at the kept rows over its whole sum, all steps together."""
+    """The sum of a field [B, T] at the kept rows, divided by its sum at all rows, over all steps together."""
     values = [value.cpu().double() for value in _field(recording, name)]
     kept = sum(value[_kept(step)].sum().item() for value, step in zip(values, recording, strict=True))
     if not (whole := sum(value.sum().item() for value in values)):
-        raise ValueError(f"`{name}` is 0 for every token, so no share of it was kept. Record steps that have labels.")
+        raise ValueError(f"`{name}` is 0 for every token: the kept share is undefined. Record steps that have labels.")
     return kept / whole
 
 
@@ -224,7 +240,7 @@ def _bins(step: Selection, bins: int) -> Tensor:
 
 
 def _kept(step: Selection) -> Tensor:
-    """bool [B, T] on the CPU."""
+    """The kept rows of a step: bool [B, T] on the CPU."""
     return torch.zeros(step.scores.shape, dtype=torch.bool).scatter(1, step.indices.cpu(), True)
 
 
@@ -238,7 +254,7 @@ def _mean(values: list[Tensor]) -> float:
 
 
 def _matched(step: int, a: Selection, b: Selection) -> tuple[Tensor, Tensor]:
-    """What was kept in one step of two recordings, [B, T] each."""
+    """The kept rows in one step of two recordings, bool [B, T] each; ValueError if the batches differ."""
     if a.scores.shape != b.scores.shape:
         shapes = " and ".join(f"{len(x.scores)} sequences of {x.scores.shape[1]} tokens" for x in (a, b))
         raise ValueError(f"The recordings differ in step {step}: {shapes}. {_SAME_BATCHES}")

@@ -1,4 +1,4 @@
-"""Graphs compiled outside of Dynamo: at a call, for its arguments, and again for arguments that no compiled graph fits."""
+"""Graphs compiled outside Dynamo: on the first call, and again for arguments that no compiled graph fits."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ Compiled = Callable[..., Any]
 
 
 class Variants:
-    """What ``compile`` makes of a graph of Dynamo whose inputs are followed by ``extra`` tensors, which Dynamo knows nothing of.
+    """The compiled variants of a graph of Dynamo with ``extra`` tensors after its inputs, which Dynamo doesn't know.
 
-    Dims that Dynamo made dynamic are dynamic here; those of the extra tensors are if any is, and else once they change.
-    Each variant keeps the guards of its own trace: it is used for arguments that they hold for.
+    ``compile`` compiles the graph for fake arguments. Dims that Dynamo made dynamic are dynamic here. Dims of the extra
+    tensors are dynamic if any input has a dynamic dim; otherwise they become dynamic when they change. Each variant has
+    the guards of its own trace and runs for arguments that satisfy them.
     """
 
     def __init__(self, examples: Sequence[Any], compile: Callable[[tuple[Any, ...]], Compiled]) -> None:
@@ -53,13 +54,13 @@ class Variants:
 
 
 def _dynamic_dims(example: Any) -> tuple[bool, ...]:
-    """For a number: whether it is dynamic."""
+    """For each dim of a tensor, or for a single number: whether it is dynamic."""
     sizes = example.shape if isinstance(example, Tensor) else (example,)
     return tuple(isinstance(size, torch.SymInt) for size in sizes)
 
 
 def _fake(mode: FakeTensorMode, x: Any, dynamic: tuple[bool, ...], name: str) -> Any:
-    """``x`` in ``mode``; equal dynamic sizes share a symbol, which the guards then check."""
+    """``x`` as a fake in ``mode``. Equal dynamic sizes share a symbol, which guards check."""
     env, source = mode.shape_env, ConstantSource(name)
     assert env is not None
     if isinstance(x, Tensor):
@@ -74,7 +75,7 @@ def _fake(mode: FakeTensorMode, x: Any, dynamic: tuple[bool, ...], name: str) ->
 def _guard(
     env: ShapeEnv, fakes: Sequence[Any], dynamic: Sequence[tuple[bool, ...]], args: Sequence[Any], known: int
 ) -> Callable[[Sequence[Any]], bool]:
-    """True for arguments that what was traced from ``fakes`` is right for. Dynamo looks after static sizes of its inputs."""
+    """A predicate: True for arguments that fit the trace of ``fakes``. Dynamo guards static sizes of its inputs."""
     places = [i for i, dims in enumerate(dynamic) if any(dims)]
     code = env.produce_guards_expression([fakes[i] for i in places]) if places else None
     static = {

@@ -1,5 +1,5 @@
-"""The category of this package's warnings, so that they can be filtered or turned into errors."""
+"""The category of this package's warnings, for filters."""
 
 
 class TokenSeekWarning(UserWarning):
-    """A model is compiled without token selection, or something else that a user should know."""
+    """A model is compiled without token selection, or an option has no effect."""

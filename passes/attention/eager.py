@@ -20,7 +20,8 @@ from ..analysis.token_axes import Attention
 from ..graph.factors import same_size
 from ..graph.nodes import bind, is_tensor
 from ..graph.op_sets import CASTS, DIVISIONS, MULTIPLICATIONS
-from .masks import Mask, both, read_hidden, read_mask
+from .mask_reader import read_hidden, read_mask
+from .masks import Mask, both
 
 aten = torch.ops.aten
 

@@ -26,7 +26,8 @@ from ..graph.program import Program
 from ..graph.strides import copied_in_order, order_in_memory
 from ..rules.attention import AttentionOp, attention_op
 from .eager import read_scores
-from .masks import Hides, Mask, read_mask
+from .mask_reader import read_mask
+from .masks import Hides, Mask
 
 aten = torch.ops.aten
 

@@ -61,3 +61,16 @@ def bytes_hint(node: fx.Node) -> int:
 def hint(size: Any) -> int:
     """A size as a number; a symbolic one as it is in the example inputs."""
     return size if isinstance(size, int) else size.node.hint
+
+
+def first_alike(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """For every node the first that computes the same of the same (what is random: itself)."""
+    known: dict[Any, fx.Node] = {}
+    found: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded not in node.target.tags:
+            key = (node.target, str(fx.map_arg((node.args, node.kwargs), found.__getitem__)))
+            found[node] = known.setdefault(key, node)
+        else:
+            found[node] = node
+    return found

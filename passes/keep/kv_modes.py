@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -50,8 +51,16 @@ class KVMode:
     is_exact: bool = True
     recomputes: bool = False
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by its name: Inductor's cache keys hold it, and a lambda can't be pickled."""
+        return _named, (self.name,)
+
 
 KV_MODES: Registry[KVMode] = Registry("keys/values mode")
+
+
+def _named(name: str) -> KVMode:
+    return KV_MODES[name]
 
 
 def register_kv_mode(mode: KVMode) -> KVMode:

@@ -1,5 +1,5 @@
 """Axes rules by family. Importing the package registers them."""
 
-from . import attention, axes, custom
+from . import attention, axes, custom, layout
 
-__all__ = ["attention", "axes", "custom"]
+__all__ = ["attention", "axes", "custom", "layout"]

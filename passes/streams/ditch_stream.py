@@ -10,7 +10,6 @@ from __future__ import annotations
 import operator
 from collections import ChainMap
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,8 +27,8 @@ from ..capture.canonicalize import ENTER_AUTOCAST, EXIT_AUTOCAST, Retrace, is_au
 from ..graph.errors import GraphNotSupported, InvariantBroken, located
 from ..graph.factors import Axes
 from ..graph.kinds import Kind, Mark, in_block, tagged
-from ..graph.nodes import bytes_hint, is_tensor, operands_of
-from ..graph.op_sets import LABEL_LOSSES, LAYOUT, LOSSES
+from ..graph.nodes import first_alike, is_tensor, operands_of
+from ..graph.op_sets import LAYOUT, LOSSES
 from ..graph.program import Program, attribute, where
 from ..keep.frozen_rows import FrozenRows
 from ..keep.live_kv import live_kv
@@ -37,22 +36,10 @@ from ..keep.recompute_kv import KVRecompute, Value, cast_by
 from ..rows import row_rule_for
 from ..rows.row_op import RowOp, pad_left
 from ..rows.rules import rerun
-from ..rules.axes import rule_for
+from .barriers import Barrier, barrier_at, refuse_partial_loss
 from .linear_head import Head, find_head
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Barrier:
-    """An operation that the ditch stream runs over all tokens: why, where, and the bytes of its full operands."""
-
-    node: fx.Node
-    reason: str
-    bytes: int
-
-    def __str__(self) -> str:
-        return f"{self.node.target} at {where(self.node)}: {self.reason} ({self.bytes / 2**20:.1f} MiB in full)"
 
 
 class DitchStream:
@@ -302,30 +289,10 @@ class DitchStream:
     def _in_full(self, call: RowOp) -> Any:
         node = call.node
         if node.target in LOSSES:
-            self._refuse_partial_loss(node)
+            refuse_partial_loss(self.program, node)
         if self._meets_rows(node):
-            self._report(node)
+            self.barriers.append(barrier_at(node, self.live, self.axes))
         return _applied(node, *(call.in_context if node in self._in_context else call.in_full))
-
-    def _refuse_partial_loss(self, node: fx.Node) -> None:
-        """A loss per instance, or over what a decoder makes of the tokens (an image), is an ordinary loss; one over some part of
-        the tokens has no kept share."""
-        axes, operand = self.axes, self.axes.of(node.args[0])
-        positions = operand[:1] + operand[2:] if node.target in LABEL_LOSSES else ()
-        batches = {f for axis in axes.tokens for f in axis.batch}
-        parts = {f for axis in axes.tokens for f in axes.space.parts_of(axis.token)}
-        if set(sum(positions, ())) - batches - axes.space.mixtures or set(sum(operand, ())) & parts:
-            raise GraphNotSupported(
-                "The loss runs over positions that are neither all tokens nor one per sequence (a part of the tokens "
-                "chosen before the loss), so its kept share is not defined.",
-                "Give all tokens to the loss and mark the others with ignore_index in the labels.",
-                node,
-            )
-
-    def _report(self, node: fx.Node) -> None:
-        reason = "it mixes tokens" if rule_for(node.target) else "the operation has no rule"
-        merged = [arg for arg in dict.fromkeys(operands_of(node)) if arg in self.live and self.axes.has_rows(arg)]
-        self.barriers.append(Barrier(node, reason, sum(bytes_hint(arg) for arg in merged)))
 
     def _take_each(self, node: fx.Node, result: Any) -> Any:
         if isinstance(result, torch.Tensor):
@@ -361,16 +328,3 @@ def _applied(node: fx.Node, args: tuple, kwargs: dict) -> Any:
     if node.target is torch.ops.aten.view.default:  # other strides than the model's own may need a copy
         return args[0].reshape(args[1])
     return node.target(*args, **kwargs)
-
-
-def first_alike(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """For every node the first that computes the same of the same (what is random: itself)."""
-    known: dict[Any, fx.Node] = {}
-    found: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded not in node.target.tags:
-            key = (node.target, str(fx.map_arg((node.args, node.kwargs), found.__getitem__)))
-            found[node] = known.setdefault(key, node)
-        else:
-            found[node] = node
-    return found

@@ -16,7 +16,7 @@ from ..graph.copies import copied
 from ..graph.errors import InvariantBroken
 from ..graph.fake import fake_mode_of
 from ..graph.program import Program
-from .ditch_stream import Barrier
+from .barriers import Barrier
 from .two_streams import Run, TwoStreams
 
 

@@ -27,7 +27,8 @@ from ..graph.fake import fake_mode_of
 from ..graph.kinds import Kind, tagged
 from ..graph.program import Program
 from ..keep.recompute_kv import KVRecompute
-from .ditch_stream import Barrier, DitchStream
+from .barriers import Barrier
+from .ditch_stream import DitchStream
 from .seek import Seek
 from .select import ScoreInputs, Selected
 from .selection_plan import Selections

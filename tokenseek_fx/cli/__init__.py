@@ -1,4 +1,4 @@
-"""The command line, ``tokenseek``. Needs the extra ``cli``; nothing else of the package imports it."""
+"""The command line, ``tokenseek``. Needs the extra ``cli``; no other module of the package imports it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run ``tokenseek``; without typer and rich, say what to install."""
+    """Run ``tokenseek``. Without typer or rich, exit with the pip command that installs them."""
     try:
         from .app import app
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""``python -m tokenseek_fx.cli``: the same as ``tokenseek``."""
+"""``python -m tokenseek_fx.cli`` runs ``tokenseek``."""
 
 from . import main
 

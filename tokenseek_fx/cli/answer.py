@@ -1,6 +1,6 @@
-"""What a command gives back, and how it is told: text for people, one JSON object for machines, an exit code for both.
+"""The result of a command and how it is printed: text for people, one JSON object for programs, an exit code for both.
 
-Exit codes: 0 it worked, 1 it failed, 2 it was asked wrongly, 130 it was interrupted.
+Exit codes: 0 success, 1 failure, 2 invalid request, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from rich.markup import escape
 from ..passes.graph.errors import ConfigError, TokenSeekError
 
 INTERRUPTED = 130
-_LINES = 20  # of the message of an error that isn't ours
+_LINES = 20  # shown of the message of an error from outside this package
 
 
 class Failure(Exception):
-    """What was asked for can't be done. ``data``: what is told beside the error in JSON."""
+    """The request can't be carried out. ``data``: extra fields of the JSON output, beside ``error``."""
 
     code = 1
 
@@ -36,20 +36,20 @@ class Failure(Exception):
 
 
 class Usage(Failure):
-    """It was asked wrongly."""
+    """The request is invalid."""
 
     code = 2
 
 
 class Interrupted(Failure):
-    """It was stopped by the user."""
+    """The user stopped the command."""
 
     code = INTERRUPTED
 
 
 @dataclass(frozen=True)
 class Answer:
-    """``data``: what ``--json`` prints. ``shown``: what people see. ``code``: the exit code."""
+    """``data``: the output of ``--json``. ``shown``: the output for people. ``code``: the exit code."""
 
     data: dict[str, Any]
     shown: Sequence[RenderableType] = ()
@@ -57,12 +57,12 @@ class Answer:
 
 
 def progress_console() -> Console:
-    """Where progress and remarks go: never to stdout."""
+    """The console for progress and notes: stderr, never stdout."""
     return Console(stderr=True, highlight=False)
 
 
 def answers(work: Callable[..., Answer]) -> Callable[..., None]:
-    """A command made of a function that returns an ``Answer``; what it prints itself goes to stderr."""
+    """Turn a function that returns an ``Answer`` into a command. What the function itself prints goes to stderr."""
 
     @functools.wraps(work)
     def command(**arguments: Any) -> None:
@@ -85,7 +85,7 @@ def _tell(answer: Answer, as_json: bool) -> None:
     else:
         console = Console(highlight=False)
         for each in answer.shown:
-            text = isinstance(each, str)  # as it is: a shape in brackets is no markup
+            text = isinstance(each, str)  # printed without markup: a shape in brackets would be read as a tag
             console.print(each, soft_wrap=text, markup=not text)
 
 
@@ -94,7 +94,7 @@ def _print_json(data: dict[str, Any]) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
+    """Replace NaN and infinities by None: JSON has neither."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -103,10 +103,10 @@ def _finite(value: Any) -> Any:
 
 
 def _tell_error(error: BaseException, as_json: bool) -> int:
-    """Say what went wrong; the exit code. Errors of the package are facts; any other is a bug, told with its place."""
+    """Print the error and return the exit code; for errors from outside this package (bugs) print the traceback too."""
     if isinstance(error, (SystemExit, typer.Exit)):
         raise error
-    error = getattr(error, "inner_exception", error)  # Dynamo's, around what a backend raised
+    error = getattr(error, "inner_exception", error)  # Dynamo wraps what a backend raises
     message = "Interrupted." if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
     if not isinstance(error, (Failure, TokenSeekError, KeyboardInterrupt)):
         traceback.print_tb(error.__traceback__)

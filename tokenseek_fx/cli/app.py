@@ -1,4 +1,4 @@
-"""The commands and their options. What they do is in the modules beside this one, imported when they run."""
+"""The commands and their options. A command imports the module that does its work when it runs."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .doctor import doctor as look
 
 app = typer.Typer(
     name="tokenseek",
-    help="Fine-tune transformers on the tokens that matter. Exit codes: 0 it worked, 1 it failed, 2 it was asked wrongly, "
-    "130 it was interrupted.",
+    help="Fine-tune transformers on the tokens that matter. "
+    "Exit codes: 0 success, 1 failure, 2 invalid request, 130 interrupted.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -28,7 +28,7 @@ app = typer.Typer(
 
 
 class Weights(StrEnum):
-    """How weights are held."""
+    """Dtypes of the weights in training; ``mixed``: float32 under autocast to bfloat16."""
 
     auto = "auto"
     float32 = "float32"
@@ -37,7 +37,7 @@ class Weights(StrEnum):
 
 
 class Held(StrEnum):
-    """Of an estimate."""
+    """Dtypes of the weights that `estimate` takes."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -45,7 +45,7 @@ class Held(StrEnum):
 
 
 class Optimizer(StrEnum):
-    """Of an estimate."""
+    """Optimizers that `estimate` takes."""
 
     adamw = "adamw"
     adam = "adam"
@@ -54,15 +54,13 @@ class Optimizer(StrEnum):
 
 _SELECTION, _LORA, _DATA, _TRAINING = "Which tokens", "LoRA", "Data", "Training"
 Model = Annotated[str, typer.Argument(help="Directory of a model, or its id on the hub.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, all else on stderr.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout and all else to stderr.")]
 Ratio = Annotated[
     float,
-    typer.Option(
-        "--keep-ratio", "-r", help="Share of the tokens that are kept, 0 < r <= 1.", rich_help_panel=_SELECTION
-    ),
+    typer.Option("--keep-ratio", "-r", help="Fraction of the tokens to keep, 0 < r <= 1.", rich_help_panel=_SELECTION),
 ]
 Scorer = Annotated[
-    str | None, typer.Option(help="What tokens are chosen by: loss, tokenseek, random, ...", rich_help_panel=_SELECTION)
+    str | None, typer.Option(help="How tokens are scored: loss, tokenseek, random, ...", rich_help_panel=_SELECTION)
 ]
 Options = Annotated[
     list[str] | None,
@@ -74,27 +72,32 @@ Options = Annotated[
         rich_help_panel=_SELECTION,
     ),
 ]
-Lora = Annotated[bool, typer.Option("--lora", help="Train adapters (LoRA), not all weights.", rich_help_panel=_LORA)]
-Qlora = Annotated[bool, typer.Option("--qlora", help="LoRA on a base in 4 bits (bitsandbytes).", rich_help_panel=_LORA)]
+Lora = Annotated[bool, typer.Option("--lora", help="Train LoRA adapters only.", rich_help_panel=_LORA)]
+Qlora = Annotated[bool, typer.Option("--qlora", help="LoRA on a 4-bit base (bitsandbytes).", rich_help_panel=_LORA)]
 Rank = Annotated[int, typer.Option("--lora-rank", min=1, help="Rank of the adapters.", rich_help_panel=_LORA)]
 Alpha = Annotated[
     int | None,
-    typer.Option("--lora-alpha", min=1, help="Their scale; twice the rank if not given.", rich_help_panel=_LORA),
+    typer.Option("--lora-alpha", min=1, help="Scale of the adapters; default: twice the rank.", rich_help_panel=_LORA),
 ]
-Dropout = Annotated[float, typer.Option("--lora-dropout", min=0, max=1, help="Their dropout.", rich_help_panel=_LORA)]
+Dropout = Annotated[
+    float, typer.Option("--lora-dropout", min=0, max=1, help="Dropout of the adapters.", rich_help_panel=_LORA)
+]
 Targets = Annotated[
-    str, typer.Option("--lora-targets", help="Names of linear layers, by commas, or all-linear.", rich_help_panel=_LORA)
+    str,
+    typer.Option(
+        "--lora-targets", help="Names of linear layers, separated by commas, or all-linear.", rich_help_panel=_LORA
+    ),
 ]
 Batch = Annotated[int, typer.Option("--batch", "-b", min=1, help="Sequences in a batch.")]
-Length = Annotated[int, typer.Option("--length", "-l", min=2, help="Tokens of a sequence.")]
+Length = Annotated[int, typer.Option("--length", "-l", min=2, help="Tokens in a sequence.")]
 
 
 def chosen(ratio: float | None, scorer: str | None, others: list[str] | None) -> dict[str, Any]:
-    """Options of the backend, checked.
+    """The options of the backend by name, checked.
 
     Raises:
-        Usage: no NAME=VALUE.
-        ConfigError: an unknown or bad option.
+        Usage: an entry of ``others`` is not NAME=VALUE.
+        ConfigError: an option is unknown or its value invalid.
     """
     found: dict[str, Any] = {}
     for each in others or ():
@@ -117,7 +120,7 @@ def _value(text: str) -> Any:
 
 
 def quiet() -> None:
-    """Libraries say what concerns the user; their bars and remarks would stand among ours."""
+    """Silence notes and progress bars of the libraries, which would mix with ours; their errors still show."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -128,7 +131,11 @@ def quiet() -> None:
 
 
 def needs_transformers() -> None:
-    """Raise ``Failure`` where it isn't installed."""
+    """Check that transformers is installed, and silence libraries.
+
+    Raises:
+        Failure: it isn't.
+    """
     from .models import library
 
     library("transformers")
@@ -138,10 +145,10 @@ def needs_transformers() -> None:
 @app.command()
 @answers
 def doctor(
-    quick: Annotated[bool, typer.Option("--quick", help="Only look; don't compile and train a tiny model.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Skip the training step of a tiny model.")] = False,
     as_json: AsJson = False,
 ) -> Answer:
-    """Versions, compiler, GPU, and what will work here."""
+    """Show versions, compiler and GPU, and what works on this machine."""
     return look(quick)
 
 
@@ -159,7 +166,7 @@ def explain(
     targets: Targets = "all-linear",
     as_json: AsJson = False,
 ) -> Answer:
-    """What would be done with a model: token axis, cost, barriers, saved bytes. Needs its configuration alone."""
+    """Show how a model would be rewritten: token axis, cost, barriers, saved bytes. Needs its configuration only."""
     from . import models, predict
 
     options = chosen(keep_ratio, scorer, option)
@@ -174,24 +181,26 @@ def estimate(
     model: Model,
     batch: Batch = 1,
     length: Annotated[
-        list[int], typer.Option("--length", "-l", min=2, help="Tokens of a sequence; may be repeated.")
+        list[int], typer.Option("--length", "-l", min=2, help="Tokens in a sequence; may be repeated.")
     ] = [  # noqa: B006
         2048
     ],
     keep_ratio: Annotated[
         list[float],
         typer.Option(
-            "--keep-ratio", "-r", help="Share of the tokens that are kept; may be repeated.", rich_help_panel=_SELECTION
+            "--keep-ratio", "-r", help="Fraction of the tokens to keep; may be repeated.", rich_help_panel=_SELECTION
         ),
     ] = [0.1],  # noqa: B006
-    gpu: Annotated[list[str], typer.Option("--gpu", help="Memory, as 24GB or 24GiB; may be repeated.")] = [  # noqa: B006
+    gpu: Annotated[list[str], typer.Option("--gpu", help="Memory (24GB, 24GiB); may be repeated.")] = [  # noqa: B006
         "24GB",
         "48GB",
         "80GB",
         "141GB",
     ],
-    dtype: Annotated[Held, typer.Option(help="Of the weights.")] = Held.bfloat16,
-    optimizer: Annotated[Optimizer, typer.Option(help="Its states have the weights' dtype.")] = Optimizer.adamw,
+    dtype: Annotated[Held, typer.Option(help="Dtype of the weights.")] = Held.bfloat16,
+    optimizer: Annotated[
+        Optimizer, typer.Option(help="Optimizer; its states have the dtype of the weights.")
+    ] = Optimizer.adamw,
     scorer: Scorer = None,
     option: Options = None,
     lora: Lora = False,
@@ -199,7 +208,7 @@ def estimate(
     targets: Targets = "all-linear",
     as_json: AsJson = False,
 ) -> Answer:
-    """Will it fit? The memory of a step for lengths, ratios and GPUs. Needs the model's configuration alone."""
+    """Will it fit? Estimate a step's memory for lengths, ratios and GPUs. Needs the model's configuration only."""
     from . import models, predict
 
     options = chosen(None, scorer, option)
@@ -214,17 +223,17 @@ def estimate(
 @answers
 def report(
     run: Annotated[Path, typer.Argument(help="Directory of a run of `tokenseek finetune`.", show_default=False)],
-    out: Annotated[Path | None, typer.Option("--out", help="The file to write; RUN/report.html if not given.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File to write; default: RUN/report.html.")] = None,
     as_json: AsJson = False,
 ) -> Answer:
-    """Write the HTML report of a run anew: one file that needs no network."""
+    """Write the HTML report of a run again: one file that needs no network."""
     from ..report import Run, write_report
     from .answer import Failure
 
     try:
         path = write_report(Run.load(run), out or run / "report.html")
     except FileNotFoundError:
-        raise Failure(f"{run} holds no run: there is no run.json in it.") from None
+        raise Failure(f"{run} holds no run: run.json is missing.") from None
     except ValueError as error:
         raise Failure(str(error)) from None
     return Answer({"report": str(path)}, [f"report: {path}"])
@@ -237,16 +246,16 @@ def finetune(
     data: Annotated[
         str,
         typer.Argument(
-            help="A .jsonl, .json, .csv, .tsv, .parquet or text file, a directory, or the name of a data set.",
+            help="A .jsonl, .json, .csv, .tsv, .parquet or text file, a directory, or the name of a dataset.",
             show_default=False,
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Where checkpoints, model and report go.")] = Path("tokenseek-run"),
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out from its last checkpoint.")
-    ] = False,
+    out: Annotated[Path, typer.Option("--out", help="Directory for checkpoints, model and report.")] = Path(
+        "tokenseek-run"
+    ),
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in --out from its last checkpoint.")] = False,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Then train on all tokens as well, and show both in the report.")
+        bool, typer.Option("--compare", help="Then train on all tokens too, and show both runs in the report.")
     ] = False,
     keep_ratio: Ratio = 0.1,
     scorer: Scorer = None,
@@ -254,63 +263,68 @@ def finetune(
     columns: Annotated[
         str | None,
         typer.Option(
-            help="One column (text or messages) or two (prompt,completion); known names are found.",
+            help="One column (text or messages) or two (prompt,completion); default: the known names in the data.",
             rich_help_panel=_DATA,
         ),
     ] = None,
-    split: Annotated[str, typer.Option(help="Of a data set.", rich_help_panel=_DATA)] = "train",
-    subset: Annotated[str | None, typer.Option(help="Of a data set.", rich_help_panel=_DATA)] = None,
+    split: Annotated[str, typer.Option(help="Split of the dataset.", rich_help_panel=_DATA)] = "train",
+    subset: Annotated[str | None, typer.Option(help="Subset of the dataset.", rich_help_panel=_DATA)] = None,
     skip_bad: Annotated[
         bool,
-        typer.Option("--skip-bad", help="Leave out rows that can't be used, and count them.", rich_help_panel=_DATA),
+        typer.Option("--skip-bad", help="Skip rows that can't be used, and count them.", rich_help_panel=_DATA),
     ] = False,
     held_out: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Sequences to measure the loss on; a tenth, at most 64, if not given.", rich_help_panel=_DATA
+            min=0, help="Sequences held out to measure the loss; default: a tenth, at most 64.", rich_help_panel=_DATA
         ),
     ] = None,
     length: Annotated[
         int, typer.Option("--length", "-l", min=2, help="Longest sequence, in tokens.", rich_help_panel=_DATA)
     ] = 1024,
     tokenizer: Annotated[
-        str | None, typer.Option(help="Its directory or id, if not the model's.", rich_help_panel=_DATA)
+        str | None, typer.Option(help="Directory or id of the tokenizer; default: the model's.", rich_help_panel=_DATA)
     ] = None,
     chat_template: Annotated[
         Path | None,
-        typer.Option(help="A file, where the tokenizer has none.", exists=True, dir_okay=False, rich_help_panel=_DATA),
+        typer.Option(
+            help="File with a chat template, if the tokenizer has none.",
+            exists=True,
+            dir_okay=False,
+            rich_help_panel=_DATA,
+        ),
     ] = None,
     epochs: Annotated[float, typer.Option(min=0, help="Passes over the data.", rich_help_panel=_TRAINING)] = 1.0,
     steps: Annotated[
-        int, typer.Option(min=0, help="Stop after so many steps; 0: by epochs.", rich_help_panel=_TRAINING)
+        int, typer.Option(min=0, help="Stop after this many steps; 0: after --epochs.", rich_help_panel=_TRAINING)
     ] = 0,
     batch: Annotated[
         int, typer.Option("--batch", "-b", min=1, help="Sequences in a batch.", rich_help_panel=_TRAINING)
     ] = 8,
-    accumulate: Annotated[int, typer.Option(min=1, help="Batches for each update.", rich_help_panel=_TRAINING)] = 1,
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches per update.", rich_help_panel=_TRAINING)] = 1,
     lr: Annotated[
         float | None,
-        typer.Option("--lr", help="Learning rate; 2e-5, of adapters 2e-4, if not given.", rich_help_panel=_TRAINING),
+        typer.Option("--lr", help="Learning rate; default: 2e-5, for adapters 2e-4.", rich_help_panel=_TRAINING),
     ] = None,
     warmup: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the steps in which it rises.", rich_help_panel=_TRAINING)
+        float, typer.Option(min=0, max=1, help="Fraction of the steps for warm-up.", rich_help_panel=_TRAINING)
     ] = 0.03,
     dtype: Annotated[
         Weights,
         typer.Option(
-            help="Of the weights; mixed: float32 under autocast to bfloat16. auto: float32 on the CPU; on a GPU mixed, of LoRA's "
-            "base bfloat16.",
+            help="Dtype of the weights; mixed: float32 under autocast to bfloat16. auto: float32 on the CPU; on a GPU "
+            "mixed, or bfloat16 for the base of LoRA.",
             rich_help_panel=_TRAINING,
         ),
     ] = Weights.auto,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.", rich_help_panel=_TRAINING)] = 500,
     seed: Annotated[
-        int, typer.Option(help="Of the order of the data and of all draws.", rich_help_panel=_TRAINING)
+        int, typer.Option(help="Seed of the data order and of all random draws.", rich_help_panel=_TRAINING)
     ] = 0,
     random_weights: Annotated[
         bool,
         typer.Option(
-            "--random-weights", help="Begin with random weights: MODEL is a configuration.", rich_help_panel=_TRAINING
+            "--random-weights", help="Start from random weights: MODEL is a configuration.", rich_help_panel=_TRAINING
         ),
     ] = False,
     lora: Lora = False,
@@ -321,9 +335,9 @@ def finetune(
     targets: Targets = "all-linear",
     as_json: AsJson = False,
 ) -> Answer:
-    """Fine-tune a model on your data; ends with a table, the model and an HTML report.
+    """Fine-tune a model on your data; writes the model and an HTML report, and prints a table.
 
-    Ctrl-C stops with a checkpoint and says how to go on. One GPU is used: the first that CUDA_VISIBLE_DEVICES names.
+    Ctrl-C saves a checkpoint and prints the command that resumes. Uses one GPU: the first in CUDA_VISIBLE_DEVICES.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     options = chosen(keep_ratio, scorer, option)
@@ -333,7 +347,9 @@ def finetune(
 
     adapter = models.adapter_of(lora, qlora, rank, alpha, dropout, targets)
     if random_weights and adapter:
-        raise Usage("--random-weights with LoRA: adapters of weights that nobody has are of no use.")
+        raise Usage(
+            "--random-weights with LoRA: adapters are useless without their base weights. Leave out one of them."
+        )
     settings = work.Settings(
         model=model,
         data=data,
@@ -375,8 +391,8 @@ def bench(
     batch: Batch = 4,
     length: Length = 1024,
     steps: Annotated[int, typer.Option(min=1, help="Steps after the first, which compiles.")] = 5,
-    way: Annotated[list[Way], typer.Option(help="May be repeated; all of them if not given.")] = list(Way),  # noqa: B006
-    dtype: Annotated[Weights, typer.Option(help="Of the weights, as in `finetune`.")] = Weights.auto,
+    way: Annotated[list[Way], typer.Option(help="May be repeated; default: all.")] = list(Way),  # noqa: B006
+    dtype: Annotated[Weights, typer.Option(help="Dtype of the weights, as in `finetune`.")] = Weights.auto,
     keep_ratio: Ratio = 0.1,
     scorer: Scorer = None,
     option: Options = None,
@@ -385,9 +401,9 @@ def bench(
     targets: Targets = "all-linear",
     as_json: AsJson = False,
 ) -> Answer:
-    """Measure a training step of a model: time and peak memory, ours beside all tokens and checkpointing.
+    """Measure time and peak memory of a training step: tokenseek, all tokens, and gradient checkpointing.
 
-    Needs the model's configuration alone: its weights are random.
+    Needs the model's configuration only: its weights are random.
     """
     options = chosen(keep_ratio, scorer, option)
     needs_transformers()

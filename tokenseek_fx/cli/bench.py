@@ -1,4 +1,7 @@
-"""Bench: a step of the user's model on all tokens, with gradient checkpointing and on the kept tokens, each in its own process."""
+"""Bench: a step of the user's model on all tokens, with gradient checkpointing, and on the kept tokens.
+
+Each is measured in a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,14 @@ WAYS = {
     "tokenseek": "tokenseek",
 }
 _NOTE = (
-    "Random weights and tokens: neither time nor memory depends on them. step: median of forward, backward and update. peak: above "
-    "weights, gradients and optimizer states."
+    "Weights and tokens are random: neither time nor memory depends on them. step: median time of forward, backward "
+    "and update. peak: memory beyond weights, gradients and optimizer states."
 )
 
 
 @dataclass(frozen=True)
 class Task:
-    """One way to train one model; ``way`` is one of ``WAYS``."""
+    """One way to train one model; ``way``: a key of ``WAYS``; ``options``: those of the backend."""
 
     way: str
     model: str
@@ -42,7 +45,7 @@ class Task:
 
 
 def bench(tasks: Sequence[Task]) -> Answer:
-    """Measure each task; code 1 where one failed."""
+    """Measure each task. The exit code is 1 if one failed."""
     results: dict[str, dict[str, Any]] = {}
     columns = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
     with Progress(*columns, console=progress_console(), transient=True) as progress:
@@ -63,7 +66,7 @@ def bench(tasks: Sequence[Task]) -> Answer:
 
 
 def spawn(task: Task) -> dict[str, Any]:
-    """What a process of its own measures, or ``{"failed": why}``."""
+    """Measure the task in a new process: the result of ``worker.measure``, or ``{"failed": reason}``."""
     command = [sys.executable, "-m", "tokenseek_fx.cli.worker", json.dumps(asdict(task))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

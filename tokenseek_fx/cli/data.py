@@ -1,6 +1,7 @@
-"""Training data as it is read: row by row, every row with its line, and every row that can't be used with the reason.
+"""Read training data row by row. Each row has its line number; each row that can't be used has the reason.
 
-Files are read by plain readers, for those know the lines; names and saved directories by ``datasets``, which is optional.
+Files are read line by line here, so that line numbers are known; dataset names and saved directories by ``datasets``,
+which is optional.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from typing import Any
 
 from .answer import Failure, Usage
 
-#: Names of columns that are understood without being named, in this order.
+#: Columns that are found without ``--columns``, in this order.
 KNOWN = (("messages",), ("prompt", "completion"), ("text",))
-_SHOWN = 10  # bad lines that an error tells of
+_SHOWN = 10  # bad lines that an error lists
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row as read. ``line``: where it begins, from 1 (of a file without lines and of a data set: its number)."""
+    """A row as read. ``line``: the line where it begins, from 1 (for datasets and files without lines, its number)."""
 
     line: int
     values: dict[str, Any]
@@ -29,7 +30,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Bad:
-    """A row that can't be used: ``text`` is what stands there, as far as it can be shown."""
+    """A row that can't be used. ``text``: its content, as far as it can be shown."""
 
     line: int
     reason: str
@@ -37,21 +38,21 @@ class Bad:
 
 
 class BadRow(ValueError):
-    """Why a row can't be used."""
+    """A row can't be used; the message is the reason."""
 
 
 def rows(source: str, split: str = "train", subset: str | None = None) -> Iterator[Row | Bad]:
-    """The rows of a file (.jsonl, .json, .csv, .tsv, .parquet; anything else is text), or of a data set by name or directory.
+    """The rows of a file (.jsonl, .json, .csv, .tsv, .parquet; any other is text) or of a dataset by name or directory.
 
     Raises:
-        Failure: the file isn't there, the data set can't be reached, or a library that reads it is missing.
+        Failure: the file doesn't exist, the dataset can't be loaded, or the library that reads it is missing.
     """
     path = Path(source)
     if path.is_file():
         return READERS.get(path.suffix.lower(), _text)(path)
     if path.is_dir() or not _looks_like_a_file(path):
         return _dataset(source, split, subset)
-    raise Failure(f"{source}: there is no such file.")
+    raise Failure(f"{source}: no such file.")
 
 
 def _looks_like_a_file(path: Path) -> bool:
@@ -59,7 +60,7 @@ def _looks_like_a_file(path: Path) -> bool:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str, str | None]]:
-    """Number, text and, where it isn't UTF-8, the reason, of every line."""
+    """For each line: its number, its text, and the reason if it isn't UTF-8."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -84,11 +85,11 @@ def _json_row(number: int, line: str) -> Row | Bad:
 def _object(number: int, value: Any, text: str) -> Row | Bad:
     if isinstance(value, dict):
         return Row(number, value)
-    return Bad(number, f"expected an object with columns, found {_kind(value)}", text)
+    return Bad(number, f"expected an object with columns, got {_kind(value)}", text)
 
 
 def _json(path: Path) -> Iterator[Row | Bad]:
-    """A list of objects, or lines of them: both have this suffix."""
+    """A list of objects, or one object a line: both have the suffix .json."""
     text = path.read_bytes().decode("utf-8-sig", errors="replace")
     if not text.lstrip().startswith("["):
         yield from _jsonl(path)
@@ -102,8 +103,8 @@ def _json(path: Path) -> Iterator[Row | Bad]:
 
 
 def _table(path: Path) -> Iterator[Row | Bad]:
-    """A table with a line of names: .csv, .tsv."""
-    csv.field_size_limit(2**31 - 1)  # texts are longer than the default allows
+    """A table whose first line names the columns: .csv, .tsv."""
+    csv.field_size_limit(2**31 - 1)  # texts can exceed the default limit
     broken: dict[int, str] = {}
     reader = csv.reader(_decoded(path, broken), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
     names, start = next(reader, []), reader.line_num + 1
@@ -112,7 +113,7 @@ def _table(path: Path) -> Iterator[Row | Bad]:
             fields = next(reader, None)
         except csv.Error as error:
             if "end of data" in str(error):
-                raise Failure(f"{path}, line {start}: a quote begins here that is never closed.") from None
+                raise Failure(f"{path}, line {start}: a quote that begins here is never closed.") from None
             yield Bad(start, f"not CSV: {error}")
             fields = []
         if fields is None:
@@ -134,12 +135,12 @@ def _record(start: int, end: int, names: Sequence[str], fields: Sequence[str], b
         if number in broken:
             return Bad(number, broken[number], ",".join(fields))
     if len(fields) != len(names):
-        return Bad(start, f"{len(fields)} fields, but {len(names)} columns are named", ",".join(fields))
+        return Bad(start, f"expected {len(names)} fields, got {len(fields)}", ",".join(fields))
     return Row(start, dict(zip(names, fields, strict=True)))
 
 
 def _text(path: Path) -> Iterator[Row | Bad]:
-    """A text file is one row; lines that aren't UTF-8 are left out of it."""
+    """A text file is one row; lines that aren't UTF-8 are skipped."""
     kept: list[str] = []
     for number, line, reason in _lines(path):
         if reason:
@@ -158,7 +159,7 @@ def _parquet(path: Path) -> Iterator[Row | Bad]:
         batches = parquet.ParquetFile(path).iter_batches()
         values = (value for batch in batches for value in batch.to_pylist())
         yield from (Row(number, value) for number, value in enumerate(values, 1))
-    except (OSError, ValueError) as error:  # pyarrow's own errors are these
+    except (OSError, ValueError) as error:  # pyarrow's errors derive from these
         raise Failure(f"{path} can't be read: {error}") from None
 
 
@@ -166,18 +167,18 @@ def _dataset(name: str, split: str, subset: str | None) -> Iterator[Row | Bad]:
     try:
         import datasets
     except ImportError:
-        raise Failure(f"{name} is no file; reading a data set needs datasets: pip install datasets") from None
+        raise Failure(f"{name} is not a file; reading a dataset needs datasets: pip install datasets") from None
     try:
         found = _saved(name, split) if Path(name).is_dir() else datasets.load_dataset(name, subset, split=split)
-    except Exception as error:  # of the network, of files, of names: datasets raises what it met
+    except Exception as error:  # datasets passes on errors of the network, files and names
         raise Failure(
-            f"{name} is no file here, and datasets can't load it ({type(error).__name__}: {_first_line(error)})."
+            f"{name} is not a file, and datasets can't load it ({type(error).__name__}: {_first_line(error)})."
         ) from None
     return (Row(number, dict(value)) for number, value in enumerate(found, 1))
 
 
 def _saved(directory: str, split: str) -> Any:
-    """What ``save_to_disk`` wrote, or a directory of files that ``datasets`` knows."""
+    """A directory written by ``save_to_disk``, or one of files that ``datasets`` can read."""
     import datasets
 
     saved = [Path(directory) / name for name in ("dataset_info.json", "dataset_dict.json")]
@@ -198,20 +199,20 @@ READERS: dict[str, Callable[[Path], Iterator[Row | Bad]]] = {
 
 
 def columns_of(given: str | None, row: Row) -> tuple[str, ...]:
-    """The columns to learn from: those given ("prompt,completion"), or the first known ones that the row has.
+    """The columns to train on: those given ("prompt,completion"), or else the first of ``KNOWN`` that the row has.
 
     Raises:
-        Usage: the row hasn't the columns that were given, or none that are known.
+        Usage: the row lacks a column that was given, or has none of the known ones.
     """
     names = tuple(name.strip() for name in given.split(",")) if given else _known(row)
     has = ", ".join(map(str, row.values)) or "none"
     if not names:
         known = "; ".join(" and ".join(each) for each in KNOWN)
-        raise Usage(f"No column is known (known: {known}). Name them with --columns; the data has: {has}.")
+        raise Usage(f"The data has none of the known columns ({known}), but: {has}. Choose columns with --columns.")
     if len(names) > 2:
         raise Usage(f"--columns {given}: expected one column (text or messages) or two (prompt,completion).")
     if missing := [name for name in names if name not in row.values]:
-        raise Usage(f"--columns {given}: the data has no {' and no '.join(missing)}, but: {has}.")
+        raise Usage(f"--columns {given}: the data has no column {' or '.join(missing)}. Choose from: {has}.")
     return names
 
 
@@ -232,18 +233,18 @@ def values_of(row: Row, columns: Sequence[str]) -> tuple[Any, ...]:
 
 
 def refuse(source: str, bad: Sequence[Bad]) -> None:
-    """Raise ``Failure`` with lines and reasons where there are bad rows."""
+    """Raise ``Failure`` with line numbers and reasons if there are bad rows."""
     if not bad:
         return
     told = [f"  line {each.line}: {each.reason}" for each in bad[:_SHOWN]]
     more = [f"  and {len(bad) - _SHOWN} more"] if len(bad) > _SHOWN else []
     count = "1 row" if len(bad) == 1 else f"{len(bad)} rows"
-    head = f"{source}: {count} can't be used. Correct them, or leave them out with --skip-bad."
+    head = f"{source}: {count} can't be used. Correct them, or skip them with --skip-bad."
     raise Failure("\n".join([head, *told, *more]))
 
 
 def write_bad(bad: Iterable[Bad], path: Path) -> None:
-    """Line, reason and text of what was left out, a JSON object for each."""
+    """Write line, reason and text of each skipped row as one JSON object a line."""
     path.write_text("".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in bad), encoding="utf-8")
 
 

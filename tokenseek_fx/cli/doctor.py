@@ -1,4 +1,4 @@
-"""Doctor: what is installed, what this machine has, and what will therefore work."""
+"""Doctor: which libraries, compiler and GPUs there are, and what works with them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LIBRARIES = {
     "peft": "--lora",
     "accelerate": "finetune",
     "bitsandbytes": "--qlora",
-    "datasets": "data sets by name or directory",
+    "datasets": "datasets by name or directory",
     "pyarrow": "data in .parquet",
 }
 _MARKS = {"ok": "[green]ok[/]", "missing": "[yellow]missing[/]", "failed": "[red]failed[/]"}
@@ -31,7 +31,7 @@ _MARKS = {"ok": "[green]ok[/]", "missing": "[yellow]missing[/]", "failed": "[red
 
 @dataclass(frozen=True)
 class Check:
-    """``state``: "ok", "missing" (something optional) or "failed". ``remedy``: what to do, where there is something to do."""
+    """``state``: "ok", "missing" (optional) or "failed". ``remedy``: what to do about it; empty if nothing."""
 
     name: str
     state: str
@@ -40,7 +40,7 @@ class Check:
 
 
 def doctor(quick: bool) -> Answer:
-    """Look, and (unless ``quick``) train a tiny model through the whole path; code 1 where something needed fails."""
+    """Check the installation and, unless ``quick``, train a tiny model. Exit code 1 if a required check fails."""
     checks = [*_versions(), *_libraries(), _compiler(), *_gpus(), _backend(), *([] if quick else [_trains()])]
     failed = any(check.state == "failed" for check in checks)
     works = _works(checks)
@@ -69,7 +69,7 @@ def _version(name: str) -> str | None:
 
 
 def _compiler() -> Check:
-    """Inductor writes C++ on the CPU."""
+    """Inductor generates C++ for the CPU."""
     names = [os.environ.get("CXX"), "c++", "g++", "clang++"]
     found = next((path for name in names if name and (path := shutil.which(name))), None)
     if found:
@@ -80,8 +80,8 @@ def _compiler() -> Check:
 
 def _gpus() -> Iterator[Check]:
     if not torch.cuda.is_available():
-        built = "torch is built without CUDA" if torch.version.cuda is None else "no CUDA device in sight"
-        yield Check("GPU", "missing", built, "training runs on the CPU, and is slow")
+        built = "torch is built without CUDA" if torch.version.cuda is None else "no CUDA device found"
+        yield Check("GPU", "missing", built, "training runs on the CPU and is slow")
         return
     for i in range(torch.cuda.device_count()):
         it = torch.cuda.get_device_properties(i)
@@ -91,14 +91,14 @@ def _gpus() -> Iterator[Check]:
 
 def _backend() -> Check:
     if "tokenseek" in torch._dynamo.list_backends():
-        return Check("backend", "ok", 'torch.compile(model, backend="tokenseek") is known')
+        return Check("backend", "ok", 'torch.compile(model, backend="tokenseek") is registered')
     return Check(
-        "backend", "failed", "not registered", "install the package (pip install -e .), don't only put it on the path"
+        "backend", "failed", "not registered", "install the package (pip install -e .): PYTHONPATH is not enough"
     )
 
 
 class _Tiny(nn.Module):
-    """One attention and a loss."""
+    """A model with one attention layer and a loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,21 +111,21 @@ class _Tiny(nn.Module):
 
 
 def _trains() -> Check:
-    """One step of a tiny model through Inductor."""
+    """Run one training step of a tiny model through Inductor."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = _Tiny().to(device)
     torch._dynamo.reset()
     try:
         compiled = torch.compile(model, backend="tokenseek", options={"strict": True, "keep_tokens": 4})
         compiled(torch.randint(32, (2, 16), device=device)).backward()
-    except Exception as error:  # whatever a compiler, a driver or a library raises is the finding
+    except Exception as error:  # report whatever a compiler, driver or library raises
         first = next(iter(str(error).strip().splitlines()), "")
         return Check("training step", "failed", f"{type(error).__name__}: {first}"[:300], "see the lines above")
     return Check("training step", "ok", f"a tiny model was compiled and trained on the {device.upper()}")
 
 
 def _works(checks: list[Check]) -> list[str]:
-    """Sentences about what can be done here."""
+    """One line for each group of commands: whether it works here."""
     ok = {check.name for check in checks if check.state == "ok"}
     can = {
         "finetune, explain, estimate, bench": {"transformers", "accelerate"} <= ok,

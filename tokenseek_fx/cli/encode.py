@@ -1,4 +1,4 @@
-"""Rows as tokens: which of their text is learnt, cut to a length, padded to a batch."""
+"""Encode rows as tokens: label the text to train on, truncate to a length, pad to a batch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from torch import Tensor
 from .answer import Failure, Usage
 from .data import Bad, BadRow, Row, columns_of, refuse, values_of
 
-IGNORED = -100  # the label that transformers' losses leave out
-_MULTIPLE = 16  # lengths of batches: fewer sizes for the compiler
+IGNORED = -100  # the label that transformers' losses ignore
+_MULTIPLE = 16  # batches are padded to multiples of it: the compiler sees fewer sizes
 
 
 @dataclass(frozen=True)
 class Text:
-    """Text, and the parts of it that are learnt, as ``(start, end)`` in characters. ``whole``: an end token is added, and what is
-    too long is cut; else it is running text, of which every window of ``length`` tokens is a sequence."""
+    """Text and its labelled spans ``learnt``, each ``(start, end)`` in characters.
+
+    ``whole``: the text is one sequence and is truncated if too long; otherwise every window of ``length`` tokens is a
+    sequence. ``end``: add the tokenizer's begin and end tokens.
+    """
 
     text: str
     learnt: tuple[tuple[int, int], ...]
@@ -29,7 +32,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Sequences:
-    """``sequences``: ``{"input_ids", "labels"}`` for each. ``cut``: how many lost their end to ``length``."""
+    """Encoded rows. ``sequences``: ``{"input_ids", "labels"}`` of each. ``cut``: the number of truncated ones."""
 
     sequences: list[dict[str, list[int]]]
     columns: tuple[str, ...]
@@ -49,11 +52,11 @@ class Sequences:
 def sequences(
     found: Iterable[Row | Bad], tokenizer: Any, length: int, columns: str | None, source: str, skip_bad: bool
 ) -> Sequences:
-    """Encode rows; a sequence has at most ``length`` tokens.
+    """Encode rows as sequences of at most ``length`` tokens.
 
     Raises:
-        Failure: rows can't be used and ``skip_bad`` is off, or none is left.
-        Usage: the columns aren't there.
+        Failure: rows can't be used and ``skip_bad`` is off, or no row is left.
+        Usage: the data lacks the columns.
     """
     encoder = Encoder(tokenizer, length, columns)
     for each in found:
@@ -63,13 +66,13 @@ def sequences(
     if not skip_bad:
         refuse(source, encoder.bad)
     if not encoder.made:
-        raise Failure(f"{source}: no row is left to learn from ({len(encoder.bad)} can't be used).")
+        raise Failure(f"{source}: no row is left to train on ({len(encoder.bad)} can't be used).")
     return Sequences(encoder.made, encoder.columns, encoder.rows, encoder.cut, encoder.bad)
 
 
 @dataclass
 class Encoder:
-    """Takes rows, keeps sequences and bad rows."""
+    """Collects the sequences of the rows that it takes, and the bad rows."""
 
     tokenizer: Any
     length: int
@@ -83,7 +86,7 @@ class Encoder:
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
-            raise Failure("The tokenizer doesn't tell which characters a token stands for: a fast tokenizer is needed.")
+            raise Failure("The tokenizer doesn't report the characters of a token. Use a fast tokenizer.")
         first = self.tokenizer("a")["input_ids"][:1]
         self.start = first if first == [self.tokenizer.bos_token_id] else []
 
@@ -94,7 +97,7 @@ class Encoder:
         try:
             self.columns = self.columns or columns_of(self.given, row)
             made = self._encode(text_of(values_of(row, self.columns), self.tokenizer))
-        except (BadRow, Usage) as error:  # columns are those of the first row that has any
+        except (BadRow, Usage) as error:  # the first row with known columns decides the columns
             self.unknown = self.unknown or (error if isinstance(error, Usage) else None)
             self.bad.append(Bad(row.line, str(error), str(row.values)))
             return
@@ -116,7 +119,7 @@ class Encoder:
         ids, kept = ids[: self.length], labels[: self.length]
         if all(label == IGNORED for label in kept[1:]):
             before = next((i for i, label in enumerate(labels) if i and label != IGNORED), len(labels))
-            raise BadRow(f"nothing to learn in the first {self.length} tokens: {before} stand before it (--length)")
+            raise BadRow(f"no label in the first {self.length} tokens: {before} tokens precede it; raise --length")
         return {"input_ids": ids, "labels": kept}
 
     def _windows(self, ids: list[int], labels: list[int]) -> list[dict[str, list[int]]]:
@@ -127,10 +130,10 @@ class Encoder:
 
 
 def text_of(values: Sequence[Any], tokenizer: Any) -> Text:
-    """What is learnt of a row: of messages the assistant's, of a prompt and its completion the latter, of a text all.
+    """The text of a row and its labelled spans: the assistant's messages, a prompt's completion, or all of a text.
 
     Raises:
-        BadRow: the values aren't of that kind.
+        BadRow: a value has the wrong type or is empty.
     """
     if len(values) == 2:
         prompt, completion = (
@@ -149,18 +152,18 @@ def text_of(values: Sequence[Any], tokenizer: Any) -> Text:
 
 def _checked(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise BadRow(f"the {name} is no text, but of type {type(value).__name__}")
+        raise BadRow(f"{name}: expected text, got {type(value).__name__}")
     return value
 
 
 def _conversation(messages: list[Any], tokenizer: Any) -> Text:
-    """Messages in the tokenizer's own template: the assistant's are learnt, with what ends each of them."""
+    """Messages in the tokenizer's template. The assistant's are labelled, with the tokens that end each of them."""
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):
             raise BadRow(f"message {number} has no role and content")
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
-        raise BadRow("no message is the assistant's")
+        raise BadRow("no message has the role assistant")
     write = _template(tokenizer)
     text = write(messages, False)
     learnt = tuple(_turn(write, messages, i, text) for i in turns)
@@ -170,21 +173,23 @@ def _conversation(messages: list[Any], tokenizer: Any) -> Text:
 def _turn(write: Callable[[Any, bool], str], messages: list[Any], i: int, text: str) -> tuple[int, int]:
     before, after = write(messages[:i], True), write(messages[: i + 1], False)
     if not (text.startswith(before) and text.startswith(after)):
-        raise BadRow(f"the chat template writes message {i + 1} otherwise once others follow; split the conversation")
+        raise BadRow(
+            f"the chat template changes message {i + 1} when later messages follow; split the conversation there"
+        )
     return len(before), len(after)
 
 
 def _template(tokenizer: Any) -> Callable[[Any, bool], str]:
     if not tokenizer.chat_template:
         raise Failure(
-            "The tokenizer has no chat template, but the data has messages: give one with --chat-template FILE."
+            "The data has messages, but the tokenizer has no chat template. Pass one with --chat-template FILE."
         )
 
     def write(messages: Any, prompt: bool) -> str:
         try:
             return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        except Exception as error:  # a template raises what it likes (jinja2's TemplateError, TypeError)
-            raise BadRow(f"the chat template refuses it: {error}") from None
+        except Exception as error:  # templates raise errors of any type (jinja2's TemplateError, TypeError)
+            raise BadRow(f"the chat template fails: {error}") from None
 
     return write
 
@@ -194,7 +199,10 @@ def _overlaps(span: tuple[int, int], learnt: Iterable[tuple[int, int]]) -> bool:
 
 
 def batch_of(rows: Sequence[dict[str, list[int]]], pad: int, length: int) -> dict[str, Tensor]:
-    """Sequences as int64 tensors [B, T], padded on the right to a multiple of 16 (at most ``length``); labels there are -100."""
+    """Collate sequences to int64 tensors [B, T]: ``input_ids``, ``labels``, ``attention_mask``.
+
+    They are padded on the right to a multiple of 16 (at most ``length``), with labels -100.
+    """
     longest = max(len(row["input_ids"]) for row in rows)
     size = min(-(-longest // _MULTIPLE) * _MULTIPLE, max(length, longest))
 

@@ -1,4 +1,4 @@
-"""Finetune: data and a model to trained weights, a table and a report."""
+"""Finetune: train a model on data; write the weights and a report, and print a table."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from ..explain import Explanation
+from ..explanation import Explanation
 from ..integrations.trainer import TokenSeekCallback
 from ..report import Run, Step, memory_of, write_report
 from . import models
@@ -35,12 +35,12 @@ from .watch import SeeingTrainer, Seen, Stop, Watch, resumed, stopping
 _SETTINGS, _BAD, _REPORT, _MODEL = "settings.json", "skipped.jsonl", "report.html", "model"
 _MISSING = "not in this report"
 _COMPARED, _COMPILER = "all-tokens", ("inner", "mode", "inductor_options")
-_LOGS = 500  # points of a curve, about
+_LOGS = 500  # points of a curve, approximately
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides a run. A run is gone on with only under the settings that it began with."""
+    """All that determines a run. A run resumes only with the settings that it began with."""
 
     model: str
     data: str
@@ -71,7 +71,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Work:
-    """What a run is made of, before it begins."""
+    """All that a run needs, before it begins: ``learnt`` are the training sequences."""
 
     settings: Settings
     out: Path
@@ -86,12 +86,12 @@ class Work:
 
 
 def finetune(settings: Settings, out: Path, save_every: int, resume: bool, compare: bool) -> Answer:
-    """Train, save the model, write the report; with ``compare``, train on all tokens as well.
+    """Train, save the model and write the report; with ``compare``, train on all tokens too.
 
     Raises:
-        Failure: data, model or checkpoint can't be had.
-        Usage: the directory holds a run, and ``resume`` is off, or other settings, and it is on.
-        Interrupted: a signal stopped it; a checkpoint is there.
+        Failure: data, model or checkpoint can't be loaded.
+        Usage: ``out`` holds a run and ``resume`` is off, or ``resume`` is on and the settings differ.
+        Interrupted: a signal stopped training; the message names the checkpoint, if one was saved.
     """
     checkpoint = begin(settings, out, resume)
     console = progress_console()
@@ -111,24 +111,31 @@ def finetune(settings: Settings, out: Path, save_every: int, resume: bool, compa
 
 
 def begin(settings: Settings, out: Path, resume: bool) -> str | None:
-    """The checkpoint to go on from, where there should be one; settings are written where a run begins."""
+    """The checkpoint to resume from; None for a new run.
+
+    Raises:
+        Failure, Usage: as in ``finetune``.
+    """
     saved, now = out / _SETTINGS, json.loads(json.dumps(asdict(settings)))
     checkpoint = get_last_checkpoint(str(out)) if saved.exists() else None
     if not resume:
         if checkpoint or (out / _MODEL).exists():
-            raise Usage(f"{out} holds a run. Go on with it (--resume), or write to another directory (--out).")
+            raise Usage(f"{out} holds a run. Resume it (--resume), or choose another directory (--out).")
         return None
     if checkpoint is None:
-        raise Failure(f"{out} holds no checkpoint to go on from. Leave out --resume to begin.")
+        raise Failure(f"{out} holds no checkpoint to resume from. Omit --resume to start a new run.")
     then = json.loads(saved.read_text(encoding="utf-8"))
     if other := [name for name in now if now[name] != then.get(name)]:
         told = ", ".join(f"{name} was {then.get(name)!r}, is {now[name]!r}" for name in other)
-        raise Usage(f"{out} was begun with other settings: {told}. Give those, or write to another directory (--out).")
+        raise Usage(
+            f"{out} was started with other settings: {told}. "
+            "Use the same settings, or choose another directory (--out)."
+        )
     return checkpoint
 
 
 def prepared(settings: Settings, out: Path, save_every: int | None, checkpoint: str | None, console: Console) -> Work:
-    """Data and model are read before anything is written: what is wrong with them shows first."""
+    """Read data and model, then write the settings: errors of data and model come before anything is written."""
     tokenizer, length = _tokenizer(settings), _length(settings)
     with console.status("reading the data"):
         found = rows(settings.data, settings.split, settings.subset)
@@ -142,7 +149,7 @@ def prepared(settings: Settings, out: Path, save_every: int | None, checkpoint: 
         model=model,
         args=_arguments(settings, out, save_every, len(learnt), mixed),
         data_collator=partial(batch_of, pad=_pad(tokenizer), length=length),
-        train_dataset=learnt,  # type: ignore[arg-type] (a list is a data set: it has a length and items)
+        train_dataset=learnt,  # type: ignore[arg-type] (a list works as a dataset)
         eval_dataset=held_out or None,  # type: ignore[arg-type]
         callbacks=[chosen, watch],
         seen=seen,
@@ -161,7 +168,7 @@ def _model(settings: Settings, tokenizer: Any) -> tuple[nn.Module, bool]:
     has = model.config.get_text_config().vocab_size
     if len(tokenizer) > has:
         raise Failure(
-            f"The tokenizer has {len(tokenizer)} tokens, the model {has}: they don't belong together (--tokenizer)."
+            f"The tokenizer has {len(tokenizer)} tokens, the model {has}. Choose the model's tokenizer (--tokenizer)."
         )
     return model, mixed
 
@@ -174,26 +181,26 @@ def _tokenizer(settings: Settings) -> Any:
 
 
 def _length(settings: Settings) -> int:
-    """As asked for, and no more than the model has positions."""
+    """The length of the settings, at most the number of positions of the model."""
     return min(settings.length, models.longest(settings.model) or settings.length)
 
 
 def _pad(tokenizer: Any) -> int:
-    """Padding has no labels and no attention: any token will do."""
+    """The token id for padding. Without a pad token any id works: padding has no labels and is masked in attention."""
     return next((each for each in (tokenizer.pad_token_id, tokenizer.eos_token_id) if each is not None), 0)
 
 
 def split(
     made: list[dict[str, list[int]]], held_out: int | None, seed: int
 ) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
-    """Sequences to learn from, and those held out: as many as asked for, or a tenth, at most 64.
+    """Split sequences at random into (training, held out). The default for ``held_out`` is a tenth, at most 64.
 
     Raises:
-        Usage: nothing would be left.
+        Usage: no training sequence would be left.
     """
     count = min(64, len(made) // 10) if held_out is None else held_out
     if count >= len(made):
-        raise Usage(f"--held-out {count}: nothing is left of {len(made)} sequences.")
+        raise Usage(f"--held-out {count}: this leaves none of the {len(made)} sequences for training. Lower it.")
     order = list(range(len(made)))
     random.Random(seed).shuffle(order)
     chosen = set(order[:count])
@@ -255,7 +262,7 @@ def _write_beginning(settings: Settings, out: Path, data: Sequences) -> None:
 
 
 def _held_out_loss(work: Work, when: str) -> float | None:
-    """Mean over all labelled tokens that were held out; of the beginning, as it was then."""
+    """Mean loss of the held-out labelled tokens; None without any. A resumed run keeps the value that it recorded."""
     known = work.watch.seen.run.settings
     name = f"held-out loss {when}"
     if work.held_out and name not in known:
@@ -269,18 +276,18 @@ def _finished(work: Work) -> bool:
 
 
 def _interrupted(work: Work) -> Interrupted:
-    """What was saved, and how to go on."""
+    """The error that says what was saved and how to resume."""
     checkpoint = get_last_checkpoint(str(work.out))
     if checkpoint is None:
         return Interrupted("Interrupted before anything was saved.")
     again = resume_command(sys.argv)
     step = int(checkpoint.rpartition("-")[2])
-    message = f"Interrupted; saved after step {step} in {checkpoint}. Go on with:\n  {again}"
+    message = f"Interrupted; saved step {step} to {checkpoint}. Resume with:\n  {again}"
     return Interrupted(message, checkpoint=checkpoint, resume=again)
 
 
 def resume_command(arguments: list[str]) -> str:
-    """The command that goes on with the run that was begun with ``arguments``.
+    """The command that resumes the run that was started with ``arguments``.
 
     >>> resume_command(["/usr/bin/tokenseek", "finetune", "m", "my data.txt"])
     "tokenseek finetune m 'my data.txt' --resume"
@@ -310,7 +317,10 @@ def _report(work: Work) -> None:
 
 
 def _explain(work: Work, run: Run) -> None:
-    """Memory and graph of the longest batch. Where they can't be had the report says why: the run is done, and not lost for them."""
+    """Add memory and graph of the longest batch to the run. On any error the report gives the reason in their place.
+
+    The run has ended successfully by then: no error here may lose it.
+    """
     run.settings.pop(_MISSING, None)
     longest = sorted(work.learnt, key=lambda each: len(each["input_ids"]))[-work.settings.batch :]
     device = next(work.model.parameters()).device
@@ -320,7 +330,7 @@ def _explain(work: Work, run: Run) -> None:
             work.model, {name: x.to(device) for name, x in batch.items()}, work.settings.options
         )
     except Exception as error:
-        error = getattr(error, "inner_exception", error)  # Dynamo's, around what a backend raised
+        error = getattr(error, "inner_exception", error)  # Dynamo wraps what a backend raises
         found = Explanation(f"{type(error).__name__}: {error}")
     if found.refusal:
         run.settings[_MISSING] = f"split of memory, graph: {found.refusal.splitlines()[0]}"
@@ -331,8 +341,11 @@ def _explain(work: Work, run: Run) -> None:
 
 
 def _compared(work: Work) -> dict[str, Any]:
-    """The same run on all tokens, from the same weights: its steps for the report, its figures. The trained model is given up for it."""
-    work.console.print("The same on all tokens:")
+    """Repeat the run on all tokens from the same initial weights; return its figures and keep its steps for the report.
+
+    The memory of the trained model is freed first.
+    """
+    work.console.print("The same run on all tokens:")
     _give_up(work.model, work.trainer.optimizer)
     compiler = {name: work.settings.options[name] for name in _COMPILER if name in work.settings.options}
     settings = replace(work.settings, options={"keep_ratio": 1.0} | compiler)
@@ -341,7 +354,7 @@ def _compared(work: Work) -> dict[str, Any]:
         other.trainer.train()
     if other.watch.stop.asked and not _finished(other):
         raise Interrupted(
-            f"Interrupted while it was compared with all tokens. The run itself is done: {work.out / _REPORT}"
+            f"Interrupted during the run on all tokens. The run on kept tokens is complete: {work.out / _REPORT}"
         )
     work.watch.seen.run.plain = steps = other.watch.seen.run.steps
     return {
@@ -353,7 +366,7 @@ def _compared(work: Work) -> dict[str, Any]:
 
 
 def _give_up(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Weights, gradients and states are empty from here on: Trainer and accelerate hold the tensors in many places."""
+    """Free weights, gradients and optimizer states in place: Trainer and accelerate hold references to the tensors."""
     for each in [*model.parameters(), *model.buffers()]:
         each.grad = None
         each.data = each.data.new_empty(0)
@@ -411,13 +424,13 @@ def _lines(f: dict[str, Any]) -> list[tuple[str, str]]:
     other = f.get("all_tokens", {})
     beside = [] if not other else [("on all tokens", _beside(other))]
     return [
-        ("data", f"{f['rows']:,} rows, {f['tokens']:,} tokens, {f['labelled']:,} of them learnt"),
-        ("left out", f"{f['skipped']:,} rows that can't be used; the end of {f['cut']:,} that were too long"),
+        ("data", f"{f['rows']:,} rows, {f['tokens']:,} tokens, {f['labelled']:,} of them labelled"),
+        ("left out", f"{f['skipped']:,} rows skipped, {f['cut']:,} sequences truncated"),
         ("steps", f"{f['steps']:,} in {f['seconds']:,.1f} s{step}"),
         ("loss, first and last step", f"{_loss(f['loss_first'])} -> {_loss(f['loss_last'])}"),
         ("held-out loss", held),
         *beside,
-        ("tokens kept", f"{share(f['kept'])}, of labelled ones {share(f['kept_labelled'])}"),
+        ("tokens kept", f"{share(f['kept'])}; of labelled tokens {share(f['kept_labelled'])}"),
         ("peak memory", _megabytes(f["peak_bytes"])),
         ("model", f["model"]),
         ("report", f["report"]),
@@ -434,5 +447,5 @@ def _megabytes(value: int | None) -> str:
 
 def _beside(other: dict[str, Any]) -> str:
     held = "" if other["held_out_after"] is None else f"held-out loss {other['held_out_after']:.4f}, "
-    step = "" if other["step_seconds"] is None else f", {other['step_seconds']:.3f} s a step"
+    step = "" if other["step_seconds"] is None else f", {other['step_seconds']:.3f} s per step"
     return f"{held}loss of the last step {_loss(other['loss_last'])}{step}, peak {_megabytes(other['peak_bytes'])}"

@@ -1,4 +1,4 @@
-"""Models by path or hub id: real, with random weights, or without any (the meta device)."""
+"""Load models by path or hub id: with their weights, with random ones, or without any (on the meta device)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA: ``targets`` are names of linear layers, or ("all-linear",). ``quantised``: the base in 4 bits (QLoRA)."""
+    """LoRA. ``targets``: names of linear layers, or ("all-linear",). ``quantised``: the base has 4 bits (QLoRA)."""
 
     rank: int = 16
     alpha: int = 32
@@ -31,7 +31,7 @@ def config_of(model: str) -> Any:
     """The configuration of a model.
 
     Raises:
-        Failure: there is none at the path, or the hub can't be reached.
+        Failure: the path has none, or the hub can't be reached.
     """
     transformers = library("transformers")
     with _told("", model):
@@ -42,7 +42,7 @@ def tokenizer_of(model: str) -> Any:
     """The tokenizer of a model.
 
     Raises:
-        Failure: there is none at the path, or the hub can't be reached.
+        Failure: the path has none, or the hub can't be reached.
     """
     transformers = library("transformers")
     with _told("the tokenizer of ", model):
@@ -60,7 +60,7 @@ def with_weights(model: str, dtype: torch.dtype, device: str, adapter: Adapter |
     """The model with its weights, or random ones, on ``device``, in training mode.
 
     Raises:
-        Failure: there are no weights and random ones were not asked for, or the hub can't be reached.
+        Failure: there are no weights and ``random`` is off, or the hub can't be reached.
     """
     if random:
         made = _causal().from_config(config_of(model), dtype=dtype).to(device)
@@ -71,7 +71,7 @@ def with_weights(model: str, dtype: torch.dtype, device: str, adapter: Adapter |
 
 def _loaded(model: str, dtype: torch.dtype, device: str, adapter: Adapter | None) -> Any:
     if Path(model).is_dir() and not any(next(Path(model).glob(each), None) for each in _WEIGHTS):
-        raise Failure(f"{model} has no weights, only a configuration: train random ones with --random-weights.")
+        raise Failure(f"{model} has a configuration, but no weights. Start from random ones with --random-weights.")
     with _told("", model):
         if adapter and adapter.quantised:
             return _causal().from_pretrained(checked(model), dtype=dtype, **_quantised(dtype, device))
@@ -79,14 +79,18 @@ def _loaded(model: str, dtype: torch.dtype, device: str, adapter: Adapter | None
 
 
 def _quantised(dtype: torch.dtype, device: str) -> dict[str, Any]:
-    """Quantised weights are put onto their device as they are loaded."""
+    """Arguments of ``from_pretrained`` for 4-bit weights, which are put on their device while they load."""
     library("bitsandbytes")
     settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
     return {"quantization_config": library("transformers").BitsAndBytesConfig(**settings), "device_map": {"": device}}
 
 
 def adapted(model: Any, adapter: Adapter | None) -> Any:
-    """The model with LoRA in it, all else frozen."""
+    """The model with LoRA adapters; all other parameters are frozen.
+
+    Raises:
+        Usage: a target names no layer.
+    """
     if adapter is None:
         return model
     peft = library("peft")
@@ -94,15 +98,15 @@ def adapted(model: Any, adapter: Adapter | None) -> Any:
     settings = {"r": adapter.rank, "lora_alpha": adapter.alpha, "lora_dropout": adapter.dropout}
     try:
         return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **settings))
-    except ValueError as error:  # of targets that aren't there
+    except ValueError as error:  # a target doesn't exist
         raise Usage(f"--lora-targets {','.join(adapter.targets)}: {error}") from None
 
 
 def _ready(model: Any) -> nn.Module:
     model.config.use_cache = False
     for each in model.modules():
-        if hasattr(each, "support_avx512bf16_for_cpu"):  # in evaluation bitsandbytes repacks 4-bit weights, in place,
-            each.support_avx512bf16_for_cpu = False  # for a product without a gradient: training went on with it
+        if hasattr(each, "support_avx512bf16_for_cpu"):  # evaluation would make bitsandbytes repack 4-bit weights in
+            each.support_avx512bf16_for_cpu = False  # place, for a matmul that gives no gradient in later training
     return model.train()
 
 
@@ -114,7 +118,7 @@ def library(name: str) -> Any:
     """Import an optional library.
 
     Raises:
-        Failure: it isn't installed; the message names the pip command.
+        Failure: it can't be imported; the message names the pip command.
     """
     import importlib
 
@@ -129,23 +133,23 @@ def checked(model: str) -> str:
     """The path of a model's directory, or a hub id.
 
     Raises:
-        Failure: it looks like a path, but nothing is there, or no configuration.
+        Failure: it looks like a path, but doesn't exist or has no configuration.
     """
     path = Path(model).expanduser()
     if path.name == "config.json":
         path = path.parent
     if path.is_dir():
         if not (path / "config.json").exists():
-            raise Failure(f"{model} is no model: the directory has no config.json.")
+            raise Failure(f"{model} is not a model: the directory has no config.json.")
         return str(path)
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise Failure(f"{model}: there is no such directory.")
+        raise Failure(f"{model}: no such directory.")
     return model
 
 
 @contextmanager
 def _told(what: str, model: str) -> Iterator[None]:
-    """Errors of loading, in a line."""
+    """Turn errors of loading into a ``Failure`` of one line."""
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
@@ -153,7 +157,7 @@ def _told(what: str, model: str) -> Iterator[None]:
         here = (
             ""
             if Path(model).exists()
-            else " There is no directory of this name here; is the hub id right, and the hub in reach?"
+            else " There is no such directory here: check the hub id and the connection to the hub."
         )
         raise Failure(f"{what}{model} can't be loaded: {first}{here}") from None
 
@@ -161,7 +165,8 @@ def _told(what: str, model: str) -> Iterator[None]:
 def device_and_dtype(dtype: str, adapter: Adapter | None) -> tuple[str, torch.dtype, bool]:
     """Device, dtype of the weights, and whether autocast to bfloat16 is on.
 
-    ``dtype`` "auto": float32 on the CPU; on a GPU that has bfloat16, its frozen base in it, or all in float32 under autocast.
+    ``dtype`` "auto" is float32 on the CPU; on a GPU with bfloat16 it is bfloat16 for the frozen base of an adapter, and
+    otherwise float32 under autocast.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
@@ -171,7 +176,7 @@ def device_and_dtype(dtype: str, adapter: Adapter | None) -> tuple[str, torch.dt
 
 
 def adapter_of(lora: bool, qlora: bool, rank: int, alpha: int | None, dropout: float, targets: str) -> Adapter | None:
-    """LoRA as asked for on the command line; None for full training."""
+    """The adapter that the options of the command line describe; None for full training."""
     if not (lora or qlora):
         return None
     names = tuple(name.strip() for name in targets.split(","))
@@ -179,14 +184,14 @@ def adapter_of(lora: bool, qlora: bool, rank: int, alpha: int | None, dropout: f
 
 
 def batch_for(model: nn.Module, batch: int, length: int) -> dict[str, Any]:
-    """Random token ids [batch, length] with labels, on the model's device."""
+    """Random token ids, labels and a mask of ones, int64 [batch, length], on the model's device."""
     vocabulary, device = model.config.get_text_config().vocab_size, next(model.parameters()).device
     ids = torch.randint(vocabulary, (batch, length), device=device)
     return {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
 
 
 def longest(model: str) -> int | None:
-    """The number of positions that the model has, where its configuration tells."""
+    """The number of positions of the model; None if its configuration doesn't give it."""
     return getattr(config_of(model).get_text_config(), "max_position_embeddings", None)
 
 

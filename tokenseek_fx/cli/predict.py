@@ -1,4 +1,4 @@
-"""Explain and estimate: what would be done with a model, and whether it fits, without weights or a GPU."""
+"""Explain and estimate: how a model would be rewritten and whether it fits, without weights or a GPU."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import fx, nn
 from torch._guards import TracingContext, tracing
 
 from ..config import Config
-from ..estimate import bytes_of, examples_of, on_device, traceable
-from ..estimate import estimate as estimate_model
-from ..explain import Explanation, explain_graph, first_graph
+from ..estimation import bytes_of, examples_of, on_device, traceable
+from ..estimation import estimate as estimate_model
+from ..explanation import Explanation, explain_graph, first_graph
 from .answer import Answer, Failure, progress_console
 from .models import Adapter, batch_for, without_weights
 
@@ -35,7 +35,7 @@ def explain(model: str, batch: int, length: int, adapter: Adapter | None, option
 
 
 def explain_without_weights(model: nn.Module, batch: dict[str, Any], options: dict[str, Any]) -> Explanation:
-    """``tokenseek_fx.explain`` of a model that is anywhere, the meta device included; nothing is printed."""
+    """``tokenseek_fx.explain`` of a model on any device, including meta; prints nothing."""
     found: list[Explanation] = []
 
     def look(gm: fx.GraphModule, values: Sequence[Any]) -> None:
@@ -75,7 +75,12 @@ def estimate(
     optimizer: str,
     options: dict[str, Any],
 ) -> Answer:
-    """The peak of a step on a GPU for every length and ratio, plain ``torch.compile`` beside them, and what fits where."""
+    """The peak memory of a step on a GPU for each length and ratio, and for plain ``torch.compile``; which GPUs fit it.
+
+    Raises:
+        ConfigError: an amount of ``gpus`` is not like 24GB or 24GiB.
+        Failure: the model can't be loaded.
+    """
     sizes = {gpu: bytes_of(gpu) for gpu in gpus}
     made = without_weights(model, adapter)
     rows = list(_estimates(made, batch, lengths, ratios, DTYPES[dtype], optimizer, options))
@@ -129,5 +134,5 @@ def _footnote(settings: dict[str, Any], options: dict[str, Any]) -> str:
     others = "".join(f", {name}={value}" for name, value in options.items())
     return (
         f"{settings['model']}: {how}, batch {settings['batch']}, {settings['dtype']}, {settings['optimizer']}{others}. "
-        "An estimate: kernels' own memory, CUDA's context and the allocator's slack come on top."
+        "An estimate: it leaves out kernels' workspaces, the CUDA context and the allocator's fragmentation."
     )

@@ -1,4 +1,4 @@
-"""What is seen of a run while it trains: its record for the report, the progress on the terminal, and the wish to stop."""
+"""Watch a run while it trains: record it for the report, show progress, and stop it on a signal."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from ..recording import Selection
 from ..report import Example, Run, Step
 
 _MIB = 2**20
-_BINS = 20  # of relative positions
-_TIMES, _SEQUENCES = 8, 2  # how often examples are kept, and how many at a time
-_NAME = 48  # characters of a sequence that name it
+_BINS = 20  # bins of relative positions
+_TIMES, _SEQUENCES = 8, 2  # examples are recorded this many times in a run, and this many at a time
+_NAME = 48  # the first characters of a sequence are its name
 _FIELDS = ("scores", "attention", "gradient", "loss", "labelled")
 
 
@@ -38,7 +38,7 @@ class Seen:
         self.overlaps: list[float] = []
 
     def forward(self, inputs: dict[str, Tensor], selection: Selection | None) -> None:
-        """One batch went through the model."""
+        """Record a batch (``input_ids``, ``attention_mask``: [B, T]) and its selection. None: all tokens were kept."""
         if selection is None:
             return
         lengths = inputs["attention_mask"].sum(1).tolist()
@@ -67,7 +67,7 @@ class Seen:
         return Example(self.step + 1, "".join(tokens)[:_NAME], tokens, kept, **known)
 
     def logged(self, step: int, logs: dict[str, Any], seconds: float | None) -> None:
-        """Figures of the steps since the last log."""
+        """Record the figures of the steps since the last log; ``seconds``: of one step."""
         overlap = sum(self.overlaps) / len(self.overlaps) if self.overlaps else None
         self.overlaps = []
         peak = logs.get(f"{PREFIX}peak_mib")
@@ -84,7 +84,7 @@ class Seen:
         )
 
     def save(self) -> Run:
-        """Write what is known so far."""
+        """Write the run as recorded so far, and return it."""
         if total := float(self.counts.sum()):
             self.run.positions = [float(each) / total for each in self.counts]
         self.run.save(self.directory)
@@ -92,11 +92,11 @@ class Seen:
 
 
 class Watch(TrainerCallback):
-    """Shows progress, keeps the record, and stops the run with a checkpoint once ``stop`` says so."""
+    """Shows progress, records the run, and stops it with a checkpoint after ``stop`` was called."""
 
     def __init__(self, seen: Seen, stop: Stop, console: Console) -> None:
         self.seen, self.stop, self.times = seen, stop, list[float]()
-        self.compiled = False  # the first step compiles: its time tells nothing of the others
+        self.compiled = False  # the first step compiles and isn't timed
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
         note = TextColumn("{task.fields[note]}")
         self.progress = Progress(*columns, TimeRemainingColumn(), note, console=console)
@@ -154,7 +154,7 @@ def _note(logs: dict[str, Any], seconds: float | None) -> str:
 
 
 class SeeingTrainer(Trainer):
-    """The Trainer, which tells ``seen`` of every batch and of what was kept of it."""
+    """A Trainer that passes each batch and its selection to ``seen``."""
 
     def __init__(self, *args: Any, seen: Seen, chosen: TokenSeekCallback, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -167,7 +167,7 @@ class SeeingTrainer(Trainer):
 
 
 class Stop:
-    """``asked``: the number of the signal that asked to stop; 0 as long as none did."""
+    """A signal handler. ``asked``: the number of the first signal, 0 before it. A second signal stops at once."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
         self.asked, self.say = 0, say
@@ -176,12 +176,12 @@ class Stop:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = number
-        self.say("Stopping with a checkpoint after this step; once more stops at once.")
+        self.say("Saving a checkpoint after this step, then stopping. Repeat the signal to stop at once.")
 
 
 @contextmanager
 def stopping(stop: Stop, signals: Sequence[int] = (signal.SIGINT, signal.SIGTERM)) -> Iterator[None]:
-    """Under it these signals ask ``stop``."""
+    """Handle these signals by ``stop`` inside the context; restore the handlers after it."""
     before = {each: signal.signal(each, stop) for each in signals}
     try:
         yield
@@ -191,6 +191,6 @@ def stopping(stop: Stop, signals: Sequence[int] = (signal.SIGINT, signal.SIGTERM
 
 
 def resumed(run: Run, step: int) -> Run:
-    """The run as it was at ``step``: what came after its checkpoint is done again."""
+    """The run up to ``step``, the step of its checkpoint: later steps will be repeated."""
     steps = [each for each in run.steps if each.step <= step]
     return replace(run, steps=steps, examples=[each for each in run.examples if each.step <= step])

@@ -1,4 +1,4 @@
-"""The process that measures one way to train: ``python -m tokenseek_fx.cli.worker TASK``, a line of JSON in and out."""
+"""The process that measures one way to train: ``python -m tokenseek_fx.cli.worker TASK`` reads and prints JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .models import Adapter, batch_for, device_and_dtype, with_weights
 
 
 def measure(task: Task) -> dict[str, Any]:
-    """Seconds of the first step, which compiles, and of a later one (the median), and peak bytes of these."""
+    """Seconds of the first step, which compiles; the median of later steps; and their peak bytes beyond the model's."""
     torch.manual_seed(0)
     device, dtype, mixed = device_and_dtype(task.dtype, task.adapter)
     model = with_weights(task.model, dtype, device, task.adapter, random=True)
@@ -37,7 +37,7 @@ def measure(task: Task) -> dict[str, Any]:
 
 
 def prepare(model: Any, task: Task) -> None:
-    """Switch the way on."""
+    """Prepare the model for the task's way to train: compile it, or switch gradient checkpointing on."""
     if task.way == "compile":
         model.compile()
     elif task.way == "tokenseek":
@@ -56,12 +56,12 @@ def _timed(model: nn.Module, batch: dict[str, Tensor], optimizer: torch.optim.Op
         loss = model(**batch).loss
     loss.backward()
     optimizer.step()
-    loss.item()  # waits for the device
+    loss.item()  # wait for the device
     return time.perf_counter() - start
 
 
 def _in_use(device: str) -> int | None:
-    """Bytes in use now; the peak is counted from here on. None where the system doesn't tell (a CPU, not Linux)."""
+    """Reset the peak and return the bytes in use. None if the system can't reset it (CPU training outside Linux)."""
     gc.collect()
     if not forget_peak(torch.device(device)):
         return None
@@ -69,7 +69,7 @@ def _in_use(device: str) -> int | None:
 
 
 def main() -> None:
-    """Measure the task that is given."""
+    """Measure the task given as JSON in the first argument."""
     given = json.loads(sys.argv[1])
     adapter = given.pop("adapter")
     if adapter:

@@ -1,4 +1,4 @@
-"""Where users train: callbacks for training libraries. Each needs its library, which is imported with the callback."""
+"""Callbacks for training libraries. A callback imports its library, which this package doesn't install."""
 
 from typing import TYPE_CHECKING, Any
 

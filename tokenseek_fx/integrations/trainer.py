@@ -1,4 +1,4 @@
-"""transformers' Trainer: compile at the right moment, figures in the logs, nothing else changed."""
+"""A callback for transformers' Trainer: compiles the model for training and adds figures to the logs."""
 
 from __future__ import annotations
 
@@ -23,26 +23,32 @@ from .trl import PlainHead, fused_head
 from .watched import Watched
 
 PREFIX = "tokenseek_"
-#: What transformers and PEFT call the hook that makes embeddings require grad.
+#: The name, in transformers and PEFT, of the hook that makes the outputs of embeddings require grad.
 _INPUT_HOOK = "make_inputs_require_grad"
 
 
 class TokenSeekCallback(TrainerCallback):
-    """Trains the model of a ``Trainer`` on selected tokens: ``Trainer(..., callbacks=[TokenSeekCallback(keep_ratio=0.2)])``.
+    """Train a ``Trainer``'s model on selected tokens: ``Trainer(..., callbacks=[TokenSeekCallback(keep_ratio=0.2)])``.
 
-    Training forwards are compiled in place while the Trainer trains. Evaluation, checkpoints, resuming, accumulation and mixed
-    precision are the Trainer's own, without a compiler. Training logs get these figures, of the steps since the last log:
-    ``tokenseek_kept``, ``tokenseek_kept_labelled`` (shares of the tokens, of the labelled ones), ``tokenseek_scoring_share`` (of
-    the step's matrix products), ``tokenseek_recompiles``, ``tokenseek_activations_mib`` (what one forward saved for backward),
-    ``tokenseek_peak_mib`` (the most that was allocated on the device; on the CPU, resident). For the last one the beginning and every
-    log reset the peak that PyTorch or Linux counts for the process; elsewhere it is the most so far. With several processes the
-    figures are those of the process that logs.
+    Training forwards are compiled in place during training. Evaluation, checkpoints, resuming, accumulation and mixed
+    precision stay the Trainer's, without a compiler. Training logs get these figures of the steps since the last log:
+
+    - ``tokenseek_kept``, ``tokenseek_kept_labelled``: the kept fraction of the tokens and of the labelled tokens.
+    - ``tokenseek_scoring_share``: the fraction of the step's matrix-product FLOPs that chooses the tokens.
+    - ``tokenseek_recompiles``: the training graphs after the first.
+    - ``tokenseek_activations_mib``: MiB that one forward saved for backward.
+    - ``tokenseek_peak_mib``: peak MiB allocated on the device; on the CPU, peak resident memory.
+
+    The start of training and each log reset the peak that PyTorch or Linux keeps for the process; where it can't be
+    reset, it is the peak since the process started. With several processes the figures are those of the process that
+    logs.
 
     Args:
         options: fields of ``Config``.
 
     Raises:
-        ConfigError: a bad option; or, when training begins, a model that is compiled already or copied by ``DataParallel``.
+        ConfigError: an option is invalid; or, when training begins, the model is already compiled or is copied by
+            ``DataParallel``, ``torch_compile`` is set, or TRL computes its loss in a way that can't be compiled.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -52,7 +58,7 @@ class TokenSeekCallback(TrainerCallback):
 
     @property
     def selection(self) -> Selection | None:
-        """That of the last training forward (``None``: it kept all tokens)."""
+        """The selection of the last training forward. None: it kept all tokens."""
         return self.watched.selection
 
     def on_train_begin(
@@ -61,7 +67,7 @@ class TokenSeekCallback(TrainerCallback):
         _refuse(args, model)
         _go_first(self)
         self.watched = Watched(self.config)
-        self.settings.close()  # those of a run that was interrupted
+        self.settings.close()  # of an interrupted run
         self.settings.callback(compat.call_in_place, model, None)
         if args.parallel_mode is ParallelMode.DISTRIBUTED:
             self.settings.enter_context(whole_graphs())
@@ -71,7 +77,7 @@ class TokenSeekCallback(TrainerCallback):
         forget_peak(next(model.parameters()).device)
 
     def on_step_begin(self, args: TrainingArguments, *others: Any, model: nn.Module, **kwargs: Any) -> None:
-        if not _is_reentrant(args):  # DPO's forward of the reference has them put back
+        if not _is_reentrant(args):  # DPO's forward of the reference model adds them again
             remove_input_hooks(model)
 
     on_substep_end = on_step_begin
@@ -85,12 +91,12 @@ class TokenSeekCallback(TrainerCallback):
         logs: dict[str, Any],
         **kwargs: Any,
     ) -> None:
-        if "loss" not in logs:  # of evaluation, or the summary at the end
+        if "loss" not in logs:  # logs of an evaluation, or the final summary
             return
         device = next(model.parameters()).device
         figures = {PREFIX + name: value for name, value in self.watched.figures(device).items()}
         logs.update(figures)
-        state.log_history[-1].update(figures)  # a copy, made before callbacks saw the logs
+        state.log_history[-1].update(figures)  # a copy of the logs that was made before callbacks ran
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -99,7 +105,7 @@ class TokenSeekCallback(TrainerCallback):
 
 
 class InPlace:
-    """What ``model(...)`` runs while it is trained: forwards with gradient compiled, all others as they are."""
+    """Replaces ``model(...)`` during training: compiles forwards with gradient and runs all others as they are."""
 
     def __init__(self, model: nn.Module, backend: Watched) -> None:
         self.plain = model._call_impl
@@ -122,7 +128,10 @@ def _is_reentrant(args: TrainingArguments) -> bool:
 
 @contextmanager
 def without_input_hooks(model: nn.Module) -> Iterator[None]:
-    """Embeddings are not made to require grad: that serves reentrant checkpointing alone, and Dynamo can't trace it."""
+    """Remove the hooks that make embeddings require grad, and restore them on exit.
+
+    Only reentrant checkpointing needs these hooks, and Dynamo can't trace them.
+    """
     found = remove_input_hooks(model)
     yield
     remove_input_hooks(model)
@@ -131,7 +140,10 @@ def without_input_hooks(model: nn.Module) -> Iterator[None]:
 
 
 def remove_input_hooks(model: nn.Module) -> list[tuple[dict[int, Any], int, Any]]:
-    """Several libraries may have asked for these hooks, and transformers knows the last alone: all are found by their name."""
+    """Remove the hooks that make embeddings require grad. Return, for each, (the module's hooks, its key, the hook).
+
+    They are found by name: several libraries may have added one, and transformers keeps a handle of the last one only.
+    """
     every = [(module._forward_hooks, *item) for module in model.modules() for item in module._forward_hooks.items()]
     found = [(hooks, key, hook) for hooks, key, hook in every if getattr(hook, "__name__", "").startswith(_INPUT_HOOK)]
     for hooks, key, _ in found:
@@ -140,12 +152,12 @@ def remove_input_hooks(model: nn.Module) -> list[tuple[dict[int, Any], int, Any]
 
 
 def whole_graphs() -> AbstractContextManager:
-    """Dynamo leaves graphs under DDP whole (``optimize_ddp``); says so where that changes anything."""
+    """Keep Dynamo from splitting graphs under DDP (``optimize_ddp``), and warn if that changes the setting."""
     config = torch._dynamo.config
     if config.optimize_ddp:
         warnings.warn(
-            "tokenseek: torch._dynamo.config.optimize_ddp is off while the Trainer trains. It would split the model between the buckets "
-            "of DDP, and a part of a model can't choose tokens.",
+            "tokenseek: torch._dynamo.config.optimize_ddp is switched off during training. It would split the model at "
+            "DDP's gradient buckets, and a fragment of a model can't select tokens.",
             TokenSeekWarning,
             stacklevel=2,
         )
@@ -155,27 +167,28 @@ def whole_graphs() -> AbstractContextManager:
 def _refuse(args: TrainingArguments, model: nn.Module) -> None:
     if args.parallel_mode is ParallelMode.NOT_DISTRIBUTED:
         raise ConfigError(
-            f"The Trainer spreads the model over {args.n_gpu} GPUs by DataParallel, which copies it for every step and can't be "
-            "compiled. Start one process for each GPU (torchrun, accelerate launch), or set CUDA_VISIBLE_DEVICES=0."
+            f"The Trainer runs the model on {args.n_gpu} GPUs with DataParallel, which copies it in every step and "
+            "can't be compiled. Start one process for each GPU (torchrun, accelerate launch), or set "
+            "CUDA_VISIBLE_DEVICES=0."
         )
     if args.torch_compile:
         raise ConfigError(
-            "torch_compile=True would compile the model around TokenSeekCallback, which compiles it. Leave it out."
+            "torch_compile=True would compile the model again, around TokenSeekCallback. Remove torch_compile."
         )
     if not isinstance(compat.called_in_place(model), InPlace | PlainHead | None):
         raise ConfigError(
-            "The model is compiled already. Leave out model.compile(...) and give its options to TokenSeekCallback(...)."
+            "The model is already compiled. Remove model.compile(...) and pass its options to TokenSeekCallback(...)."
         )
 
 
 def _go_first(callback: TrainerCallback) -> None:
-    """Trackers (``report_to``) come before callbacks of the user's: they would not see figures that are added after them.
+    """Move the callback before the trackers (``report_to``), which otherwise run first and miss the figures added here.
 
-    transformers gives callbacks nothing of what calls them; it is found on the stack.
+    transformers doesn't pass callbacks their handler, so it is found on the stack.
     """
     frame = sys._getframe(1)
     while frame is not None and not isinstance(handler := frame.f_locals.get("self"), CallbackHandler):
         frame = frame.f_back
     if frame is not None and callback in handler.callbacks:
-        handler.callbacks.remove(callback)  # while the list is walked: those before move up by one, none is left out
+        handler.callbacks.remove(callback)  # during iteration: callbacks before it move up by one, so none is skipped
         handler.callbacks.insert(0, callback)

@@ -1,7 +1,8 @@
-"""TRL: its trainers ask the model for log-probabilities by a head of their own, which is switched off while the model is trained.
+"""TRL's trainers: their fused head, which computes log-probabilities, is replaced during training.
 
-That head (``fused_lm_head=True``) picks rows by data and is a custom autograd function: Dynamo splits the model there, or its
-backward runs over all tokens. Here the model's own head is traced instead, and what TRL reads is made of its logits.
+The fused head (``fused_lm_head=True``) selects rows depending on data and is a custom autograd function: Dynamo splits
+the model there, or its backward runs over all tokens. Here the model's own head is traced instead, and the outputs that
+TRL reads are computed from its logits.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ ASKED = "fused_lm_head"
 
 
 def fused_head(model: nn.Module) -> Mapping[str, Any] | None:
-    """The settings of the head that a trainer of TRL gave a model (``temperature``, ``outputs``); ``None``: it has none."""
+    """The settings (``temperature``, ``outputs``) of the fused head that TRL added to the model; None without one."""
     forwards = (vars(module).get(name) for module in model.modules() for name in ("forward", "_original_forward"))
     for forward in forwards:
         function = getattr(forward, "__func__", None)
@@ -33,23 +34,24 @@ def fused_head(model: nn.Module) -> Mapping[str, Any] | None:
 
 
 class PlainHead:
-    """What ``model(...)`` runs while a trainer of TRL trains it: forwards with gradient compiled with the model's own head.
+    """Replaces ``model(...)`` while TRL trains it: compiles forwards with gradient, with the model's own head.
 
-    ``summed``: the trainer adds up all log-probabilities with one factor (SFT). That is a loss inside the model, which tokens can be
-    scored and drawn by. Else (DPO) it does with them what it likes, and they carry gradient in the kept rows.
+    ``summed``: the trainer sums all log-probabilities with one factor (SFT). That is a loss inside the model, by which
+    tokens can be scored and drawn. Otherwise (DPO) the trainer uses the log-probabilities in any way, and those of the
+    kept rows carry gradient.
 
     Raises:
-        ConfigError: the model returns an auxiliary loss beside, or the head divides logits by a temperature.
+        ConfigError: the model returns an auxiliary loss, or the fused head divides logits by a temperature.
     """
 
     def __init__(self, model: nn.Module, head: Mapping[str, Any], backend: Watched, summed: bool) -> None:
         if getattr(getattr(model, "config", None), "output_router_logits", False):
             raise ConfigError(
-                "TRL adds the auxiliary loss of the experts outside of the model. Set router_aux_loss_coef=0.0."
+                "TRL adds the auxiliary loss of the experts outside the model. Set router_aux_loss_coef=0.0."
             )
         if head["temperature"] != 1:
             raise ConfigError(
-                f"TRL's head divides logits by {head['temperature']}, the model's own does not. Set temperature=1.0."
+                f"TRL's head divides logits by {head['temperature']}, the model's own doesn't. Set temperature=1.0."
             )
         self.plain = model._call_impl
         self.told = not summed or backend.config.logits == "keep"
@@ -78,7 +80,10 @@ class PlainHead:
 def _traced(
     forward: Callable[..., Any], summed: bool, asked: Collection[str] | None
 ) -> Callable[..., tuple[Tensor | None, dict[str, Tensor]]]:
-    """A forward of the loss (``summed``), a mean over labelled tokens, and of what TRL reads (``asked``; ``None``: nothing)."""
+    """A forward that returns (the mean loss over labelled tokens if ``summed``, the outputs ``asked`` for by TRL).
+
+    ``asked`` None: without such outputs.
+    """
 
     def traced(*args: Any, labels: Tensor, **kwargs: Any) -> tuple[Tensor | None, dict[str, Tensor]]:
         output = forward(*args, **kwargs, **({"labels": labels} if summed else {}))
@@ -89,16 +94,21 @@ def _traced(
 
 
 def unknown(loss: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """``selections_of`` without logits: every labelled token has the mean log-probability; entropy and accuracy are NaN, not a number that
-    would be wrong."""
+    """``selections_of`` without logits, [B, T - 1]: each labelled token gets the mean log-probability.
+
+    Entropy and accuracy are NaN, so that no wrong number is logged.
+    """
     mask = labels[:, 1:] != IGNORED
     nan = torch.full(mask.shape, torch.nan, device=mask.device)
     return {"log_probs": -loss.detach() * mask, "entropy": nan, "is_top1": nan, "label_mask": mask}
 
 
 def selections_of(logits: Tensor, labels: Tensor, asked: Collection[str]) -> dict[str, Tensor]:
-    """Of every token that has a next one, [B, T - 1] and 0 where that has no label: its ``log_probs``, ``label_mask``, and of the other
-    fields of TRL's ``FusedCausalLMOutput`` those ``asked`` for. ``logits``: [B, T, V]."""
+    """The fields of TRL's ``FusedCausalLMOutput``, each [B, T - 1]: one value for each token that predicts a next one.
+
+    ``log_probs`` (float32), ``label_mask`` (bool) and those of the others that ``asked`` names; values are 0 if the
+    next token has no label. ``logits``: [B, T, V]. ``labels``: int64 [B, T].
+    """
     labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
     mask, logits = labels != IGNORED, logits.float()
     losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
@@ -116,21 +126,21 @@ def selections_of(logits: Tensor, labels: Tensor, asked: Collection[str]) -> dic
 
 
 def _say(summed: bool) -> None:
-    metrics = ' For entropy and accuracy it makes the logits of all tokens; logits="drop" does without them.'
+    metrics = ' Entropy and accuracy need the logits of all tokens; set logits="drop" to do without both.'
     outside = (
-        " The trainer computes its loss outside of it: tokens that have no label teach nothing there, keep the others first "
-        '(scorer="random", labelled_first=1.0).'
+        " The trainer computes its loss outside the model, where tokens without a label have no effect. Keep labelled "
+        'tokens first (scorer="random", labelled_first=1.0).'
     )
     warnings.warn(
-        "tokenseek: TRL's fused head is off in training forwards: it picks tokens by data, which no graph can hold. The model's own "
-        f"head is used.{metrics if summed else outside}",
+        "tokenseek: TRL's fused head is off in training forwards: its choice of tokens depends on data and can't be "
+        f"traced. The model's own head is used.{metrics if summed else outside}",
         TokenSeekWarning,
         stacklevel=2,
     )
 
 
 class _SumOf(torch.autograd.Function):
-    """``log_probs`` [B, T - 1], whose sum has the gradient of ``-total``."""
+    """``log_probs`` [B, T - 1] with a backward in which their sum has the gradient of ``-total``."""
 
     @staticmethod
     def forward(ctx: Any, log_probs: Tensor, mask: Tensor, total: Tensor) -> Tensor:

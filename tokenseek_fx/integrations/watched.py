@@ -1,4 +1,4 @@
-"""The backend, and what its graphs did: the figures that callbacks log."""
+"""The backend with an account of its forwards: the figures that callbacks log."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..backend import Trained, compile_graph
+from ..compilation import Trained, compile_graph
 from ..compiled import Rewritten
 from ..config import Config
-from ..explain import flops_of_step
+from ..explanation import flops_of_step
 from ..passes.memory.recompute import RecomputePlan
 from ..passes.streams.trace import Rewrite
 from ..peak import forget_peak, peak_bytes
@@ -21,14 +21,14 @@ from ..recording import Recording, Selection, record
 from ..variants import Variants
 
 MIB = 2**20
-#: What the step does to choose tokens, beside the forward of all of them.
+#: The work of a step that chooses tokens, beside the forward over all tokens.
 _CHOOSING = ("scoring", "select")
 
 
 class Watched:
-    """The backend with a config, as ``torch.compile(backend=...)`` takes it, which keeps account of its training forwards.
+    """The backend for ``torch.compile(backend=...)``, with a config, that keeps an account of its training forwards.
 
-    ``selection``: that of the last training forward (``None``: it kept all tokens).
+    ``selection``: that of the last training forward. None: it kept all tokens.
     """
 
     def __init__(self, config: Config) -> None:
@@ -59,11 +59,12 @@ class Watched:
         return outputs
 
     def figures(self, device: torch.device) -> dict[str, float]:
-        """What to log of the forwards since the last call; a figure that is not known is left out.
+        """The figures to log of the forwards since the last call; an unknown figure is omitted.
 
-        ``kept``: share of the tokens; ``kept_labelled``: share of the labelled ones. ``scoring_share``: what choosing tokens takes of
-        the matrix products of a step. ``recompiles``: training graphs after the first. ``activations_mib``: what one forward saved for
-        backward. ``peak_mib``: the most that was allocated on the device, by whatever ran since then; on the CPU, resident.
+        ``kept``: the kept fraction of the tokens; ``kept_labelled``: that of the labelled tokens. ``scoring_share``:
+        the fraction of a step's matrix-product FLOPs that chooses tokens. ``recompiles``: training graphs after the
+        first. ``activations_mib``: MiB that one forward saved for backward. ``peak_mib``: peak MiB allocated on the
+        device since the last call, by any code; on the CPU, peak resident memory.
         """
         peak = peak_bytes(device)
         known = {
@@ -79,7 +80,7 @@ class Watched:
 
 
 class _Counts:
-    """Tokens and labelled tokens, and how many of them were kept. The latter stay on the device until they are asked for."""
+    """Counts of tokens and labelled tokens, all and kept. Labelled counts stay on the device until they are read."""
 
     def __init__(self) -> None:
         self.tokens = self.kept = 0
@@ -95,7 +96,7 @@ class _Counts:
                 self.labelled_kept = self.labelled_kept + step.labelled.gather(1, step.indices).sum()
 
     def shares(self) -> dict[str, float]:
-        """Where nothing was recorded, the forwards were those of all tokens."""
+        """The kept fractions. Without a recording the forwards kept all tokens."""
         shares = {"kept": self.kept / self.tokens if self.tokens else 1.0}
         if labelled := int(self.labelled):
             shares["kept_labelled"] = int(self.labelled_kept) / labelled
@@ -103,7 +104,10 @@ class _Counts:
 
 
 def scoring_share(trained: Trained, args: Sequence[Any]) -> float | None:
-    """Share of a step's matrix products that choosing the tokens takes, by a count on fake tensors. ``None``: nothing was chosen."""
+    """The fraction of a step's matrix-product FLOPs that chooses tokens, 0 to 1, counted on fake tensors.
+
+    None: no tokens were chosen.
+    """
     own = trained.own
     chosen = [compiled for _, compiled in own.known] if isinstance(own, Variants) else [own]
     rewritten = next((compiled for compiled in reversed(chosen) if isinstance(compiled, Rewritten)), None)
@@ -111,15 +115,17 @@ def scoring_share(trained: Trained, args: Sequence[Any]) -> float | None:
         return None
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in args]
-    with mode:  # real noise would move the state of the generator
+    with mode:  # fake noise leaves the state of the generator unchanged
         fakes += rewritten.noise(fakes)
     flops = flops_of_step(rewritten.program[Rewrite].module, fakes, rewritten.program[RecomputePlan].share)
     return sum(flops[kind] for kind in _CHOOSING) / (flops.total() or 1)
 
 
 def saved_bytes(outputs: Iterable[Any], inputs: Iterable[Any]) -> int | None:
-    """Bytes on the device that a compiled forward keeps for backward, each storage once, without its inputs; ``None`` where autograd has
-    no compiled function (``inner="eager"``)."""
+    """Bytes on the device that a compiled forward saved for backward: each storage once, without the forward's inputs.
+
+    None if autograd has no compiled function (``inner="eager"``).
+    """
     live = [x for x in outputs if isinstance(x, Tensor) and x.grad_fn is not None]
     saved = [x for node in _nodes(x.grad_fn for x in live) if hasattr(node, "saved_tensors") for x in _saved(node)]
     if not saved:
@@ -130,7 +136,7 @@ def saved_bytes(outputs: Iterable[Any], inputs: Iterable[Any]) -> int | None:
 
 
 def _nodes(last: Iterable[Any]) -> Iterator[Any]:
-    """All of autograd's graph."""
+    """All nodes of autograd's graph behind ``last``."""
     ahead, seen = list(last), set()
     while ahead:
         node = ahead.pop()
@@ -141,5 +147,5 @@ def _nodes(last: Iterable[Any]) -> Iterator[Any]:
 
 
 def _saved(node: Any) -> Iterator[Tensor]:
-    """What a function saves; AOTAutograd keeps some beside what autograd knows of."""
+    """The tensors that an autograd node saves, including those that AOTAutograd keeps outside ``saved_tensors``."""
     yield from (x for x in (*node.saved_tensors, *getattr(node, "_tensors_no_vc_check", ())) if x is not None)

@@ -1,1 +1,1 @@
-"""Operators: each defined by plain ATen operations, with a Triton kernel on CUDA where one is faster or smaller."""
+"""Operators. Plain ATen operations define each; on CUDA a Triton kernel replaces them where it saves time or memory."""

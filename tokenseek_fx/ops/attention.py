@@ -1,14 +1,14 @@
-"""Selected attention: k query rows look at all S keys, and gradient reaches the keys and values of selected rows alone.
+"""Selected attention: k query rows attend to all S keys; only keys and values of selected rows get gradient.
 
     out[b, h, i] = sum over j of softmax_j(cap(q_i . k_j * scale) + mask) v_j      (sinks join the sum of the softmax)
 
-``key`` and ``value`` have the values of all tokens, those of the selected rows among them; ``row_key`` and ``row_value`` are
-the same values with gradient. So nothing is scattered: the forward reads ``key`` and ``value``, the backward gives dq over all
-keys, and dk, dv of k x k pairs, for which it reads ``key`` and ``value`` at ``columns``. What backward needs is all saved:
-query, key, value, out, the log-sum-exp, positions and what hides keys.
+``key`` and ``value`` hold all tokens, including the selected rows; ``row_key`` and ``row_value`` are the selected rows
+with gradient. Nothing has to be scattered: the forward reads ``key`` and ``value``; the backward gives dq over all
+keys, and dk, dv of k x k pairs, for which it reads ``key`` and ``value`` at ``columns``. Saved for backward: query,
+key, value, out, the log-sum-exp, positions, and the mask, segments and sinks.
 
-``definition`` says in a dozen lines what the operator computes. On CPU it runs in blocks (``attention_blocks``), on CUDA as
-Triton kernels (``attention_triton``).
+``definition`` is a short reference implementation. The operator runs in blocks on CPU (``attention_blocks``) and as
+Triton kernels on CUDA (``attention_triton``).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .attention_blocks import Sight, lse_like, rows_like
 from .device import runs_triton
 from .fully_masked import fill, grad_blind
 
-#: What the kernels take: wider heads have no room in the registers of a GPU.
+#: Largest head width that the kernels take: wider heads don't fit into a GPU's registers.
 WIDEST = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
 
 
@@ -49,21 +49,33 @@ def selected_attention(
 ) -> Any:
     """Attention of ``query`` [B, H, k, E] to ``key`` [B, Hkv, S, E] and ``value`` [B, Hkv, S, Ev]: [B, H, k, Ev].
 
-    - ``positions`` int64 [B, k]: where the query rows stand among the S keys, sorted; None where nothing asks for it.
-    - ``row_key`` [B, Hkv, m, E] and ``row_value`` [B, Hkv, m, Ev]: what ``key`` and ``value`` hold at ``columns``; they get the
-      gradient, ``key`` and ``value`` get none. None (both): no key has any.
-    - ``columns`` int64 [B, m]: where those stand, sorted; None: at ``positions``.
-    - ``mask``, broadcastable to [B, H, k, S]: bool (True: seen) or added to the scores. It gets no gradient.
-    - ``segments`` int [B, S]: a row sees the keys of its own segment.
-    - ``causal``: the row at position p sees key j where j <= p; ``window`` > 0: where also abs(p - j) < window.
-    - ``scale``: of the scores; None: 1 / sqrt(E). ``softcap`` > 0: scores become softcap tanh(scores / softcap).
-    - ``sinks`` [H]: a score by head that takes part in the softmax and has no value.
-    - ``fully_masked`` bool [B, k]: rows that see nothing and get the mean of all values (see ``ops.fully_masked``); where ``scored``, their scores, capped and
-      scaled but not hidden, have the gradient of a softmax in which all shares are 1 / S. Not with ``sinks``.
-    - ``return_lse``: give (out, the log-sum-exp of the scores [B, H, k], in float32 at least, without gradient).
+    H is a multiple of Hkv (grouped heads). Half precision is accumulated in float32. A row that sees no key gives 0,
+    unless it is in ``fully_masked``.
 
-    H is a multiple of Hkv (grouped heads). Another row that sees nothing is 0. Half precision is accumulated in float32.
-    Raises ``ValueError`` for operands that do not fit together.
+    Args:
+        query, key, value: of one floating-point dtype. ``key`` and ``value`` get no gradient.
+        row_key, row_value: [B, Hkv, m, E] and [B, Hkv, m, Ev], equal to ``key`` and ``value`` at ``columns``; they get
+            the gradient. None (both): no key or value gets gradient.
+        positions: int64 [B, k], sorted, the positions of the query rows among the S keys; None if no other argument
+            needs them.
+        columns: int64 [B, m], sorted, the positions of ``row_key``; None: ``positions``.
+        mask: broadcastable to [B, H, k, S], bool (True: visible) or added to the scores. It gets no gradient.
+        segments: int [B, S]; a row sees only the keys of its own segment.
+        causal: the row at position p sees key j only if j <= p.
+        window: if positive, only if also abs(p - j) < window.
+        scale: factor of the scores; None: 1 / sqrt(E).
+        softcap: if positive, scores become softcap tanh(scores / softcap).
+        sinks: [H], for each head a score that joins the softmax and has no value.
+        fully_masked: bool [B, k], fully masked rows that get the mean of all values (see ``ops.fully_masked``). Not with ``sinks``.
+        scored: the scores of the rows in ``fully_masked``, capped and scaled but not masked, get the gradient of a softmax
+            whose weights are all 1 / S.
+        return_lse: also return the log-sum-exp of the scores [B, H, k], at least float32, without gradient.
+
+    Returns:
+        The output, or (output, log-sum-exp).
+
+    Raises:
+        ValueError: operands don't fit together.
     """
     _check(
         query, row_key, row_value, key, value, positions, columns, mask, segments, causal, window, sinks, fully_masked
@@ -85,7 +97,7 @@ def is_selected_attention(target: Any) -> bool:
 
 
 def _operator(query: Tensor, value: Tensor) -> Any:
-    """The Triton kernels where they apply, else blocks of ATen operations."""
+    """The Triton kernels if they support these tensors, otherwise blocks of ATen operations."""
     if runs_triton(query) and max(query.shape[-1], value.shape[-1]) <= WIDEST.get(query.dtype, 0):
         from . import attention_triton
 
@@ -97,22 +109,27 @@ def _check(
     query, row_key, row_value, key, value, positions, columns, mask, segments, causal, window, sinks, fully_masked
 ) -> None:
     if query.shape[1] % key.shape[1]:
-        raise ValueError(f"{query.shape[1]} query heads cannot share {key.shape[1]} key heads.")
+        raise ValueError(
+            f"{query.shape[1]} query heads can't share {key.shape[1]} key heads. Their number must be a multiple."
+        )
     if not query.dtype == key.dtype == value.dtype:
-        raise ValueError(f"query is {query.dtype}, key {key.dtype}, value {value.dtype}; give them one dtype.")
+        raise ValueError(f"query is {query.dtype}, key {key.dtype}, value {value.dtype}. Use one dtype for all.")
     if key.shape[:3] != value.shape[:3] or query.shape[-1] != key.shape[-1] or query.shape[0] != key.shape[0]:
         shapes = [list(t.shape) for t in (query, key, value)]
-        raise ValueError("query {}, key {} and value {} do not fit together.".format(*shapes))
+        raise ValueError(
+            "Shapes of query {}, key {} and value {} don't match. "
+            "Expected [B, H, k, E], [B, Hkv, S, E], [B, Hkv, S, Ev].".format(*shapes)
+        )
     if (row_key is None) != (row_value is None):
-        raise ValueError("row_key and row_value belong together: give both or none.")
+        raise ValueError("Only one of row_key and row_value was given. Pass both or none.")
     by_position = causal or window or segments is not None or (row_key is not None and columns is None)
     if positions is None and by_position:
-        raise ValueError("causal, window, segments and row_key need the positions of the rows.")
+        raise ValueError("causal, window, segments and row_key need the positions of the rows. Pass positions.")
     if mask is not None and mask.requires_grad:
-        raise ValueError("The mask requires gradient, and selected attention gives it none.")
+        raise ValueError("The mask requires grad, but selected attention gives it no gradient. Detach it.")
     if fully_masked is not None and sinks is not None:
         raise ValueError(
-            "Sinks get all of the softmax of a row that sees nothing, so no row is fully_masked: give one of both."
+            "fully_masked has no effect with sinks, which take all of the softmax of a fully masked row. Pass one of them."
         )
 
 
@@ -120,7 +137,7 @@ def definition(
     query, row_key, row_value, key, value, positions, *, columns=None, mask=None, segments=None, causal=False, window=0,
     scale=None, softcap=0.0, sinks=None, fully_masked=None, scored=False,
 ) -> Tensor:  # fmt: skip
-    """What ``selected_attention`` computes, with its gradient by autograd: dense, for tests."""
+    """A dense reference implementation of ``selected_attention``, differentiated by autograd, for tests."""
     if row_key is not None:
         at = (positions if columns is None else columns)[:, None, :, None]
         key = key.detach().scatter(2, at.expand(row_key.shape), row_key)
@@ -151,9 +168,10 @@ def definition(
 
 @torch.library.custom_op("tokenseek_fx::selected_attention", mutates_args=())
 def _forward(
-    query: Tensor, row_key: Tensor | None, row_value: Tensor | None, key: Tensor, value: Tensor, positions: Tensor | None,
-    columns: Tensor | None, mask: Tensor | None, segments: Tensor | None, sinks: Tensor | None, fully_masked: Tensor | None,
-    causal: bool, window: int, scale: float | None, softcap: float, scored: bool,
+    query: Tensor, row_key: Tensor | None, row_value: Tensor | None, key: Tensor, value: Tensor,
+    positions: Tensor | None, columns: Tensor | None, mask: Tensor | None, segments: Tensor | None,
+    sinks: Tensor | None, fully_masked: Tensor | None, causal: bool, window: int, scale: float | None, softcap: float,
+    scored: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     sight = Sight.of(query, key, positions, mask, segments, causal, window, scale, softcap)
     out, lse = blocks.forward(query, key, value, sinks, sight)
@@ -201,7 +219,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def register(forward: Any, grad_query: Any, grad_keys: Any) -> None:
-    """Give operators of these meanings their fakes, and ``forward`` its gradient by the other two."""
+    """Register fake implementations of three operators, and the other two as the backward of ``forward``."""
 
     def backward(ctx, grad, _):
         query, key, value, positions, columns, mask, segments, sinks, fully_masked, out, lse = ctx.saved_tensors

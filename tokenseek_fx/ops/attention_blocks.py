@@ -1,8 +1,8 @@
-"""Selected attention in plain ATen operations, a block of rows at a time: the form for CPU.
+"""Selected attention in plain ATen operations, one block of rows at a time: the implementation for CPU.
 
-A block is some instances and heads, a few rows and the keys that any of them may see: keys after its last position and before
-its window are skipped. Grouped query heads are rows of their key head, so keys and values are never repeated. Backward
-recomputes the softmax of a block from the log-sum-exp of its rows.
+A block is some instances and heads, a few rows, and the keys that any of these rows may see: keys after the last
+position and before the window are skipped. Grouped query heads become rows of their key head, so keys and values are
+never repeated. Backward recomputes the softmax of a block from the log-sum-exp of its rows.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Rows of a block, those of all query heads of a key head together: few, so that a block skips the keys after it; enough to keep
-#: matrix products busy.
+#: Rows in a block, counted over all query heads of a key head: few, so that a block skips the keys after it, but enough
+#: for efficient matrix products.
 _ROWS = 128
-#: Rows of a block for PyTorch's fused attention: it takes so many at a time itself where there are fewer than 192.
+#: Rows in a block for PyTorch's fused attention: its own block size for fewer than 192 rows.
 _FUSED_ROWS = 32
-#: Scores of a block, in elements: they stay in the cache between the operations on them.
+#: Scores in a block, in elements: few enough to stay in the cache between operations.
 _SCORES = 2**19
-#: Scores of a block of several instances: few, since their keys are copied into one batch of matrices.
+#: Scores in a block of several instances: fewer, since their keys are copied into one batch of matrices.
 _SMALL = 2**18
 
 
 @dataclass(frozen=True)
 class Sight:
-    """Which keys each row sees and how scores are made; see ``selected_attention``.
+    """Which keys each row sees, and how scores are computed; see ``selected_attention``.
 
     ``rows`` [B, k] and ``keys`` [B, n] are positions, ``mask`` is [B, H or 1, k or 1, n], ``row_segments`` [B, k],
-    ``key_segments`` [B, n]. ``share``: what every key has in backward, whatever its score (None: that of the softmax).
+    ``key_segments`` [B, n]. ``share``: one attention weight for all keys in backward; None: the softmax of the scores.
     """
 
     rows: Tensor | None
@@ -50,7 +50,7 @@ class Sight:
         cls, query: Tensor, key: Tensor, positions: Tensor | None, mask: Tensor | None, segments: Tensor | None,
         causal: bool, window: int, scale: float | None, softcap: float,
     ) -> Sight:  # fmt: skip
-        """Of rows that look at all keys."""
+        """The visibility of all keys for the rows; arguments as in ``selected_attention``."""
         batch, width = query.shape[0], query.shape[-1]
         keys = torch.arange(key.shape[2], device=key.device).expand(batch, -1)
         mask = None if mask is None else mask.expand(batch, -1, -1, key.shape[2])
@@ -59,7 +59,7 @@ class Sight:
         return cls(positions, keys, mask, row_segments, segments, causal, window, scale, softcap)
 
     def at(self, columns: Tensor) -> Sight:
-        """Of the same rows, looking at the keys at ``columns`` [B, m]."""
+        """The visibility of the keys at ``columns`` [B, m] for the same rows."""
         mask = self.mask
         if mask is not None:
             mask = mask.gather(3, columns[:, None, None].expand(-1, *mask.shape[1:3], -1))
@@ -72,14 +72,14 @@ class Sight:
 
     @property
     def start(self) -> int | None:
-        """The first position where rows are consecutive, the same in all instances, and see all before them; else None."""
+        """The first position if rows are consecutive, equal in all instances and see all keys up to them; else None."""
         if not self.causal or self.window or self.mask is not None or self.key_segments is not None:
             return None
         start, count = int(self.rows[0, 0]), self.rows.shape[1]
         return start if torch.equal(self.rows, self.keys[:, start : start + count]) else None
 
     def seen(self, i: slice, r: slice) -> slice:
-        """The keys that rows may see by their positions."""
+        """The range of keys that rows ``r`` of instances ``i`` may see by position."""
         keys, start, stop = self.keys[i], 0, self.keys.shape[1]
         if self.causal:
             stop = int((keys <= self.rows[i, r].amax(1, keepdim=True)).sum(1).max())
@@ -90,7 +90,7 @@ class Sight:
         return slice(min(start, stop), stop)
 
     def bias(self, i: slice, r: slice, c: slice, dtype: torch.dtype) -> Tensor | None:
-        """What is added to the scores of a block: 0 or -inf, and an additive mask; None: all is seen."""
+        """The bias of a block's scores: 0 or -inf, plus an additive mask; None if all keys are visible."""
         visible = self._visible(i, r, c)
         if self.mask is None:
             return None if visible is None else _added(visible, dtype)
@@ -121,12 +121,12 @@ def _added(visible: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What is accumulated in."""
+    """The dtype for accumulation: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def rows_like(x: Tensor, width: int) -> Tensor:
-    """An empty [B, H, k, width] for ``x`` [B, H, k, E], laid out as [B, k, H, width]: what models flatten to features."""
+    """An empty [B, H, k, width] for ``x`` [B, H, k, E], in the memory layout [B, k, H, width], which models flatten."""
     batch, heads, rows, _ = x.shape
     return x.new_empty(batch, rows, heads, width).transpose(1, 2)
 
@@ -138,7 +138,7 @@ def lse_like(query: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Block:
-    """Some instances, query heads and rows, with the key heads and keys that they look at, and what is added to the scores."""
+    """Slices of instances, query heads and rows; of their key heads and keys; the bias of their scores."""
 
     instances: slice
     heads: slice
@@ -148,11 +148,11 @@ class Block:
     bias: Tensor | None
 
     def of_rows(self, x: Tensor) -> Tensor:
-        """``x`` [B, H, k, ...] here."""
+        """The block of ``x`` [B, H, k, ...]."""
         return x[self.instances, self.heads, self.rows]
 
     def folded(self, x: Tensor) -> Tensor:
-        """``x`` [B, H, k, E] here, the rows of all query heads of a key head in one matrix."""
+        """The block of ``x`` [B, H, k, E], with the rows of all query heads of a key head in one matrix."""
         return self.fold(self.of_rows(x).to(wide(x.dtype)))
 
     def fold(self, x: Tensor) -> Tensor:
@@ -169,17 +169,17 @@ class Block:
         return self.key_heads.stop - self.key_heads.start
 
     def of_keys(self, x: Tensor) -> Tensor:
-        """``x`` [B, Hkv, n, E] here, as [b h, n, E]: a view for one instance."""
+        """The block of ``x`` [B, Hkv, n, E], as [b h, n, E]: a view for one instance."""
         return x[self.instances, self.key_heads, self.keys].to(wide(x.dtype)).flatten(0, 1)
 
     def add(self, x: Tensor, part: Tensor) -> None:
-        """Add to ``x`` [B, Hkv, n, E] here."""
+        """Add to the block of ``x`` [B, Hkv, n, E]."""
         here = x[self.instances, self.key_heads, self.keys]
         here.add_(part.view(here.shape))
 
 
 def _blocks(query: Tensor, key: Tensor, sight: Sight) -> Iterator[Block]:
-    """All of an attention, about ``_SCORES`` scores at a time."""
+    """The blocks that cover an attention, about ``_SCORES`` scores each."""
     (batch, heads, rows, _), key_heads, dtype = query.shape, key.shape[1], wide(query.dtype)
     groups = heads // key_heads
     height = min(rows, max(_ROWS // 4, _ROWS // groups))
@@ -193,7 +193,7 @@ def _blocks(query: Tensor, key: Tensor, sight: Sight) -> Iterator[Block]:
 
 
 def _rows_and_keys(sight: Sight, i: slice, rows: int, height: int, groups: int) -> Iterator[tuple[slice, slice]]:
-    """``height`` rows and the keys that they may see, or fewer where the scores of one key head would be more than ``_SCORES``."""
+    """``height`` rows and the keys that they may see; fewer rows if one key head has more than ``_SCORES`` scores."""
     for r in _slices(rows, height):
         c = sight.seen(i, r)
         fit = max(1, _SCORES // (groups * max(1, c.stop - c.start)))
@@ -208,7 +208,7 @@ def _slices(stop: int, step: int, start: int = 0) -> Iterator[slice]:
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, sight: Sight) -> tuple[Tensor, Tensor]:
-    """Attention and the log-sum-exp of the scores of each row, 0 where a row sees nothing."""
+    """The output [B, H, k, Ev] and the log-sum-exp of the scores [B, H, k]; both are 0 for a row that sees no key."""
     fused = query.is_cpu and not sight.softcap and query.shape[-1] == value.shape[-1]
     out, lse = (_forward_fused if fused else _forward_blocks)(query, key, value, sight)
     if sinks is not None:
@@ -219,10 +219,10 @@ def forward(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, sig
 
 
 def _forward_fused(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> tuple[Tensor, Tensor]:
-    """By PyTorch's flash attention for CPU: it knows grouped heads, and its own memory is bounded."""
+    """PyTorch's flash attention for CPU, which supports grouped heads and needs bounded memory."""
     flash = partial(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, scale=sight.scale)
     start = sight.start
-    if start == 0 or (start and query.dtype == wide(query.dtype)):  # two parts are added without rounding them
+    if start == 0 or (start and query.dtype == wide(query.dtype)):  # two parts are added only if neither is rounded
         return _forward_consecutive(query, key, value, start, flash)
     out, lse = rows_like(query, value.shape[-1]), lse_like(query)
     batch, _, rows, _ = query.shape
@@ -236,7 +236,7 @@ def _forward_fused(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> t
 
 
 def _forward_consecutive(query: Tensor, key: Tensor, value: Tensor, start: int, flash: Any) -> tuple[Tensor, Tensor]:
-    """Rows from position ``start`` on: none of the keys before that is hidden, and among their own they see those before them."""
+    """Consecutive rows from ``start``: each sees all keys before ``start``, and those from there up to its own."""
     own = slice(start, start + query.shape[2])
     out, lse = flash(query, key[:, :, own], value[:, :, own], 0.0, True)
     if start:
@@ -261,7 +261,7 @@ def _forward_blocks(query: Tensor, key: Tensor, value: Tensor, sight: Sight) -> 
 def grad_query(
     grad: Tensor, delta: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, sight: Sight
 ) -> Tensor:
-    """dq of rows that look at ``key`` and ``value``; ``delta`` [B, H, k] is the sum of ``grad`` times the output."""
+    """dq over all of ``key`` and ``value``. ``delta`` [B, H, k]: the sum over features of ``grad`` times the output."""
     result = rows_like(query, query.shape[-1])
     for block in _blocks(query, key, sight):
         _, grad_scores = _backward(block, grad, delta, lse, query, key, value, sight)
@@ -284,13 +284,13 @@ def grad_keys(
 def grad_selected(
     grad: Tensor, delta: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, columns: Tensor, sight: Sight
 ) -> tuple[Tensor, Tensor]:
-    """dk and dv of the keys at ``columns`` [B, m]; ``sight`` is that of all keys."""
+    """dk and dv of the keys at ``columns`` [B, m]. ``sight``: the visibility of all keys."""
     key, value = (t.gather(2, columns[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3])) for t in (key, value))
     return grad_keys(grad, delta, lse, query, key, value, sight.at(columns))
 
 
 def _scores(block: Block, query: Tensor, key: Tensor, sight: Sight) -> tuple[Tensor, Tensor | None]:
-    """The scores of a block [b, H, r, n], and where they are capped, tanh of them."""
+    """The scores of a block [b, H, r, n]; with a softcap also tanh(scores / softcap)."""
     scores = block.unfold(block.folded(query).mul(sight.scale) @ block.of_keys(key).mT)
     capped = scores.div_(sight.softcap).tanh_() if sight.softcap else None
     scores = scores if capped is None else capped * sight.softcap
@@ -300,7 +300,7 @@ def _scores(block: Block, query: Tensor, key: Tensor, sight: Sight) -> tuple[Ten
 def _backward(
     block: Block, grad: Tensor, delta: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, sight: Sight
 ) -> tuple[Tensor, Tensor]:
-    """The softmax of a block and the gradient of its scaled scores: p (dp - delta) scale, dp = grad v^T."""
+    """The attention weights p of a block, and the gradient of its scores: p (dp - delta) scale, dp = grad v^T."""
     scores, capped = _scores(block, query, key, sight)
     shares = scores.sub_(block.of_rows(lse)[..., None]).exp_() if sight.share is None else scores.fill_(sight.share)
     grad_scores = block.unfold(block.folded(grad) @ block.of_keys(value).mT)

@@ -1,9 +1,10 @@
-"""Selected attention on a GPU: three Triton kernels, in the manner of FlashAttention-2 (Dao, 2023).
+"""Selected attention on a GPU: three Triton kernels, after FlashAttention-2 (Dao, 2023, arXiv 2307.08691).
 
-All query heads of a key head stand in one dim of ``rows x group`` (row i, head g at i group + g): a key is read once for all of
-them, and a block covers few rows, hence few positions, so that blocks of keys after its last row or before its window are left out.
-Keys that every row of a block sees come first, without a comparison. Gradients are added up in one order, without atomics: dq by
-blocks of rows over all keys, dk and dv by blocks of ``columns`` over the rows. Defined by ``attention.definition``.
+All query heads of a key head share one dim of ``rows x group`` (row i, head g at i group + g). A key is read once for
+all of them, and a block covers few rows and positions, so that it skips blocks of keys after its last row and before
+its window. Keys that all rows of a block see come first, without comparisons. Gradients are summed in a fixed order,
+without atomics: dq in blocks of rows over all keys, dk and dv in blocks of ``columns`` over the rows.
+``attention.definition`` is the definition.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from .attention_blocks import lse_like, rows_like
 from .fully_masked import fill
 from .static import NUMBER, Variant
 
-#: log2(e) and its inverse: softmax is taken in powers of 2.
+#: log2(e) and its inverse: the softmax uses powers of 2.
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-#: The least number that a mask adds: finfo.min times log2(e) would be -inf.
+#: Lower bound of finite mask values: finfo.min times log2(e) would be -inf.
 LEAST = tl.constexpr(-2e38)
 
 
@@ -40,7 +41,10 @@ def _hidden(
     scores, p, j, inside, own, theirs, window, keys, mask, mask_rows, mask_j,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, MASK: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
-    """``scores`` in powers of 2, -inf where the row at position ``p`` does not see key ``j``; both broadcast to ``scores``."""
+    """``scores`` (times log2(e)) with masks: -inf if the row at position ``p`` doesn't see key ``j``.
+
+    ``p`` and ``j`` broadcast to ``scores``.
+    """
     seen = j < keys
     if BY_ROW:
         here = mask + mask_rows + j.to(tl.int64) * mask_j
@@ -70,7 +74,7 @@ def _reach(
     positions, first, last, keys, window, BLOCK_N: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """For rows ``first`` .. ``last``: where their keys start, up to where all rows see all keys, where they end."""
+    """The keys of rows ``first`` .. ``last``: (start, end of the keys that all these rows see, end)."""
     start, stop = 0, keys
     if CAUSAL:
         stop = tl.minimum(keys, tl.load(positions + last).to(tl.int32) + 1)
@@ -88,7 +92,7 @@ def _reach(
 
 @triton.jit
 def _matrix(base, at, stride, inside, BLOCK: tl.constexpr, WIDTH: tl.constexpr, HIDE: tl.constexpr):
-    """Rows ``at`` of a matrix, [at, BLOCK], 0 outside."""
+    """Load rows ``at`` of a matrix, [at, BLOCK], 0 outside."""
     e = tl.arange(0, BLOCK)
     here = base + at[:, None] * stride + e[None, :]
     if WIDTH == BLOCK:
@@ -137,14 +141,14 @@ def _forward_over(
 
 @triton.jit
 def _rows(m, rows, GROUP: tl.constexpr):
-    """Row, head within the group, and whether there is such a row."""
+    """(row, head within the group, whether the row exists)."""
     i = m // GROUP
     return i, m % GROUP, i < rows
 
 
 @triton.jit
 def _positions(positions, i, inside, KNOWN: tl.constexpr):
-    """Where rows stand. Apart from ``_rows``: what is stored must not seem to be stored in ``positions``, or they are copied."""
+    """The positions of rows. Not part of ``_rows``: ``positions`` would seem to be written to, and would be copied."""
     return tl.load(positions + i, mask=inside, other=0).to(tl.int32) if KNOWN else i
 
 
@@ -157,7 +161,7 @@ def forward_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr,
     SOFTCAP: tl.constexpr, SINKS: tl.constexpr, MASK: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
-    """out and the log-sum-exp of BLOCK_M rows of one instance and key head; the longest rows are started first."""
+    """Output and log-sum-exp of BLOCK_M rows of one instance and key head; rows with the most keys start first."""
     scale, softcap = tl.cast(scale, tl.float32), tl.cast(softcap, tl.float32)
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     b, h = (tl.program_id(1) // key_heads).to(tl.int64), (tl.program_id(1) % key_heads).to(tl.int64)
@@ -287,7 +291,7 @@ def grad_query_kernel(
 
 @triton.jit
 def _first_row(positions, rows, position):
-    """The first row that stands at ``position`` or after it, by bisection."""
+    """The first row at ``position`` or later, by bisection."""
     low, high = 0, rows
     while low < high:
         middle = (low + high) // 2
@@ -306,7 +310,7 @@ def grad_keys_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr,
     SOFTCAP: tl.constexpr, MASK: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
-    """dk, dv of BLOCK_N of the keys at ``columns``, of one instance and key head, over the rows; scores are [columns, rows]."""
+    """dk, dv of BLOCK_N keys at ``columns`` of one instance and key head, over all rows; scores are [columns, rows]."""
     scale, softcap = tl.cast(scale, tl.float32), tl.cast(softcap, tl.float32)
     first = tl.program_id(0) * BLOCK_N
     b, h = (tl.program_id(1) // key_heads).to(tl.int64), (tl.program_id(1) % key_heads).to(tl.int64)
@@ -367,11 +371,12 @@ def grad_keys_kernel(
 
 @triton_op("tokenseek_fx::selected_attention_triton", mutates_args=())
 def forward(
-    query: Tensor, row_key: Tensor | None, row_value: Tensor | None, key: Tensor, value: Tensor, positions: Tensor | None,
-    columns: Tensor | None, mask: Tensor | None, segments: Tensor | None, sinks: Tensor | None, fully_masked: Tensor | None,
-    causal: bool, window: int, scale: float | None, softcap: float, scored: bool,
+    query: Tensor, row_key: Tensor | None, row_value: Tensor | None, key: Tensor, value: Tensor,
+    positions: Tensor | None, columns: Tensor | None, mask: Tensor | None, segments: Tensor | None,
+    sinks: Tensor | None, fully_masked: Tensor | None, causal: bool, window: int, scale: float | None, softcap: float,
+    scored: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """``selected_attention`` by ``forward_kernel``: see ``attention.WIDEST``."""
+    """(output, log-sum-exp) of ``selected_attention``, for head widths up to ``attention.WIDEST``."""
     out, lse = rows_like(query, value.shape[-1]), lse_like(query)
     query, key, value = _dense(query), _dense(key), _dense(value)
     options = _options(query, key, value, mask, segments, causal, window, softcap) | {"SINKS": sinks is not None}
@@ -397,7 +402,8 @@ def grad_query(
     options = _options(query, key, value, mask, segments, causal, window, softcap)
     tile = tile_of("grad_query", query.dtype, max(options["BLOCK_E"], options["BLOCK_V"]), options["BY_ROW"])
     wrap_kernel(grad_query_kernel)[_grid(query.shape[2] * options["GROUP"], tile["BLOCK_M"], key)](
-        grad, delta.contiguous(), lse.contiguous(), query, key, value, *_hidden_by(query, positions, mask, segments), out,
+        grad, delta.contiguous(), lse.contiguous(), query, key, value,
+        *_hidden_by(query, positions, mask, segments), out,
         *_strides(grad, query, key, value, out), *_mask_strides(mask, query, key),
         *_sizes(query, key, window, scale, softcap), **options, **tile,
     )  # fmt: skip
@@ -419,15 +425,16 @@ def grad_keys(
     positions, mask_at, segments_at = _hidden_by(query, positions, mask, segments)
     heads, rows, keys, *rest = _sizes(query, key, window, scale, softcap)
     wrap_kernel(grad_keys_kernel)[_grid(selected, tile["BLOCK_N"], key)](
-        grad, delta.contiguous(), lse.contiguous(), query, key, value, positions, columns.contiguous(), mask_at, segments_at,
-        grad_key, grad_value, *_strides(grad, query, key, value, grad_key, grad_value), *_mask_strides(mask, query, key),
+        grad, delta.contiguous(), lse.contiguous(), query, key, value,
+        positions, columns.contiguous(), mask_at, segments_at, grad_key, grad_value,
+        *_strides(grad, query, key, value, grad_key, grad_value), *_mask_strides(mask, query, key),
         heads, rows, keys, selected, *rest, **options, **tile,
     )  # fmt: skip
     return grad_key, grad_value
 
 
 def _dense(x: Tensor) -> Tensor:
-    """``x`` with features side by side."""
+    """``x`` with stride 1 in its last dim."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
@@ -440,7 +447,7 @@ def _strides(*tensors: Tensor) -> tuple[Any, ...]:
 
 
 def _hidden_by(query: Tensor, *given: Tensor | None) -> tuple[Tensor, ...]:
-    """Positions, mask and segments; what is not given is never read."""
+    """Positions, mask and segments; for None ``query`` as a placeholder, which kernels never read."""
     positions, mask, segments = given
     return (
         query if positions is None else positions.contiguous(),
@@ -464,7 +471,7 @@ def _options(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, segments: Tensor | None, causal: bool, window: int,
     softcap: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """The constants of a kernel."""
+    """The constants (``tl.constexpr``) of a kernel."""
     return {
         "GROUP": query.shape[1] // key.shape[1],
         **_widths(query.shape[-1], value.shape[-1]),
@@ -483,19 +490,19 @@ def _widths(width: int, value_width: int) -> dict[str, int]:
     return {"E": width, "V": value_width, **powers}
 
 
-#: For half precision, by kernel and width of heads: rows and keys of a block, warps, stages; chosen by the static report.
+#: Half precision: kernel -> head width -> (rows, keys, warps, stages) of a block; chosen by the report of ``static``.
 _TILES = {
     "forward": {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
     "grad_query": {64: (128, 64, 8, 3), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
     "grad_keys": {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
 }
-#: Those with a mask by row, whose addresses take registers.
+#: The same with a mask by row, whose addresses need registers.
 _TILES_BY_ROW = {
     "forward": {64: (64, 64, 4, 2), 128: (64, 32, 8, 2), 256: (64, 32, 8, 2)},
     "grad_query": {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 32, 8, 2)},
     "grad_keys": {64: (32, 64, 8, 1), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
 }
-#: For float32.
+#: The same for float32.
 _TILES_WIDE = {
     "forward": {64: (32, 32, 4, 1), 128: (32, 32, 8, 1)},
     "grad_query": {64: (16, 32, 4, 1), 128: (16, 16, 8, 1)},
@@ -504,7 +511,7 @@ _TILES_WIDE = {
 
 
 def tile_of(kernel: str, dtype: torch.dtype, width: int, by_row: bool) -> dict[str, int]:
-    """Rows and keys of a block, warps and stages, for heads of ``width`` (a power of 2) and a mask ``by_row``."""
+    """Rows and keys of a block, warps and stages. ``width``: of the heads, a power of 2; ``by_row``: of the mask."""
     tiles = (_TILES_WIDE if dtype is torch.float32 else _TILES_BY_ROW if by_row else _TILES)[kernel]
     rows, keys, warps, stages = tiles[min(w for w in tiles if w >= width)]
     return {"BLOCK_M": rows, "BLOCK_N": keys, "num_warps": warps, "num_stages": stages}
@@ -514,7 +521,7 @@ register(forward, grad_query, grad_keys)
 
 
 def variants() -> list[Variant]:
-    """Every kernel for every width of heads: causal in half precision, and with everything else, and in float32."""
+    """All kernels for all head widths: causal in half precision, and with all features in half and float32."""
     plain = {
         "CAUSAL": True,
         "WINDOW": False,

@@ -1,4 +1,4 @@
-"""A copy that a compiler keeps."""
+"""A copy that the compiler does not remove."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from torch import Tensor
 
 @torch.library.custom_op("tokenseek_fx::copied", mutates_args=())
 def _copied(x: Tensor) -> Tensor:
-    """``x``, contiguous, in memory of its own. Any dtype and shape; gives no gradient. ``clone`` says the same, but Inductor drops one
-    that changes no strides, and then gives a view."""
+    """A contiguous copy of ``x``, of any dtype and shape, in its own memory; without gradient.
+
+    Inductor removes a ``clone`` that keeps the strides, and returns a view instead.
+    """
     return x.clone(memory_format=torch.contiguous_format)
 
 

@@ -1,4 +1,4 @@
-"""Where the Triton kernels run."""
+"""Whether the Triton kernels run on a device."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ _HAS_TRITON = find_spec("triton") is not None
 
 
 def runs_triton(x: Tensor) -> bool:
-    """True for a tensor on a CUDA device where triton is installed (it comes with PyTorch's CUDA wheels on Linux)."""
+    """True for a tensor on a CUDA device if triton is installed (PyTorch's CUDA wheels on Linux include it)."""
     return x.device.type == "cuda" and _HAS_TRITON

@@ -1,14 +1,14 @@
-"""Blind rows: queries from which all keys are hidden, in a model that hides by the least finite number and not by -inf.
+"""Fully masked rows: queries that see no key, in a model that masks with the lowest finite number instead of -inf.
 
-A softmax gives all of the S keys the same share then, those of later positions too:
+The softmax then gives all S keys the same weight, including keys at later positions:
 
     out[b, h, i] = mean over all j of v_j
 
-Where the number takes the place of scores, gradient reaches the values alone. Where it is added, the sum loses the scores, and they get the
-gradient of a softmax all the same: ds_ij = (grad_i . v_j - grad_i . out_i) / S.
+If the number replaces scores, only the values get gradient. If it is added to scores, the sum rounds them away, but
+they still get the gradient of a softmax: ds_ij = (grad_i . v_j - grad_i . out_i) / S.
 
-Such rows are padding, and a loss of labels gives them no gradient: backward looks whether there is any (on a GPU the host waits for the
-answer), and else does nothing. What it does is in blocks of ATen operations on all devices.
+Such rows are padding, to which a loss over labels gives no gradient. So backward first checks whether there is any (on
+a GPU the host waits for the answer) and does nothing if not. It runs in blocks of ATen operations on all devices.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from .attention_blocks import Sight, rows_like, wide
 
 
 def fill(out: Tensor, value: Tensor, fully_masked: Tensor) -> None:
-    """The mean of ``value`` [B, Hkv, S, Ev] for the rows of ``out`` [B, H, k, Ev] that are ``fully_masked`` (bool, [B, k]), in place."""
+    """Set the fully masked rows of ``out`` [B, H, k, Ev] to the mean of ``value`` [B, Hkv, S, Ev], in place.
+
+    ``fully_masked``: bool [B, k], True for fully masked rows.
+    """
     out.copy_(torch.where(fully_masked[:, None, :, None], _mean(value, out.shape[1]).to(out.dtype), out))
 
 
@@ -31,7 +34,7 @@ def _mean(value: Tensor, heads: int) -> Tensor:
     return value.mean(2, keepdim=True, dtype=wide(value.dtype)).repeat_interleave(heads // value.shape[1], 1)
 
 
-_UNSAFE = (torch.Tag.cudagraph_unsafe,)  # what it does depends on data
+_UNSAFE = (torch.Tag.cudagraph_unsafe,)  # its control flow depends on data
 
 
 @torch.library.custom_op("tokenseek_fx::selected_attention_grad_blind", mutates_args=(), tags=_UNSAFE)
@@ -39,9 +42,10 @@ def grad_blind(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, columns: Tensor | None, fully_masked: Tensor, scored: bool,
     scale: float | None, softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """What fully_masked rows give: dq, and dk and dv of the keys at ``columns`` [B, m]; dq and dk are 0 unless ``scored``.
+    """The gradients from fully masked rows: dq, and dk and dv of the keys at ``columns`` [B, m].
 
-    ``grad`` is [B, H, k, Ev], of all rows. Without ``columns`` there are no dk and dv (m is 0).
+    ``grad``: [B, H, k, Ev], of all rows. ``fully_masked``: bool [B, k]. dq and dk are 0 unless ``scored``. Without ``columns``
+    dk and dv are empty (m = 0).
     """
     found = _fake_grad_blind(grad, query, key, value, columns)
     grad = grad.masked_fill(~fully_masked[:, None, :, None], 0)

@@ -4,10 +4,10 @@
     loss[n] = log sum_v exp(z[n, v]) - z[n, target[n]]
     grad[n] = d loss[n] / d hidden[n]
 
-The logits are made in tiles, some rows by some classes, each once for the log-sum-exp of its rows and once more for gradients; the
-weight is read once for many rows. For scores the operator gives the gradient at ``hidden`` at once; the loss of the kept rows, through
-which the head is trained, keeps their log-sum-exp alone for backward. Other implementations of the same idea: Cut Your Losses (arXiv
-2411.09009), Liger kernels (arXiv 2410.10989).
+The logits are computed in tiles of rows by classes: once for the log-sum-exp of the rows and once more for gradients.
+The weight is read once for many rows. For scoring, the operator returns the gradient at ``hidden`` with the loss. For
+the loss of the kept rows, which trains the head, it saves only their log-sum-exp for backward. Other implementations of
+the idea: Cut Your Losses (arXiv 2411.09009), Liger kernels (arXiv 2410.10989).
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .device import HALF, runs_triton
 
-#: Bytes of a tile of logits: about what a CPU's own caches hold; a GPU is busy with more of them only.
+#: Bytes of a tile of logits: about the size of a CPU core's caches; a GPU needs larger tiles to be busy.
 TILE_BYTES = {"cpu": 2 * 2**20, "cuda": 256 * 2**20}
-#: Tiles have a multiple of so many classes: where rows do not start at multiples of 16 bytes, cuBLAS has old kernels alone.
+#: The classes of a tile are a multiple of this: for rows not aligned to 16 bytes, cuBLAS has only old, slow kernels.
 _ALIGNED = 64
-#: So many tiles are in memory at a time where the gradient needs them once more.
+#: Tiles that are kept in memory at a time, for the gradient, which needs them a second time.
 _KEPT = 6
 
 
@@ -43,7 +43,7 @@ def loss_of_head(
     dtype: torch.dtype,
     gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``head_loss``, by the Triton kernels on a GPU in half precision (in float32 the products of cuBLAS are faster)."""
+    """Losses and gradient of ``head_loss``; by Triton kernels on a GPU in half precision (cuBLAS wins in float32)."""
     if runs_triton(hidden) and hidden.dtype in HALF and dtype is torch.float32:
         from .head_triton import head_loss_triton
 
@@ -64,25 +64,27 @@ def head_loss(
     dtype: torch.dtype,
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of every row and, where ``gradient`` asks for it, its gradient at ``hidden``.
+    """The loss of each row and, if ``gradient`` is set, its gradient at ``hidden``.
 
     Args:
         hidden: [N, D].
-        weight: [V, D], in the dtype of ``hidden``, as ``bias`` [V].
-        target: int64 [N], below V; ``ignore_index`` where a row has no label.
+        weight: [V, D], in the dtype of ``hidden``.
+        bias: [V], in the dtype of ``hidden``, or None.
+        target: int64 [N], below V, or ``ignore_index`` for a row without a label.
         softcap: cap of the logits before they are scaled; 0: none.
         scale: factor of the logits.
-        dtype: that of the logits in the loss, float32 or float64. The product itself is in the dtype of ``hidden``.
+        dtype: dtype of the logits in the loss, float32 or float64. The matrix product is in the dtype of ``hidden``.
+        gradient: compute the gradient.
 
     Returns:
-        losses [N] in ``dtype``, 0 without a label; the gradient [N, D] in the dtype of ``hidden``, or an empty [0]; the log-sum-exp of the
-        logits [N] in ``dtype`` (on the CPU 0 without a label).
+        The losses [N] in ``dtype``, 0 without a label; the gradient [N, D] in the dtype of ``hidden``, or an empty [0];
+        the log-sum-exp of the logits [N] in ``dtype`` (on the CPU 0 without a label).
 
     Raises:
         IndexError: a target is neither a class nor ``ignore_index`` (on the CPU).
     """
     head, labelled = _Head(weight, bias, softcap, scale, dtype), target != ignore_index
-    # a label that is no class is an error here: no tile would have it
+    # raises for a label out of range, which no tile would contain
     weight[:, :1].gather(0, target.where(labelled, 0)[:, None])
     losses, total = (torch.zeros(target.shape, dtype=dtype, device=target.device) for _ in range(2))
     grad = torch.zeros_like(hidden) if gradient else hidden.new_empty(0)
@@ -99,7 +101,7 @@ def head_loss(
 
 
 def _parts(labelled: Tensor, count: int) -> Iterator[Tensor]:
-    """Rows that go through the classes together, so many at a time; on the CPU those with a label alone."""
+    """Indices of rows, ``count`` at a time, that go through the classes together; on the CPU only rows with a label."""
     every = torch.arange(len(labelled), device=labelled.device)
     rows = labelled.nonzero()[:, 0] if labelled.device.type == "cpu" else every
     return iter(rows.split(count))
@@ -109,13 +111,13 @@ Tile = tuple[slice, Tensor, Tensor | None]
 
 
 def _side(device: torch.device, dtype: torch.dtype) -> int:
-    """Of a square tile."""
+    """The side of a square tile, in elements."""
     return max(1, isqrt(TILE_BYTES.get(device.type, TILE_BYTES["cpu"]) // dtype.itemsize))
 
 
 @dataclass(frozen=True)
 class _Head:
-    """weight [V, D], bias [V], and what becomes of their product with rows."""
+    """``weight`` [V, D], ``bias`` [V], and how logits are made from their product with rows."""
 
     weight: Tensor
     bias: Tensor | None
@@ -124,7 +126,7 @@ class _Head:
     dtype: torch.dtype
 
     def tiles(self, hidden: Tensor) -> Iterator[Tile]:
-        """Classes, the logits of the rows for them [n, classes], and the slope of the cap."""
+        """For each tile: its classes, the logits of the rows [n, classes], and the derivative of the cap."""
         width = max(1, _side(hidden.device, self.dtype) ** 2 // max(1, len(hidden)))
         width -= width % _ALIGNED if width > _ALIGNED else 0
         for start in range(0, len(self.weight), width):
@@ -137,12 +139,12 @@ class _Head:
 
 
 def _log_sum_exp(tiles: Iterable[Tile], labels: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """That of rows [n], and their logits at ``labels`` [n, 1], [n]; in the dtype of ``like``."""
+    """The log-sum-exp of rows [n] and their logits at ``labels`` [n, 1], as [n]; in the dtype of ``like``."""
     total, chosen = like.new_full(labels.shape, -torch.inf), like.new_zeros(labels.shape)
     for classes, z, _ in tiles:
         at, inside = _within(labels, classes)
         chosen += z.gather(-1, at).where(inside, 0)
-        largest = z.amax(-1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)  # a tile of -inf has no largest
+        largest = z.amax(-1, keepdim=True).clamp_(min=torch.finfo(z.dtype).min)  # finite, even if all logits are -inf
         total = torch.logaddexp(total, (z - largest).exp_().sum(-1, keepdim=True).log_().add_(largest))
     return total[:, 0], chosen[:, 0]
 
@@ -157,8 +159,10 @@ def _back(
     of_weight: Tensor | None,
     of_bias: Tensor | None,
 ) -> Tensor:
-    """The gradient at ``rows`` of their losses times ``by`` [n, 1]; those at weight and bias are added to what is given. The tiles are used
-    up."""
+    """The gradient at ``rows`` of their losses times ``by`` [n, 1]. Overwrites the tiles.
+
+    Gradients at weight and bias are added to ``of_weight`` and ``of_bias``, if given.
+    """
     grad = torch.zeros_like(rows, dtype=_wide(rows))
     for classes, z, slope in tiles:
         at, inside = _within(labels, classes)
@@ -173,12 +177,12 @@ def _back(
 
 
 def _wide(x: Tensor) -> torch.dtype:
-    """Of a sum over many tiles."""
+    """The dtype of a sum over many tiles: at least float32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _within(labels: Tensor, classes: slice) -> tuple[Tensor, Tensor]:
-    """Where in a tile the labels are, and whether they are."""
+    """The indices of the labels in a tile, clamped, and whether each label is in it."""
     at, size = labels - classes.start, classes.stop - classes.start
     return at.clamp(0, size - 1), (at >= 0) & (at < size)
 
@@ -207,13 +211,16 @@ def head_loss_backward(
     weight_trained: bool,
     bias_trained: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of ``head_loss`` at ``hidden``, ``weight`` and ``bias`` (empty [0] where these are not trained) for that of its losses,
-    ``back`` [N]. The logits are computed again; ``total`` [N] is the log-sum-exp that it gave."""
+    """The gradients of ``head_loss`` at ``hidden``, ``weight`` and ``bias``, given ``back`` [N], that of its losses.
+
+    Those at weight and bias are empty, [0], if not trained. The logits are recomputed. ``total`` [N]: the log-sum-exp
+    that ``head_loss`` returned.
+    """
     head, labelled = _Head(weight, bias, softcap, scale, dtype), target != ignore_index
     grad, by = torch.zeros_like(hidden), (back * scale).where(labelled, 0).to(dtype)[:, None]
     parts = list(_parts(labelled, _side(hidden.device, dtype)))
     of_weight, of_bias = (
-        # one part writes every entry once: nothing is added up that a narrow sum would round
+        # a single part writes each entry once: no sum that half precision would round
         torch.zeros_like(x, dtype=_wide(x) if len(parts) > 1 else x.dtype) if x is not None and trained else None
         for x, trained in ((weight, weight_trained), (bias, bias_trained))
     )
@@ -247,7 +254,7 @@ head_loss.register_autograd(_backward, setup_context=_keep)
 
 
 def _logits(x: Tensor, softcap: float, scale: float) -> tuple[Tensor, Tensor | None]:
-    """The logits, in place of ``x``, and the slope of the cap (``None``: 1)."""
+    """The logits, computed in place in ``x``, and the derivative of the cap (``None``: 1)."""
     if not softcap:
         return x.mul_(scale) if scale != 1 else x, None
     capped = torch.tanh(x.div_(softcap))
@@ -263,12 +270,12 @@ def _(hidden: Tensor, weight: Tensor, bias: Any, target: Tensor, *how: Any) -> t
 
 @register_flop_formula(torch.ops.tokenseek_fx.head_loss)
 def flops_of_head(hidden: Any, weight: Any, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """One product with the weight, and one back."""
+    """FLOPs: one product with the weight, and one more for the gradient."""
     products = 2 if rest[-1] else 1
     return products * 2 * hidden[0] * hidden[1] * weight[0]
 
 
 @register_flop_formula(torch.ops.tokenseek_fx.head_loss_backward)
 def _flops_of_backward(back: Any, hidden: Any, weight: Any, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """The logits again, one product with the weight, and where it is trained one for its gradient."""
+    """FLOPs: the logits recomputed, one product with the weight, and one for its gradient if it is trained."""
     return (3 if rest[-2] else 2) * 2 * hidden[0] * hidden[1] * weight[0]

@@ -1,8 +1,9 @@
-"""Head loss on a GPU: two Triton kernels that make the logits block by block and write none.
+"""Head loss on a GPU: two Triton kernels that compute the logits block by block and never store them.
 
-The first goes over a part of the vocabulary for a block of rows: log-sum-exp and the logit of the label. The second makes the logits
-again and adds (softmax - one-hot) @ weight to the gradient of its rows, which no other program writes: one order, so that results
-repeat. Defined by the ATen form in ``head.py``; the idea is that of Cut Your Losses (arXiv 2411.09009).
+The first kernel goes over a part of the vocabulary for a block of rows and computes log-sum-exp and the logit of the
+label. The second recomputes the logits and adds (softmax - one-hot) @ weight to the gradient of its rows. No other
+program writes these rows, so the order of the sum is fixed and results are deterministic. The ATen implementation in
+``head.py`` is the definition; the idea is that of Cut Your Losses (arXiv 2411.09009).
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from .head import flops_of_head
 from .static import NUMBER, Variant
 
 WARPS, STAGES = 8, 3
-#: Bytes that a thread may spill, outside of the products: blocks that spill none are slower (H100, docs/design/0013).
+#: Bytes that a thread may spill, outside the matrix products: blocks without spills are slower (H100,
+#: docs/design/0013).
 SPILLS = 128
-#: Into how many parts the first kernel cuts the vocabulary.
+#: The number of parts into which the first kernel splits the vocabulary.
 PARTS = 8
 
 
@@ -31,7 +33,7 @@ def _logits(
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """(logits [rows n, classes v], slope of the cap); -inf beyond the vocabulary."""
+    """(logits [rows n, classes v], derivative of the cap); logits are -inf beyond the vocabulary."""
     x = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     far_n, far_v = n.to(tl.int64), v.to(tl.int64)
     for start in range(0, D, BLOCK_D):
@@ -60,7 +62,7 @@ def loss_kernel(
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Of part p of the classes: lse[p, n] = log sum_v exp(z[n, v]), chosen[p, n] = z[n, target[n]] (0 where it is elsewhere)."""
+    """For part p of the classes: lse[p, n] = log sum_v exp(z[n, v]); chosen[p, n] = z[n, target[n]], 0 if not in p."""
     scale, softcap = tl.cast(scale, tl.float32), tl.cast(softcap, tl.float32)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(1) * part
@@ -90,7 +92,7 @@ def gradient_kernel(
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
     BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """grad[n, :] += sum_v (exp(z[n, v] - lse[n]) - [v = target[n]]) slope[n, v] weight[v, :], 0 for rows without a label."""
+    """grad[n, :] += sum_v (exp(z[n, v] - lse[n]) - [v = target[n]]) slope[n, v] weight[v, :] for rows with a label."""
     scale, softcap = tl.cast(scale, tl.float32), tl.cast(softcap, tl.float32)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     far_n = n.to(tl.int64)
@@ -130,7 +132,7 @@ def head_loss_triton(
     scale: float,
     gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``head_loss`` with losses in float32, for inputs no wider than that; arguments as there."""
+    """(losses [N] in float32, gradient [N, D] or [0]) of ``head_loss``; arguments as there, at most float32."""
     (rows, width), classes = hidden.shape, weight.shape[0]
     flags = {"BIAS": bias is not None, "SOFTCAP": softcap != 0, "num_warps": WARPS, "num_stages": STAGES}
     options = blocks(width, "loss") | flags
@@ -155,12 +157,12 @@ register_flop_formula(torch.ops.tokenseek_fx.head_loss_triton)(flops_of_head)
 
 
 def blocks(width: int, kernel: str) -> dict[str, int]:
-    """Block sizes for hidden states of a width in half precision; measured on an H100 (docs/design/0013)."""
+    """Block sizes for hidden states of ``width`` features in half precision; measured on an H100 (docs/design/0013)."""
     return {"D": width, "BLOCK_N": {"loss": 128, "gradient": 64}[kernel], "BLOCK_V": 256, "BLOCK_D": 64}
 
 
 def variants() -> list[Variant]:
-    """Both kernels in half precision, plain and with a bias and a soft cap."""
+    """Both kernels in half precision, plain and with bias and softcap."""
     cases = [(width, full) for width in (512, 4096) for full in (False, True)]
     return [_variant(kernel, *case) for kernel in (loss_kernel, gradient_kernel) for case in cases]
 

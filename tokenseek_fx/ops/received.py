@@ -1,8 +1,8 @@
-"""Attention received: for every key, the attention that it gets from all queries.
+"""Attention received: for each key, the sum of its attention weights over all queries (TokenSeek's I1).
 
-    received[..., j] = sum over queries i of softmax over keys(cap(Q K^T scale) + mask)[..., i, j],   cap(x) = softcap tanh(x / softcap)
+    received[..., j] = sum over i of softmax_j(cap(Q K^T scale) + mask)[..., i, j],   cap(x) = softcap tanh(x / softcap)
 
-Queries that may look at nothing (rows of padding) count for nothing.
+Fully masked queries (padding) are left out of the sum.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .device import HALF, runs_triton
 
-#: Additive masks are at most this where a key is hidden: finfo.min of any dtype, -inf, -1e9, -1e4 with scores added; no
-#: position bias is that low.
+#: Scores at most this low are masked: additive masks use finfo.min of any dtype, -inf, -1e9 or -1e4, to which scores
+#: are added; no position bias is this low.
 HIDDEN = -9e3
-#: Bytes of the scores that are in memory at a time.
+#: Bytes of scores in memory at a time.
 BLOCK_BYTES = 4 * 2**20
 
 
@@ -34,7 +34,7 @@ def received(
     softcap: float = 0.0,
     lse: Tensor | None = None,
 ) -> Tensor:
-    """``attention_received``, by the Triton kernels on a GPU where they can."""
+    """``attention_received``, by Triton kernels on a GPU if they support these tensors."""
     narrow = query.ndim == 4 and query.shape[-1] <= 256 and query.dtype in (*HALF, torch.float32)
     if narrow and runs_triton(query):
         from .received_triton import attention_received_triton
@@ -55,21 +55,21 @@ def attention_received(
     softcap: float = 0.0,
     lse: Tensor | None = None,
 ) -> Tensor:
-    """Attention received by every key from all queries, in float32 at least, for a block of queries at a time.
+    """Attention received by each key from all queries, computed in float32 or float64, one block of queries at a time.
 
     Args:
         query: [*leading, L, E].
-        key: [*leading, S, E]; fewer heads (the last leading dim) than the query's are shared by groups.
-        mask: bool (False: hidden) or additive, broadcast to [*leading, L, S].
-        is_causal: query i sees the keys j <= i.
-        scale: factor of the products; ``None``: 1 / sqrt(E).
-        window: query i sees the keys i - window < j < i + window; ``None``: no window.
-        segments: [B, S] integers, B the first leading dim; query i sees the keys of its own segment. Needs L = S.
+        key: [*leading, S, E]; if it has fewer heads (the last leading dim), groups of query heads share one.
+        mask: bool (False: masked) or additive, broadcast to [*leading, L, S].
+        is_causal: query i sees only keys j <= i.
+        scale: factor of the scores; ``None``: 1 / sqrt(E).
+        window: query i sees only keys i - window < j < i + window; ``None``: no window.
+        segments: [B, S] integers, B the first leading dim; query i sees only keys of its own segment. Needs L = S.
         softcap: cap of the scores before the mask; 0: none.
-        lse: [*leading, L], log of the sum over keys of exp(scores with everything above); ``None``: it is computed.
+        lse: [*leading, L], the log-sum-exp of the scores over keys, after cap and masks; ``None``: it is computed.
 
     Returns:
-        [*leading of the query, S].
+        [*leading of the query, S], in float32 or, for float64 inputs, float64.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     queries, keys = query.shape[-2], key.shape[-2]
@@ -99,12 +99,12 @@ def _(query: Tensor, key: Tensor, *how: Any, **options: Any) -> Tensor:
 
 @register_flop_formula(torch.ops.tokenseek_fx.attention_received)
 def flops_of_received(query: Any, key: Any, *how: Any, out_shape: Any = None, **options: Any) -> int:
-    """One product of queries and keys (masks are not counted, as in the formula of attention)."""
+    """FLOPs: one product of queries and keys; masked scores count too, as in PyTorch's formula for attention."""
     return 2 * math.prod(query) * key[-2]
 
 
 def _seen(start: int, stop: int, keys: int, is_causal: bool, window: int | None) -> tuple[int, int]:
-    """The range of keys that the queries of a block may see by position."""
+    """The range of keys that queries ``start`` to ``stop`` may see by position."""
     first = 0 if window is None else max(0, start - window + 1)
     if is_causal:
         return first, min(stop, keys)
@@ -114,7 +114,7 @@ def _seen(start: int, stop: int, keys: int, is_causal: bool, window: int | None)
 def _hidden(
     start: int, stop: int, first: int, last: int, is_causal: bool, window: int | None, segments: Any, like: Tensor
 ) -> Tensor | None:
-    """True where a query of a block does not see a key of a range, by position or by segment."""
+    """True if a query of a block doesn't see a key of a range, by position or segment; None if all are visible."""
     ahead = torch.arange(first, last, device=like.device) - torch.arange(start, stop, device=like.device)[:, None]
     hidden = ahead > 0 if is_causal else None
     if window is not None:
@@ -128,7 +128,7 @@ def _hidden(
 
 
 def _scores(query: Tensor, key: Tensor, scale: float | None, softcap: float) -> Tensor:
-    """cap(Q K^T scale), with the heads of the keys shared by groups of query heads."""
+    """cap(Q K^T scale); groups of query heads share the heads of the keys."""
     query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
     if query.ndim < 3 or query.shape[-3] == key.shape[-3]:
         scores = query @ key.transpose(-1, -2)
@@ -139,12 +139,12 @@ def _scores(query: Tensor, key: Tensor, scale: float | None, softcap: float) -> 
 
 
 def attention_of(scores: Tensor, lse: Tensor | None = None) -> Tensor:
-    """softmax(scores), 0 in rows where all is hidden."""
+    """softmax(scores), 0 in fully masked rows. ``lse``: [..., 1], the log-sum-exp. May overwrite ``scores``."""
     if lse is None:
         return torch.softmax(scores, -1).masked_fill(sees_nothing(scores), 0.0)
     return scores.sub_(lse).exp_().masked_fill_(lse <= HIDDEN, 0.0)
 
 
 def sees_nothing(scores: Tensor) -> Tensor:
-    """The rows of ``scores`` in which all is hidden, [..., 1]."""
+    """True for fully masked rows of ``scores``, [..., 1]."""
     return scores.amax(-1, keepdim=True) <= HIDDEN

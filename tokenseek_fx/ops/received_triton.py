@@ -1,7 +1,8 @@
-"""Attention received on a GPU: two Triton kernels, neither of which writes a score.
+"""Attention received on a GPU: two Triton kernels that never store scores.
 
-One goes over the keys for a block of queries and gives the log-sum-exp of each; one goes over the queries for a block of keys and
-adds up exp(score - log-sum-exp), in one order, so that results repeat. Defined by the ATen form in ``received.py``.
+The first goes over the keys for a block of queries and computes the log-sum-exp of each query. The second goes over the
+queries for a block of keys and sums exp(score - log-sum-exp) in a fixed order, so results are deterministic. The ATen
+implementation in ``received.py`` is the definition.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def _block_of_scores(
     mask, mask_i, mask_j, segments, window,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """Scores [queries i, keys j], -inf where hidden. q: [i, E], k: [E, j]; ``mask``, ``segments``: at this instance and head."""
+    """Scores [queries i, keys j], -inf if masked. q: [i, E]; k: [E, j]; ``mask``, ``segments``: at this b and h."""
     scores = tl.dot(q, k, input_precision="ieee") * scale
     if SOFTCAP:
         scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
@@ -96,7 +97,7 @@ def received_kernel(
     E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """out[b, h, j] = sum over i of exp(score[b, h, i, j] - lse[b, h, i]), without the queries whose lse is at most ``hidden``."""
+    """out[b, h, j] = sum over i of exp(score[b, h, i, j] - lse[b, h, i]), over queries with lse > ``hidden``."""
     scale, softcap = tl.cast(scale, tl.float32), tl.cast(softcap, tl.float32)
     at = tl.program_id(1)
     b, h = (at // heads).to(tl.int64), (at % heads).to(tl.int64)
@@ -143,7 +144,10 @@ def attention_received_triton(
     softcap: float = 0.0,
     lse: Tensor | None = None,
 ) -> Tensor:
-    """``attention_received`` of query [B, H, L, E] and key [B, G, S, E], E at most 256, no wider than float32; arguments as there."""
+    """``attention_received`` of query [B, H, L, E] and key [B, G, S, E], as float32 [B, H, S]; arguments as there.
+
+    E is at most 256; dtypes have at most 32 bits.
+    """
     batch, heads, queries, width = query.shape
     keys = key.shape[2]
     out = query.new_empty((batch, heads, keys), dtype=torch.float32)
@@ -177,13 +181,13 @@ register_flop_formula(torch.ops.tokenseek_fx.attention_received_triton)(flops_of
 
 
 def blocks(width: int, dtype: torch.dtype, plain: bool) -> dict[str, int]:
-    """Block sizes for heads of a width; ``plain``: no mask and no segments, whose loads take registers."""
+    """Block sizes for heads of ``width`` features. ``plain``: without mask and segments, whose loads need registers."""
     side = 64 if plain and width <= 128 and dtype.itemsize == 2 else 32
     return {"E": width, "BLOCK_E": max(16, 1 << (width - 1).bit_length()), "BLOCK_I": side, "BLOCK_J": side}
 
 
 def variants() -> list[Variant]:
-    """Both kernels for every width of head, causal in half precision, and with everything else in float32."""
+    """Both kernels for all head widths: causal in half precision, and with all features in half and float32."""
     plain = {"CAUSAL": True, "WINDOW": False, "SEGMENTS": False, "SOFTCAP": False, "MASK": 0}
     full = {"CAUSAL": True, "WINDOW": True, "SEGMENTS": True, "SOFTCAP": True, "MASK": 2}
     half = [("bf16", width, plain, "causal") for width in (32, 64, 96, 128, 256)]

@@ -1,7 +1,8 @@
-"""What the Triton kernels take of a GPU, without a GPU: ``python -m tokenseek_fx.ops.static`` compiles every variant of every
-kernel for sm_80 and sm_90 and prints registers, spills and shared memory as a table. Its exit status is 1 where one does not fit.
+"""Resources of the Triton kernels, measured without a GPU.
 
-A file of kernels lists what it is compiled for in a function ``variants()``.
+``python -m tokenseek_fx.ops.static`` compiles every variant of every kernel for sm_80 and sm_90 and prints registers,
+spills and shared memory as a table. Its exit status is 1 if a variant does not fit. Each file of kernels lists its
+variants in a function ``variants()``.
 """
 
 from __future__ import annotations
@@ -15,23 +16,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-#: The files of kernels.
+#: The modules with kernels.
 MODULES = ("received_triton", "head_triton", "attention_triton")
-#: The type of a number that is no integer, as Inductor gives it to a kernel (Triton alone: fp32); kernels make it float32 themselves.
+#: The type of a floating-point argument in a call from Inductor (in plain Triton: fp32); kernels cast it to float32.
 NUMBER = "fp64"
-#: Shared memory that one block may have, in bytes: compute capability -> limit (CUDA C++ programming guide).
+#: Shared memory limit of one block in bytes, by compute capability (CUDA C++ programming guide).
 SHARED = {80: 163 * 1024, 90: 227 * 1024}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel as it is compiled.
+    """One kernel with the arguments that it is compiled for.
 
-    ``kernel``: what ``triton.jit`` made. ``signature``: the type of every argument that is no constant, by name (``"*bf16"``,
-    ``"i32"``). ``constexprs``: the constants, by name; ``None`` for an argument that is left out. ``label``: what is special of
-    it, for the table. ``spills``: bytes of local memory of a thread that it may take, where larger blocks were measured faster
-    all the same. ``aligned``: the numbers that are multiples of 16, as strides are where heads and widths are (pointers
-    are); Triton makes other code for these.
+    ``label``: a description for the table. ``kernel``: a function decorated by ``triton.jit``. ``signature``: name ->
+    type of each argument that is not constant (``"*bf16"``, ``"i32"``). ``constexprs``: name -> value of each constant;
+    ``None`` for an omitted argument. ``aligned``: arguments that are multiples of 16, as strides are if heads and
+    widths are (pointers always are); Triton specialises the code for them. ``spills``: bytes of local memory that a
+    thread may use, where larger blocks were measured to be faster in spite of them.
     """
 
     label: str
@@ -46,8 +47,11 @@ class Variant:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a variant takes on one target: ``registers`` of a thread, ``spills`` (bytes of local memory of a thread), ``shared``
-    (bytes of a block)."""
+    """Resources of a variant on one target.
+
+    ``registers`` per thread, ``spills``: bytes of local memory per thread, ``shared``: bytes of shared memory per
+    block.
+    """
 
     variant: Variant
     capability: int
@@ -57,12 +61,12 @@ class Usage:
 
     @property
     def fits(self) -> bool:
-        """No more is spilled than the variant may, and the shared memory is there."""
+        """True if spills and shared memory stay within their limits."""
         return self.spills <= self.variant.spills and self.shared <= SHARED[self.capability]
 
 
 def variants() -> list[Variant]:
-    """Those of all files of kernels."""
+    """The variants of all modules with kernels."""
     modules = [importlib.import_module(f"tokenseek_fx.ops.{name}") for name in MODULES]
     return [variant for module in modules for variant in module.variants()]
 
@@ -70,7 +74,7 @@ def variants() -> list[Variant]:
 def usage(variant: Variant, capability: int) -> Usage:
     """Compile ``variant`` for a GPU of this compute capability (80: sm_80); no GPU is needed.
 
-    Needs triton, whose wheel brings ``ptxas`` and ``cuobjdump``, and a process without ``TRITON_INTERPRET``.
+    Needs triton, whose wheel contains ``ptxas`` and ``cuobjdump``, and a process without ``TRITON_INTERPRET``.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -88,7 +92,7 @@ def usage(variant: Variant, capability: int) -> Usage:
 
 
 def _resources(cuobjdump: str, cubin: bytes) -> dict[str, int]:
-    """What ``cuobjdump`` says of the one kernel of a compiled module."""
+    """Resource names and values that ``cuobjdump`` reports for the single kernel of a compiled module."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -98,12 +102,12 @@ def _resources(cuobjdump: str, cubin: bytes) -> dict[str, int]:
 
 
 def report() -> Iterator[Usage]:
-    """Every variant on every target."""
+    """The usage of every variant on every target."""
     return (usage(variant, capability) for variant in variants() for capability in SHARED)
 
 
 def markdown(found: Usage) -> str:
-    """One line of the table."""
+    """One row of the table."""
     variant = found.variant
     cells = [variant.kernel.__name__, variant.label, f"{variant.num_warps} / {variant.num_stages}"]
     cells += [f"sm_{found.capability}", found.registers, found.spills, f"{found.shared / 1024:.1f}"]
@@ -111,7 +115,7 @@ def markdown(found: Usage) -> str:
 
 
 def main() -> int:
-    """Print the table; 1 where a variant spills more than it may or needs more shared memory than there is."""
+    """Print the table; return 1 if a variant exceeds its limit of spills or shared memory."""
     print("| kernel | variant | warps / stages | target | registers | spilled bytes | shared KiB |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     bad = 0

@@ -1,4 +1,4 @@
-"""Reports: a training run as plain data (``Run``), and as one HTML file that needs nothing else."""
+"""Reports: a training run as plain data (``Run``) and as one self-contained HTML file."""
 
 from .html import write_report
 from .recorded import example_of, memory_of, run_of

@@ -1,4 +1,4 @@
-"""A run as one HTML file: template, style, program and data in it; nothing is fetched."""
+"""A run as one HTML file that contains template, style, program and data, and loads nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from .run import Run
 
 
 def write_report(run: Run, path: str | Path) -> Path:
-    """Write the report of ``run`` as one HTML file that works from disk, and return its path.
+    """Write the report of ``run`` as one HTML file that opens from disk, and return its path.
+
+    Missing directories are created; an existing file is overwritten.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as directory:
@@ -26,7 +28,7 @@ def write_report(run: Run, path: str | Path) -> Path:
 
 
 def page(run: Run) -> str:
-    """The report as text. Its policy lets the browser run the program that has this hash, and load nothing."""
+    """The report as text. Its content security policy lets the browser run only the program with this hash."""
     text, program = _part("report.html"), _part("report.js")
     parts = {"HASH": _hash(program), "STYLE": _part("report.css"), "PROGRAM": program, "DATA": embedded(run)}
     for name, part in parts.items():
@@ -35,7 +37,7 @@ def page(run: Run) -> str:
 
 
 def embedded(run: Run) -> str:
-    """The run as JSON that no text in it can break out of: only ASCII, and no character that HTML reads."""
+    """The run as JSON that is safe in HTML: ASCII only, without ``<``, ``>`` and ``&``."""
     text = json.dumps(run.plain_data(), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")
 

@@ -1,4 +1,4 @@
-"""What a notebook shows: small tables and bars in its own colours. Every text is escaped."""
+"""HTML for notebooks: small tables and bars in the notebook's colours. All text is escaped."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from .. import stats
 
 if TYPE_CHECKING:
-    from ..explain import Explanation
+    from ..explanation import Explanation
     from ..recording import Selection
 
 _MIB = 2**20
 
 
 def recording_html(recording: Sequence[Selection]) -> str:
-    """The figures of ``stats.summary``, and where in the sequences the kept tokens are."""
+    """The figures of ``stats.summary`` and a histogram of the positions of kept tokens, as HTML."""
     if not any(step.indices.numel() for step in recording):
         return _table("Recording", [("steps", str(len(recording)))])
     found = stats.summary(recording, bins=20)
@@ -33,16 +33,16 @@ def recording_html(recording: Sequence[Selection]) -> str:
 
 
 def explanation_html(explanation: Explanation) -> str:
-    """The report of ``explain`` as tables, and the rewritten graph, block by block, to be opened."""
+    """The report of ``explain`` as HTML tables, and the rewritten graph in collapsed blocks."""
     if explanation.refusal:
         return f"<p><b>tokenseek: compiled without token selection.</b> {escape(explanation.refusal)}</p>"
     title = f"Keeps {explanation.kept} of {explanation.tokens} tokens in each of {explanation.batch} sequences"
     rows = [
-        *((f"kept on a further token axis, of {tokens}", str(kept)) for tokens, kept in explanation.others),
+        *((f"kept of {tokens} on a further token axis", str(kept)) for tokens, kept in explanation.others),
         ("attentions", str(len(explanation.attentions))),
         ("loss", ", ".join(explanation.losses) or "outside the graph"),
         ("operations on the kept rows only", f"{explanation.ditched} of {explanation.live}"),
-        ("cost in forwards a step (all tokens: 3)", f"{explanation.forwards:.2f}"),
+        ("cost of a step in forwards (all tokens: 3)", f"{explanation.forwards:.2f}"),
         ("barriers", "none" if not explanation.barriers else str(len(explanation.barriers))),
         *(("", str(barrier)) for barrier in explanation.barriers),
     ]
@@ -71,10 +71,12 @@ def _table(title: str, rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _bars(shares: Sequence[float]) -> str:
-    """A histogram in the colour of the text."""
+    """A histogram in the colour of the text, as SVG."""
+    heights = [40 * share / max(shares) for share in shares]
     bars = (
-        f'<rect x="{12 * i}" y="{40 - 40 * share / max(shares):.1f}" width="10" height="{40 * share / max(shares):.1f}"/>'
-        for i, share in enumerate(shares)
+        f'<rect x="{12 * i}" y="{40 - height:.1f}" width="10" height="{height:.1f}"/>'
+        for i, height in enumerate(heights)
     )
     size = f'width="{12 * len(shares)}" height="40" role="img" aria-label="kept tokens by position in the sequence"'
-    return f'<svg {size} fill="currentColor">{"".join(bars)}</svg><br><small>kept tokens, start to end of the sequence</small>'
+    caption = "<small>kept tokens, start to end of the sequence</small>"
+    return f'<svg {size} fill="currentColor">{"".join(bars)}</svg><br>{caption}'

@@ -1,4 +1,4 @@
-"""Runs out of recordings: what a training loop knows, as the report reads it."""
+"""Build a ``Run`` from a recording and the figures of a training loop."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from .. import stats
-from ..explain import Explanation
+from ..explanation import Explanation
 from ..recording import Selection
 from .run import Example, Run, Step
 
-#: The bars of the histogram of positions.
+#: Bars in the histogram of positions.
 _BINS = 20
-#: Kinds of saved tensors that a report shows by themselves; all others are activations.
+#: Kinds of saved tensors that a report shows separately; all others count as activations.
 _KINDS = ("logits", "keys/values")
 
 Decode = Callable[[list[int]], str]
@@ -32,13 +32,16 @@ def run_of(
     examples: int = 8,
     title: str = "tokenseek run",
 ) -> Run:
-    """The run of a plain training loop. Its ``settings``, ``memory`` and ``graphs`` are set by whoever knows them.
+    """The run of a training loop. The caller sets its ``settings``, ``memory`` and ``graphs``.
 
-    ``recording``: of all steps. ``steps``: what the loop knows of each, its loss for instance; the shares are added here.
-    ``plain``: the steps of a run on all tokens. ``batches``: token ids [B, T] of every step, and ``decode``, a tokenizer or a
-    function from ids to text: with both, the report shows the first sequence of at most ``examples`` steps.
+    ``recording``: the selections of all steps. ``steps``: figures of each step, for example its loss; kept fractions
+    and overlap are added from the recording. ``plain``: the steps of a run on all tokens. ``batches``: token ids, int64
+    [B, T], of each step. ``decode``: a tokenizer, or a function from a list of ids to text. With ``batches`` and
+    ``decode`` the report shows the first sequence of at most ``examples`` steps.
 
-    Raises ``ValueError`` where ``steps`` or ``batches`` are not as many as were recorded, or ids have another shape.
+    Raises:
+        ValueError: the number of ``steps`` or ``batches`` is not that of the recorded steps, or the shape of the ids
+            is not that of the recorded scores.
 
     >>> rec = [Selection(torch.tensor([[0, 2]]), torch.zeros(1, 4))]
     >>> ids = torch.tensor([[72, 105, 33, 10]])
@@ -49,7 +52,7 @@ def run_of(
     for name, given in {"steps": steps, "batches": batches}.items():
         if given and len(given) != len(recording):
             raise ValueError(
-                f"{len(given)} {name} for {len(recording)} that were recorded: give one for each, or none."
+                f"`{name}`: expected {len(recording)}, one for each recorded step, or none; got {len(given)}."
             )
     steps = steps or [Step(i + 1) for i in range(len(recording))]
     shown = _spread(len(recording), examples) if batches and decode is not None else ()
@@ -65,14 +68,17 @@ def run_of(
 def example_of(
     selection: Selection, ids: Tensor, decode: Decode | Any, *, step: int, row: int = 0, name: str | None = None
 ) -> Example:
-    """What was kept of sequence ``row`` of a batch. ``ids``: [B, T] token ids. ``decode``: a tokenizer, or a function from ids to text.
+    """Sequence ``row`` of a batch with its kept tokens.
 
-    Raises ``ValueError`` where the ids have not the shape of what was recorded.
+    ``ids``: token ids, int64 [B, T]. ``decode``: a tokenizer, or a function from a list of ids to text.
+
+    Raises:
+        ValueError: the shape of ``ids`` is not that of the recorded scores.
     """
     if ids.shape != selection.scores.shape:
         raise ValueError(
-            f"Token ids of shape {list(ids.shape)} for a selection of {list(selection.scores.shape)} tokens: give the "
-            "batch of the same step."
+            f"Token ids have shape {list(ids.shape)}, but the recorded scores {list(selection.scores.shape)}. "
+            "Pass the batch of the same step."
         )
     text = getattr(decode, "decode", decode)
     fields = ("scores", "attention", "gradient", "loss", "labelled")
@@ -88,9 +94,10 @@ def example_of(
 def memory_of(
     explanation: Explanation, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> dict[str, dict[str, int]]:
-    """The split of memory between forward and backward, ``Run.memory``: bytes of what ``explain`` found to be saved, and of the rest.
+    """Bytes held between forward and backward, by part, for ``Run.memory``.
 
-    ``optimizer``: the bytes of its states are counted as they are, so give it after its first step.
+    Saved tensors are those that ``explain`` found; parameters, gradients and optimizer states are counted here.
+    ``optimizer``: pass it after its first step, which creates its states.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     states = [state for each in optimizer.state.values() for state in each.values()] if optimizer else []
@@ -113,7 +120,7 @@ def _by_part(saved: Mapping[str, int]) -> dict[str, int]:
 
 
 def _shares(recording: Sequence[Selection]) -> Iterator[dict[str, float | None]]:
-    """Fields of ``Step`` that a recording tells."""
+    """For each step: the fields of ``Step`` that come from the recording."""
     for selection, overlap in zip(recording, stats.overlaps(recording), strict=True):
         some = selection.labelled is not None and bool(selection.labelled.any())
         yield {
@@ -124,13 +131,13 @@ def _shares(recording: Sequence[Selection]) -> Iterator[dict[str, float | None]]
 
 
 def _spread(steps: int, examples: int) -> list[int]:
-    """At most ``examples`` steps, the first and the last among them, at equal distances."""
+    """Indices of at most ``examples`` steps, evenly spaced, including the first and the last."""
     count = min(steps, examples)
     return [round(i * (steps - 1) / max(1, count - 1)) for i in range(count)]
 
 
 def _row(values: Tensor | None, row: int) -> list[Any] | None:
-    """A row as numbers; ``None`` for what is not finite (padding)."""
+    """A row as numbers; ``None`` for values that are not finite (padding)."""
     if values is None:
         return None
     if values.dtype == torch.bool:

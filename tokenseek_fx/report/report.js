@@ -1,5 +1,5 @@
 "use strict";
-// Draws the report out of the JSON beside it. Text of the run goes into the page as text nodes only.
+// Draws the report from the JSON in the page. Text of the run enters the page as text nodes only.
 
 const run = JSON.parse(document.getElementById("data").textContent);
 const SVG = "http://www.w3.org/2000/svg";
@@ -45,15 +45,16 @@ function tile(name, field, figure, format) {
 
 function summary() {
   const tiles = [
-    ...tile("loss, last tenth", "loss", (list) => mean(lastTenth(list)), number),
-    ...tile("time of a step, median", "seconds", median, seconds),
+    ...tile("loss, mean of last tenth", "loss", (list) => mean(lastTenth(list)), number),
+    ...tile("time per step, median", "seconds", median, seconds),
     ...tile("peak memory", "peak", largest, bytes),
     ...tile("tokens kept", "kept", mean, share),
     ...tile("labelled tokens kept", "labelled", mean, share),
     ...tile("overlap of visits", "overlap", mean, share),
   ];
-  section("summary", tiles.length ? make("div", { class: "tiles" }, ...tiles) : note("No figures of steps were recorded."));
-  const settings = Object.entries(run.settings).flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]);
+  section("summary", tiles.length ? make("div", { class: "tiles" }, ...tiles) : note("No step figures were recorded."));
+  const entries = Object.entries(run.settings);
+  const settings = entries.flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]);
   if (settings.length) section("summary", make("h3", {}, "Settings"), make("dl", {}, ...settings));
 }
 
@@ -71,7 +72,7 @@ function ticks(low, high, count) {
   return found;
 }
 
-/** At most two points, the lowest and the highest, of each of `buckets` parts. */
+/** Split the points into `buckets` ranges; keep at most two points of each, the lowest and the highest. */
 function thinned(points, buckets) {
   if (points.length <= 2 * buckets) return points;
   const found = [];
@@ -95,7 +96,7 @@ function smoothed(points) {
   });
 }
 
-/** A figure of curves, or of bars; `series`: [{name, kind, points: [[x, y], ...]}]. Arrow keys read it point by point. */
+/** A chart of curves or bars; `series`: [{name, kind, points: [[x, y], ...]}]. Arrow keys read it point by point. */
 class Chart {
   constructor(title, series, format, { bars = false, place = (x) => `step ${x}`, zero = false, smooth = false } = {}) {
     Object.assign(this, { title, format, bars, place, zero, smooth, at: null });
@@ -104,9 +105,11 @@ class Chart {
     this.lookup = this.series.map((each) => new Map(each.points));
     this.readout = make("output", {});
     this.svg = draw("svg", { "aria-hidden": "true" });
-    const keys = this.series.length > 1 ? this.series.map((each) => make("span", { class: `key ${each.kind}` }, each.name)) : [];
-    const label = `${title}. Arrow keys read the values.`;
-    this.figure = make("figure", { tabindex: "0", role: "group", "aria-label": label }, make("figcaption", {}, title, ...keys), this.svg, this.readout);
+    const named = this.series.length > 1 ? this.series : [];
+    const keys = named.map((each) => make("span", { class: `key ${each.kind}` }, each.name));
+    const caption = make("figcaption", {}, title, ...keys);
+    const attributes = { tabindex: "0", role: "group", "aria-label": `${title}. Arrow keys read the values.` };
+    this.figure = make("figure", attributes, caption, this.svg, this.readout);
     this.listen();
   }
 
@@ -131,7 +134,8 @@ class Chart {
   nearest(event) {
     const box = this.svg.getBoundingClientRect();
     const x = ((event.clientX - box.left) / box.width) * this.width;
-    return this.xs.reduce((best, each, i) => (Math.abs(this.x(each) - x) < Math.abs(this.x(this.xs[best]) - x) ? i : best), 0);
+    const distance = (i) => Math.abs(this.x(this.xs[i]) - x);
+    return this.xs.reduce((best, _, i) => (distance(i) < distance(best) ? i : best), 0);
   }
 
   redraw(width) {
@@ -163,7 +167,8 @@ class Chart {
       draw("path", { class: "axis", d: `M${MARGIN.left} ${this.y(y)}H${this.width - MARGIN.right}` }),
       draw("text", { x: MARGIN.left - 6, y: this.y(y) + 4, "text-anchor": "end" }, this.format(y)),
     ]);
-    const whole = ticks(first, last, Math.max(2, this.width / 90)).filter((x) => Number.isInteger(x) && x >= this.xs[0] && x <= this.xs[this.xs.length - 1]);
+    const inside = (x) => Number.isInteger(x) && x >= this.xs[0] && x <= this.xs[this.xs.length - 1];
+    const whole = ticks(first, last, Math.max(2, this.width / 90)).filter(inside);
     const text = (x, anchor, words) => draw("text", { x: this.x(x), y: HEIGHT - 6, "text-anchor": anchor }, words);
     const columns = this.bars
       ? [text(first, "start", "start"), text(last, "end", "end of the sequence")]
@@ -173,8 +178,12 @@ class Chart {
 
   shape({ kind, points }) {
     if (this.bars) return points.map((point) => this.bar(point));
-    if (points.length === 1) return [draw("circle", { class: `point ${kind}`, cx: this.x(points[0][0]), cy: this.y(points[0][1]), r: 3 })];
-    const path = (list, classes) => draw("path", { class: classes, d: thinned(list, this.width).map(([x, y], i) => `${i ? "L" : "M"}${this.x(x).toFixed(1)} ${this.y(y).toFixed(1)}`).join("") });
+    if (points.length === 1) {
+      const [[x, y]] = points;
+      return [draw("circle", { class: `point ${kind}`, cx: this.x(x), cy: this.y(y), r: 3 })];
+    }
+    const move = ([x, y], i) => `${i ? "L" : "M"}${this.x(x).toFixed(1)} ${this.y(y).toFixed(1)}`;
+    const path = (list, classes) => draw("path", { class: classes, d: thinned(list, this.width).map(move).join("") });
     const flat = this.smooth ? smoothed(points) : null;
     return flat ? [path(points, `curve raw ${kind}`), path(flat, `curve ${kind}`)] : [path(points, `curve ${kind}`)];
   }
@@ -191,13 +200,21 @@ class Chart {
     if (at === null) return this.readout.replaceChildren();
     const x = this.xs[at];
     const there = this.series.map((each, i) => [each, this.lookup[i].get(x)]).filter(([, y]) => known(y));
-    if (!this.bars && this.cross) this.cross.append(draw("path", { class: "cross", d: `M${this.x(x)} ${MARGIN.top}V${HEIGHT - MARGIN.bottom}` }), ...there.map(([each, y]) => draw("circle", { class: `point ${each.kind}`, cx: this.x(x), cy: this.y(y), r: 4 })));
+    if (!this.bars && this.cross) {
+      const line = draw("path", { class: "cross", d: `M${this.x(x)} ${MARGIN.top}V${HEIGHT - MARGIN.bottom}` });
+      const point = ([each, y]) => draw("circle", { class: `point ${each.kind}`, cx: this.x(x), cy: this.y(y), r: 4 });
+      this.cross.append(line, ...there.map(point));
+    }
     const many = this.series.length > 1;
-    this.readout.replaceChildren(`${this.place(x)}: ${there.map(([each, y]) => (many ? `${each.name} ` : "") + this.format(y)).join(", ")}`);
+    const read = there.map(([each, y]) => (many ? `${each.name} ` : "") + this.format(y));
+    this.readout.replaceChildren(`${this.place(x)}: ${read.join(", ")}`);
   }
 }
 
-const curve = (name, kind, steps, field) => ({ name, kind, points: steps.filter((s) => known(s[field])).map((s) => [s.step, s[field]]) });
+const curve = (name, kind, steps, field) => {
+  const points = steps.filter((s) => known(s[field])).map((s) => [s.step, s[field]]);
+  return { name, kind, points };
+};
 const both = (field) => [curve("tokenseek", "ours", run.steps, field), curve("all tokens", "plain", run.plain, field)];
 
 function charts(id, list, otherwise) {
@@ -207,18 +224,26 @@ function charts(id, list, otherwise) {
 
 // -- tokens -------------------------------------------------------------------------------------------------------
 
-const CHANNELS = { scores: "combined score", attention: "attention received", gradient: "gradient", loss: "loss", labelled: "labelled", kept: "kept only" };
+const CHANNELS = {
+  scores: "combined score",
+  attention: "attention received",
+  gradient: "gradient",
+  loss: "loss",
+  labelled: "labelled",
+  kept: "kept only",
+};
 const CHUNK = 192;
-const STRANGE = /[\u0000-\u0009\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\ufff9-\ufffb]/gu;
+const CONTROLS = "\\u0000-\\u0009\\u000b-\\u001f\\u007f-\\u009f\\u00ad\\u061c\\u200b\\u200e\\u200f\\u2028-\\u202e";
+const STRANGE = new RegExp(`[${CONTROLS}\\u2060-\\u206f\\ufeff\\ud800-\\udfff\\ufff9-\\ufffb]`, "gu");
 const code = (c) => `\\u${c.codePointAt(0).toString(16).padStart(4, "0")}`;
 
-/** What is shown for a token: what would be unseen, or move its neighbours, by its code. */
+/** The text shown for a token: characters that are invisible or change the text direction become their codes. */
 function visible(token) {
   if (token === "") return "∅";
   return token.replace(STRANGE, (c) => (c === "\t" ? "→\t" : code(c))).replace(/\n/g, "↵\n");
 }
 
-/** Parts of about CHUNK tokens, cut at a line's end where one is near: [first, end) each. */
+/** Ranges [first, end) of about CHUNK tokens each, cut at the end of a line if one is near. */
 function chunked(tokens) {
   const found = [];
   for (let first = 0, i = 1; first < tokens.length; i++) {
@@ -231,12 +256,12 @@ function chunked(tokens) {
   return found;
 }
 
-/** Level 0 to 10 of every value, by rank or by size. */
+/** The level, 0 to 10, of each value, by rank or by size. */
 function levels(list, byRank) {
   if (typeof list.find(known) === "boolean") return list.map((x) => (x ? 6 : 0));
   const sorted = list.filter(known).sort((a, b) => a - b);
   const [low, high] = [sorted[0], sorted[sorted.length - 1]];
-  const places = new Map(sorted.map((x, i) => [x, i])); // of equal ones the last
+  const places = new Map(sorted.map((x, i) => [x, i])); // of equal values the last counts
   const place = (x) => (byRank ? (places.get(x) + 1) / sorted.length : (x - low) / (high - low));
   return list.map((x) => (known(x) && high > low ? Math.round(10 * place(x)) : 0));
 }
@@ -244,11 +269,18 @@ function levels(list, byRank) {
 class TokenMap {
   constructor(examples) {
     Object.assign(this, { examples, channel: null, byRank: true, active: null });
-    this.box = make("div", { class: "map", tabindex: "0", role: "listbox", "aria-multiselectable": "true", "aria-label": "Tokens. Arrow keys move, N and P go to the next and previous kept token." });
+    this.box = make("div", {
+      class: "map",
+      tabindex: "0",
+      role: "listbox",
+      "aria-multiselectable": "true",
+      "aria-label": "Tokens. Arrow keys move, N and P go to the next and previous kept token.",
+    });
     this.tip = make("div", { class: "tip", role: "tooltip", id: "tip", hidden: "" });
     this.words = note("");
     this.channels = make("fieldset", {});
-    this.observer = new IntersectionObserver((seen) => this.scrolled(seen), { root: this.box, rootMargin: "800px 0px" });
+    const margin = { root: this.box, rootMargin: "800px 0px" };
+    this.observer = new IntersectionObserver((seen) => this.scrolled(seen), margin);
     section("tokens", this.controls(), this.words, this.box, this.tip);
     this.listen();
     this.choose(0);
@@ -258,19 +290,26 @@ class TokenMap {
     const options = this.examples.map((each, i) => make("option", { value: i }, `step ${each.step}: ${each.name}`));
     this.select = make("select", {}, ...options);
     this.select.addEventListener("change", () => this.choose(Number(this.select.value)));
-    const scale = radios("scale", "colour by", { rank: "rank", value: "value" }, "rank", (name) => this.colour(this.channel, name === "rank"));
+    const recolour = (name) => this.colour(this.channel, name === "rank");
+    const scale = radios("scale", "colour by", { rank: "rank", value: "value" }, "rank", recolour);
     const dim = make("input", { type: "checkbox", id: "dim" });
     dim.addEventListener("change", () => this.box.classList.toggle("dim", dim.checked));
     const steps = Array.from({ length: 11 }, (_, i) => make("i", { class: `h${i}` }));
-    return make("div", { class: "controls" }, make("label", {}, "example ", this.select), this.channels, scale, make("label", {}, dim, " dim what was not kept"), make("span", { class: "scale" }, "low\u00a0\u00a0\u00a0", ...steps, "high; kept: bold, underlined"));
+    const example = make("label", {}, "example ", this.select);
+    const dimmed = make("label", {}, dim, " dim tokens that were not kept");
+    const legend = make("span", { class: "scale" }, "low\u00a0\u00a0\u00a0", ...steps, "high; kept: bold, underlined");
+    return make("div", { class: "controls" }, example, this.channels, scale, dimmed, legend);
   }
 
   listen() {
     this.box.addEventListener("keydown", (event) => this.key(event));
     this.box.addEventListener("pointermove", (event) => this.point(event.target.closest(".token")));
     this.box.addEventListener("pointerleave", () => this.point(null));
-    this.box.addEventListener("click", (event) => event.target.closest(".token") && this.go(Number(event.target.closest(".token").dataset.i)));
-    // not where a pointer focuses: what is under it would scroll away
+    this.box.addEventListener("click", (event) => {
+      const token = event.target.closest(".token");
+      if (token) this.go(Number(token.dataset.i));
+    });
+    // not on focus by pointer: the token under it would scroll away
     this.box.addEventListener("focus", () => this.box.matches(":focus-visible") && this.go(this.active ?? 0));
     this.box.addEventListener("blur", () => (this.tip.hidden = true));
     this.box.addEventListener("scroll", () => this.point(null), { passive: true });
@@ -286,14 +325,16 @@ class TokenMap {
     this.active = null;
     this.tip.hidden = true;
     this.observer.disconnect();
-    this.parts = this.chunks.map(([first], k) => make("div", { class: "chunk", role: "presentation", "data-first": first, "data-k": k }));
+    const attributes = { class: "chunk", role: "presentation" };
+    this.parts = this.chunks.map(([first], k) => make("div", { ...attributes, "data-first": first, "data-k": k }));
     this.box.replaceChildren(...this.parts);
     this.box.scrollTop = 0;
     this.box.removeAttribute("aria-activedescendant");
     this.reserve();
     const there = Object.entries(CHANNELS).filter(([name]) => known(this.example[name]));
     const wanted = there.some(([name]) => name === this.channel) ? this.channel : there[0][0];
-    this.channels.replaceChildren(...radios("channel", "show", Object.fromEntries(there), wanted, (name) => this.colour(name, this.byRank)).childNodes);
+    const recolour = (name) => this.colour(name, this.byRank);
+    this.channels.replaceChildren(...radios("channel", "show", Object.fromEntries(there), wanted, recolour).childNodes);
     this.colour(wanted, this.byRank);
     this.parts.forEach((part) => this.observer.observe(part));
     this.words.replaceChildren(this.described());
@@ -301,19 +342,21 @@ class TokenMap {
 
   described() {
     const { tokens, kept, labelled } = this.example;
-    const text = `Kept ${kept.length} of ${tokens.length} tokens (${share(tokens.length ? kept.length / tokens.length : 0)})`;
+    const ratio = tokens.length ? kept.length / tokens.length : 0;
+    const text = `Kept ${kept.length} of ${tokens.length} tokens (${share(ratio)})`;
     if (!labelled) return `${text}.`;
     const all = labelled.filter(Boolean).length;
-    return `${text}, ${[...this.kept].filter((i) => labelled[i]).length} of ${all} with a label.`;
+    return `${text}, ${[...this.kept].filter((i) => labelled[i]).length} of ${all} labelled tokens.`;
   }
 
-  /** Room for the chunks that are not filled, by the number of their characters. */
+  /** Reserve height for the chunks that are not filled, estimated from their text. */
   reserve() {
     const perLine = Math.max(10, (this.box.clientWidth - 95) / 8.5);
     this.parts?.forEach((part, k) => {
       if (part.childNodes.length) return;
       const text = this.tokens.slice(...this.chunks[k]).join("");
-      part.style.minHeight = `${24 * text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / perLine)), 0)}px`;
+      const rows = text.split("\n").map((line) => Math.max(1, Math.ceil(line.length / perLine)));
+      part.style.minHeight = `${24 * rows.reduce((a, b) => a + b, 0)}px`;
     });
   }
 
@@ -334,7 +377,11 @@ class TokenMap {
     if (part.childNodes.length) return;
     const [first, end] = this.chunks[k];
     const count = this.tokens.length;
-    for (let i = first; i < end; i++) part.append(make("span", { class: this.look(i), id: `t${i}`, role: "option", "aria-selected": this.kept.has(i), "aria-posinset": i + 1, "aria-setsize": count, "data-i": i }, this.tokens[i]));
+    for (let i = first; i < end; i++) {
+      const aria = { "aria-selected": this.kept.has(i), "aria-posinset": i + 1, "aria-setsize": count };
+      const attributes = { class: this.look(i), id: `t${i}`, role: "option", ...aria, "data-i": i };
+      part.append(make("span", attributes, this.tokens[i]));
+    }
     part.style.minHeight = "";
   }
 
@@ -392,9 +439,10 @@ class TokenMap {
     this.go(move());
   }
 
-  /** The token above or below. */
+  /** The nearest token in the line above or below. */
   line(from, direction) {
     const start = this.token(from).getClientRects()[0];
+    const distance = (box) => Math.abs(box.left - start.left);
     let best = from;
     let line = null;
     for (let i = from + direction; i >= 0 && i < this.tokens.length; i += direction) {
@@ -402,17 +450,20 @@ class TokenMap {
       if (!box || Math.abs(box.top - start.top) < 8) continue;
       line ??= box.top;
       if (Math.abs(box.top - line) >= 8) break;
-      if (best === from || Math.abs(box.left - start.left) < Math.abs(this.token(best).getClientRects()[0].left - start.left)) best = i;
+      if (best === from || distance(box) < distance(this.token(best).getClientRects()[0])) best = i;
     }
     return best;
   }
 
   point(token) {
-    if (!token) token = document.activeElement === this.box && this.active !== null ? document.getElementById(`t${this.active}`) : null;
+    if (!token && document.activeElement === this.box && this.active !== null) {
+      token = document.getElementById(`t${this.active}`);
+    }
     this.tip.hidden = !token;
     if (!token) return;
     const i = Number(token.dataset.i);
-    this.tip.replaceChildren(make("b", {}, visible(this.example.tokens[i])), ` token ${i + 1} of ${this.tokens.length}, ${this.kept.has(i) ? "kept" : "not kept"}`, this.table(i));
+    const place = ` token ${i + 1} of ${this.tokens.length}, ${this.kept.has(i) ? "kept" : "not kept"}`;
+    this.tip.replaceChildren(make("b", {}, visible(this.example.tokens[i])), place, this.table(i));
     token.setAttribute("aria-describedby", "tip");
     const box = token.getClientRects()[0] ?? token.getBoundingClientRect();
     const { offsetWidth, offsetHeight } = this.tip;
@@ -423,7 +474,8 @@ class TokenMap {
 
   table(i) {
     const there = Object.entries(CHANNELS).filter(([name]) => name !== "kept" && this.example[name]);
-    const rows = there.map(([name, title]) => make("tr", {}, make("td", {}, title), make("td", {}, told(this.example[name], i))));
+    const cell = (text) => make("td", {}, text);
+    const rows = there.map(([name, title]) => make("tr", {}, cell(title), cell(told(this.example[name], i))));
     return make("table", {}, ...rows);
   }
 }
@@ -448,18 +500,30 @@ function radios(name, legend, choices, chosen, change) {
 // -- memory -------------------------------------------------------------------------------------------------------
 
 function memory() {
-  charts("memory", [new Chart("Peak of every step", both("peak"), bytes, { zero: true })], "The peak of steps was not recorded.");
+  const peaks = new Chart("Peak memory per step", both("peak"), bytes, { zero: true });
+  charts("memory", [peaks], "Peak memory was not recorded.");
   const ways = Object.entries(run.memory);
-  if (!ways.length) return section("memory", note("The split of memory was not recorded."));
+  if (!ways.length) return section("memory", note("The memory split was not recorded."));
   const parts = [...new Set(ways.flatMap(([, split]) => Object.keys(split)))];
   const total = (split) => Object.values(split).reduce((a, b) => a + b, 0);
   const most = Math.max(1, ...ways.map(([, split]) => total(split)));
-  const bars = ways.flatMap(([way, split]) => [make("span", {}, way), make("div", {}, ...parts.map((part, k) => piece(part, k, split[part] ?? 0, most)))]);
-  const row = (name, figures, attributes = {}) => make("tr", attributes, make("td", {}, ...name), ...figures.map((x) => make("td", {}, bytes(x))));
-  const head = make("tr", {}, make("th", { scope: "col" }, "part"), ...ways.map(([way]) => make("th", { scope: "col" }, way)));
-  const rows = parts.map((part, k) => row([make("i", { class: `swatch part-${k % 6}` }), part], ways.map(([, split]) => split[part] ?? 0)));
+  const pieces = (split) => parts.map((part, k) => piece(part, k, split[part] ?? 0, most));
+  const bars = ways.flatMap(([way, split]) => [make("span", {}, way), make("div", {}, ...pieces(split))]);
+  const row = (name, figures, attributes = {}) =>
+    make("tr", attributes, make("td", {}, ...name), ...figures.map((x) => make("td", {}, bytes(x))));
+  const heading = (text) => make("th", { scope: "col" }, text);
+  const head = make("tr", {}, heading("part"), ...ways.map(([way]) => heading(way)));
+  const swatch = (k) => make("i", { class: `swatch part-${k % 6}` });
+  const sizes = (part) => ways.map(([, split]) => split[part] ?? 0);
+  const rows = parts.map((part, k) => row([swatch(k), part], sizes(part)));
   const sum = row(["total"], ways.map(([, split]) => total(split)), { class: "total" });
-  section("memory", make("h3", {}, "Split"), note("Activations, logits, keys and values: what is kept between forward and backward."), make("div", { class: "stack", "aria-hidden": "true" }, ...bars), make("div", { class: "scroll" }, make("table", {}, head, ...rows, sum)));
+  section(
+    "memory",
+    make("h3", {}, "Split"),
+    note("Activations, logits, keys and values: saved between forward and backward."),
+    make("div", { class: "stack", "aria-hidden": "true" }, ...bars),
+    make("div", { class: "scroll" }, make("table", {}, head, ...rows, sum)),
+  );
 }
 
 function piece(part, k, size, most) {
@@ -471,7 +535,14 @@ function piece(part, k, size, most) {
 // -- graph --------------------------------------------------------------------------------------------------------
 
 const KINDS = { rows: "of-rows", "keys/values": "of-kv", scoring: "of-choice", select: "of-choice", seek: "of-all" };
-const LEGEND = { "of-all": "all tokens, no gradient", "of-choice": "scores and choice", "of-kv": "keys and values", "of-rows": "kept rows", gather: "gather, scatter: rows taken or put back", barrier: "barrier: runs over all tokens" };
+const LEGEND = {
+  "of-all": "all tokens, no gradient",
+  "of-choice": "scoring and selection",
+  "of-kv": "keys and values",
+  "of-rows": "kept rows",
+  gather: "gather or scatter of rows",
+  barrier: "barrier: runs over all tokens",
+};
 
 function graphLine(text) {
   const remark = text.includes("  # ") ? text.slice(text.lastIndexOf("  # ") + 4) : "";
@@ -484,7 +555,8 @@ function graphBlock(text) {
   const [title, ...lines] = text.split("\n");
   const pre = make("pre", { tabindex: "0", "aria-label": title });
   const details = make("details", {}, make("summary", {}, title), pre);
-  details.addEventListener("toggle", () => details.open && !pre.childNodes.length && pre.append(...lines.map(graphLine)));
+  const fill = () => pre.append(...lines.map(graphLine));
+  details.addEventListener("toggle", () => details.open && !pre.childNodes.length && fill());
   return details;
 }
 
@@ -497,9 +569,11 @@ function graph() {
     return button;
   };
   const marked = make("input", { type: "checkbox", id: "marked" });
-  marked.addEventListener("change", () => blocks.forEach((block) => block.querySelector("pre").classList.toggle("marked", marked.checked)));
+  const mark = (block) => block.querySelector("pre").classList.toggle("marked", marked.checked);
+  marked.addEventListener("change", () => blocks.forEach(mark));
   const legend = Object.entries(LEGEND).map(([kind, text]) => make("span", { class: kind }, text));
-  const controls = make("div", { class: "controls buttons" }, every("open all", true), every("close all", false), make("label", {}, marked, " only gathers and barriers"));
+  const only = make("label", {}, marked, " only gathers and barriers");
+  const controls = make("div", { class: "controls buttons" }, every("open all", true), every("close all", false), only);
   section("graph", make("div", { class: "legend" }, ...legend), controls, ...blocks);
 }
 
@@ -510,7 +584,7 @@ function report() {
   document.getElementById("title").textContent = run.title;
   summary();
   const losses = new Chart("Training loss", both("loss"), number, { smooth: true });
-  const times = new Chart("Time of a step", both("seconds"), seconds, { zero: true });
+  const times = new Chart("Time per step", both("seconds"), seconds, { zero: true });
   charts("loss", [losses, times], "Neither loss nor time was recorded.");
   if (run.examples.length) new TokenMap(run.examples);
   else section("tokens", note("No examples were recorded."));
@@ -520,7 +594,7 @@ function report() {
   charts("statistics", [
     new Chart("Tokens kept", [curve("kept", "ours", run.steps, "kept")], share, options),
     new Chart("Labelled tokens kept", [curve("labelled", "ours", run.steps, "labelled")], share, options),
-    new Chart("Overlap with the visit before", [curve("overlap", "ours", run.steps, "overlap")], share, options),
+    new Chart("Overlap with the previous visit", [curve("overlap", "ours", run.steps, "overlap")], share, options),
     new Chart("Kept tokens by position", [positions], share, bars),
   ], "Statistics were not recorded.");
   memory();

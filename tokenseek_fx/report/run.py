@@ -1,4 +1,4 @@
-"""What is known of a training run, as plain data: written while it trains, read when its report is made."""
+"""A training run as plain data: written during training, read to make the report."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ _Record = TypeVar("_Record", "Step", "Example")
 
 @dataclass(frozen=True)
 class Step:
-    """One training step; ``None``: not known.
+    """One training step; ``None``: unknown.
 
-    ``loss``. ``seconds`` that it took. Shares, 0 to 1: ``kept`` of the tokens, ``labelled`` of the labelled tokens that were
-    kept, ``overlap`` of what was kept with what the visit of the same sequences before it kept. ``peak``: bytes.
+    ``seconds``: its duration. ``kept``: the kept fraction of the tokens, 0 to 1; ``labelled``: that of the labelled
+    tokens. ``peak``: peak memory in bytes. ``overlap``: the mean Jaccard index, 0 to 1, of the kept tokens with those
+    of the previous visit of the same sequences.
     """
 
     step: int
@@ -34,10 +35,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Example:
-    """One sequence at one step: T tokens as text, and what is known of each, [T] (in it ``None``: nothing is known of this one).
+    """One sequence at one step: T tokens as text, and lists [T] of their values (``None`` in a list: unknown).
 
     ``kept``: positions of the kept tokens. ``scores``, ``attention``, ``gradient``, ``loss``, ``labelled``: as in
-    ``tokenseek_fx.Selection``. Raises ``ValueError`` where lengths differ or a position is outside.
+    ``tokenseek_fx.Selection``.
+
+    Raises:
+        ValueError: a list has another length than ``tokens``, or a position of ``kept`` is out of range.
     """
 
     step: int
@@ -54,19 +58,26 @@ class Example:
         for name in ("scores", "attention", "gradient", "loss", "labelled"):
             values = getattr(self, name)
             if values is not None and len(values) != len(self.tokens):
-                raise ValueError(f"Example {self.name!r} has {len(self.tokens)} tokens and {len(values)} `{name}`.")
+                raise ValueError(
+                    f"Example {self.name!r}: expected {len(self.tokens)} values in `{name}`, one for each token; "
+                    f"got {len(values)}."
+                )
         outside = [i for i in self.kept if not 0 <= i < len(self.tokens)]
         if outside:
-            raise ValueError(f"Example {self.name!r} keeps position {outside[0]} of {len(self.tokens)} tokens.")
+            raise ValueError(
+                f"Example {self.name!r} keeps position {outside[0]}, but has {len(self.tokens)} tokens. "
+                "Positions count from 0."
+            )
 
 
 @dataclass
 class Run:
-    """A run, from its settings to its pictures.
+    """All that a report shows of a run.
 
-    ``steps``: those of the run; ``plain``: those of the run on all tokens beside it. ``memory``: way ("tokenseek", "all tokens")
-    -> part ("parameters", "gradients", "optimizer", "activations", "logits", "keys/values") -> bytes. ``positions``: shares of the
-    kept tokens by relative position in the sequence, first to last. ``graphs``: texts of ``graphs``.
+    ``settings``: name -> text. ``steps``: its steps; ``plain``: the steps of a run on all tokens, for comparison.
+    ``memory``: way ("tokenseek", "all tokens") -> part ("parameters", "gradients", "optimizer", "activations",
+    "logits", "keys/values") -> bytes. ``positions``: a histogram of the kept tokens over relative positions, first to
+    last; it sums to 1. ``graphs``: listings of the rewritten graph (``Explanation.graphs``), each a title and lines.
 
     >>> run = Run("a run", steps=[Step(1, loss=2.5)])
     >>> import tempfile
@@ -86,7 +97,7 @@ class Run:
     graphs: list[str] = field(default_factory=list)
 
     def save(self, directory: str | Path) -> None:
-        """Write ``directory/run.json``, making the directory where there is none. The file is always whole: it is replaced."""
+        """Write ``directory/run.json``, creating the directory if needed. The file is replaced atomically."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f"{FILE}.part"
@@ -98,16 +109,16 @@ class Run:
         """Read ``directory/run.json``.
 
         Raises:
-            FileNotFoundError: there is none.
-            ValueError: the file is not that of a run, or of another version of this package.
+            FileNotFoundError: the file doesn't exist.
+            ValueError: the file is not JSON, holds no run, or was written by an incompatible version of this package.
         """
         path = Path(directory) / FILE
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}. Write it with Run.save.") from error
+            raise ValueError(f"{path} is not JSON: {error}. Write it again with Run.save.") from error
         if not isinstance(data, dict) or data.pop("version", None) != _VERSION:
-            raise ValueError(f"{path} is not a run of this version ({_VERSION}). Write it with Run.save.")
+            raise ValueError(f"{path} is not a run of format version {_VERSION}. Write it again with Run.save.")
         return cls._of(path, data)
 
     @classmethod
@@ -117,7 +128,7 @@ class Run:
         return _made(path, cls, {**data, **steps, "examples": examples})
 
     def plain_data(self) -> dict[str, Any]:
-        """Everything as JSON has it; numbers that are not finite are ``None``."""
+        """The run as JSON types; numbers that are not finite become ``None``."""
         return _finite({"version": _VERSION, **asdict(self)})
 
 
@@ -130,7 +141,9 @@ def _made(path: Path, kind: type[Any], data: Mapping[str, Any]) -> Any:
         return kind(**data)
     except TypeError as error:
         known = ", ".join(field.name for field in fields(kind))
-        raise ValueError(f"{path}: a {kind.__name__} with {', '.join(data)}; its fields are {known}.") from error
+        raise ValueError(
+            f"{path}: expected a {kind.__name__} with fields from {known}; got {', '.join(data)}."
+        ) from error
 
 
 def _finite(value: Any) -> Any:

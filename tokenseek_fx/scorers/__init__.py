@@ -1,6 +1,6 @@
-"""Scorers: functions ``ScoreInputs -> scores [B, T]``; the tokens with the highest scores are kept.
+"""Scorers: functions ``ScoreInputs -> scores``, float [B, T]; the tokens with the highest scores are kept.
 
-One idea per file, each runnable by itself: ``python -m tokenseek_fx.scorers.strided`` draws what it picks.
+Each file has one idea and runs by itself: ``python -m tokenseek_fx.scorers.strided`` draws the selected tokens.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from .random import random
 from .strided import strided
 from .tokenseek import tokenseek
 
-#: Distributions add scorers by naming a factory in this group of entry points.
+#: Other packages add scorers by an entry point of this group that names a factory.
 ENTRY_POINTS = "tokenseek_fx.scorers"
 
-#: Factories by the name that ``Config(scorer=...)`` takes.
+#: Name for ``Config(scorer=...)`` -> factory.
 SCORERS: dict[str, Callable[..., Scorer]] = {
     "tokenseek": tokenseek,
     "attention": attention,
@@ -36,29 +36,32 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
 
 
 def register_scorer(name: str, factory: Callable[..., Scorer]) -> None:
-    """Let ``Config(scorer=name)`` mean ``factory()``. A factory with parameters named ``alpha``, ``beta`` gets the options.
+    """Let ``Config(scorer=name)`` use ``factory()``.
 
-    Raises ``ValueError`` where another factory has the name.
+    If the factory has parameters named ``alpha`` or ``beta``, they get the options.
+
+    Raises:
+        ValueError: the name has another factory.
 
     >>> register_scorer("nothing", lambda: lambda inputs: inputs.mask("labelled").float())
     """
     if SCORERS.setdefault(name, factory) is not factory:
-        raise ValueError(f"A scorer called {name!r} is registered already.")
+        raise ValueError(f"A scorer named {name!r} is already registered. Choose another name.")
 
 
 def scorer_names() -> list[str]:
-    """All names that ``Config(scorer=...)`` takes."""
+    """All names for ``Config(scorer=...)``."""
     return [*SCORERS, *(point.name for point in entry_points(group=ENTRY_POINTS) if point.name not in SCORERS)]
 
 
 def scorer_named(name: str, options: Mapping[str, Any]) -> Scorer:
-    """The scorer of a name, given those of ``options`` that its factory has parameters for."""
+    """The scorer with this name. Its factory gets those of ``options`` that are among its parameters."""
     known = parameters_of(name)
     return _factory(name)(**{option: value for option, value in options.items() if option in known})
 
 
 def parameters_of(name: str) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a scorer's factory."""
+    """The parameters of the factory of the scorer with this name."""
     return inspect.signature(_factory(name)).parameters
 
 

@@ -1,4 +1,4 @@
-"""Draws what a scorer picks on a toy: one line per sequence, kept tokens as blocks."""
+"""Draw the tokens that a scorer selects in a toy batch: one line per sequence, with kept tokens as blocks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from ..passes.streams.select import ScoreInputs, Scorer, Select
 
 
 def toy(batch: int = 3, tokens: int = 60) -> ScoreInputs:
-    """Sequences like those of fine-tuning: a prompt and a labelled answer, an attention sink at the first token, a
-    gradient and a loss that are largest on a few tokens of the answer."""
+    """Inputs [batch, tokens] as in fine-tuning.
+
+    A prompt and a labelled answer, an attention sink at the first token, and a gradient and a loss that are largest at
+    a few tokens of the answer.
+    """
     torch.manual_seed(0)
     position = torch.arange(tokens).expand(batch, tokens)
     answer = position >= tokens // 2
@@ -27,7 +30,7 @@ def toy(batch: int = 3, tokens: int = 60) -> ScoreInputs:
 
 
 def draw(scorer: Scorer, keep_ratio: float = 0.25) -> None:
-    """One line per sequence of the toy."""
+    """Print one line per sequence of the toy batch."""
     inputs = toy()
     for row in Select(scorer, keep_ratio)(inputs).indices.tolist():
         print("".join("█" if i in row else "·" for i in range(inputs.tokens)))

@@ -1,4 +1,4 @@
-"""Tokens that receive much attention: log I1, TokenSeek's context score."""
+"""Tokens that receive much attention: log I1, the context score of TokenSeek (arXiv 2601.19739)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ._draw import draw
 
 
 def attention() -> Scorer:
-    """log I1. ``attention_layers`` says which attentions count."""
+    """log I1, where I1 [B, T] is the attention received. The option ``attention_layers`` selects the attentions."""
 
     @needs("attention")
     def score(inputs: ScoreInputs) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The first or the last tokens of every sequence."""
+"""The first or the last tokens of each sequence."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ._draw import draw
 
 
 def first() -> Scorer:
-    """Earlier tokens score higher."""
+    """Keep the first tokens: earlier tokens score higher."""
     return lambda inputs: -_positions(inputs)
 
 
 def last() -> Scorer:
-    """Later tokens score higher."""
+    """Keep the last tokens: later tokens score higher."""
     return lambda inputs: _positions(inputs)
 
 

@@ -1,4 +1,4 @@
-"""Tokens whose gradient is large: log I2, TokenSeek's gradient score."""
+"""Tokens with a large gradient: log I2, the gradient score of TokenSeek (arXiv 2601.19739)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from ._draw import draw
 
 
 def gradient() -> Scorer:
-    """log I2: drawn, a token is as likely as its gradient is large. ``gradient_of`` says where it is taken."""
+    """log I2: tokens are drawn with probabilities proportional to I2 [B, T], the absolute gradient at the token.
+
+    The option ``gradient_of`` selects where the gradient is taken.
+    """
 
     @needs("gradient", select="sample")
     def score(inputs: ScoreInputs) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Tokens that the model predicts badly: the logarithm of the token's own loss."""
+"""Tokens that the model predicts badly: the logarithm of a token's loss."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from ._draw import draw
 
 
 def loss() -> Scorer:
-    """log of the loss of the token: drawn, a token is as likely as its loss is large; tokens without a label come last."""
+    """log of the loss: tokens are drawn with probabilities proportional to their loss [B, T].
+
+    Tokens without a label come last.
+    """
 
     @needs("loss", select="sample")
     def score(inputs: ScoreInputs) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Random tokens, the same number in every sequence: the baseline, TokenTune's choice."""
+"""Random tokens, the same number in each sequence: the baseline, and the selection of TokenTune."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from ._draw import draw
 
 
 def random() -> Scorer:
-    """Uniform noise as scores: k tokens drawn without replacement. With ``select="sample"``, which is random by itself, all
-    tokens are equally likely."""
+    """Uniform noise as scores: k tokens are drawn without replacement.
+
+    With ``select="sample"``, which adds its own noise, all scores are equal.
+    """
 
     @needs("noise")
     def score(inputs: ScoreInputs) -> torch.Tensor:

@@ -9,7 +9,7 @@ from ._draw import draw
 
 
 def strided() -> Scorer:
-    """Score 1 where ``floor((i + 1) k / T)`` steps up: exactly k evenly spaced positions, the last one among them."""
+    """Score 1 at the positions i where ``floor((i + 1) k / T)`` increases: k evenly spaced ones, including the last."""
 
     def score(inputs: ScoreInputs) -> torch.Tensor:
         position = torch.arange(inputs.tokens, device=inputs.device)

@@ -1,4 +1,4 @@
-"""TokenSeek: attention received and gradient of the last block (ICLR 2026, arXiv 2601.19739).
+"""TokenSeek: attention received, and the gradient at the last block (ICLR 2026, arXiv 2601.19739).
 
 score = alpha log(I1) + beta minmax(I2)
 """
@@ -12,7 +12,10 @@ from ._draw import draw
 
 
 def tokenseek(alpha: float = 1.0, beta: float = 1.0) -> Scorer:
-    """``alpha log(I1) + beta minmax(I2)``, minmax over the tokens of a sequence; a term whose factor is 0 is left out."""
+    """``alpha log(I1) + beta minmax(I2)``, with minmax over the tokens of a sequence. A factor of 0 removes its term.
+
+    I1 [B, T]: attention received. I2 [B, T]: absolute gradient.
+    """
     wanted = [name for name, factor in (("attention", alpha), ("gradient", beta)) if factor]
 
     @needs(*wanted)
@@ -28,7 +31,7 @@ def tokenseek(alpha: float = 1.0, beta: float = 1.0) -> Scorer:
 
 
 def minmax(x: torch.Tensor) -> torch.Tensor:
-    """(x - min) / (max - min) over the last dim, 0 where all are equal."""
+    """(x - min) / (max - min) over the last dim; 0 if all values are equal. Any shape and float dtype."""
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     return (x - low) / torch.where(high > low, high - low, 1)
 

@@ -15,7 +15,7 @@ from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import compat
-from .backend import refuse_fragment, refuse_split, trains
+from .compilation import refuse_fragment, refuse_split, trains
 from .config import Config
 from .passes.analysis.activity import Activity
 from .passes.analysis.losses import class_factors
@@ -34,7 +34,7 @@ from .passes.memory.saved import Audit, saved_edges
 from .passes.pipeline import ANALYSED, training
 from .passes.plan import Plan
 from .passes.show import show_blocks
-from .passes.streams.ditch_stream import Barrier
+from .passes.streams.barriers import Barrier
 from .passes.streams.trace import Rewrite
 
 _MIB = 2**20

@@ -15,10 +15,10 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from .backend import compile_segments, inner_compiler, refuse_split, trains
+from .compilation import compile_segments, inner_compiler, refuse_split, trains
 from .compiled import Rewritten
 from .config import Config
-from .explain import first_graph
+from .explanation import first_graph
 from .memory import StepMemory, planned_for, step_memory
 from .passes.graph.errors import ConfigError, GraphNotSupported, TokenSeekError
 from .passes.graph.nodes import hint

@@ -1,0 +1,53 @@
+"""Barriers: operations that the ditch stream runs over all tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch import fx
+
+from ..analysis.token_axes import TokenAxes
+from ..graph.errors import GraphNotSupported
+from ..graph.nodes import bytes_hint, operands_of
+from ..graph.op_sets import LABEL_LOSSES
+from ..graph.program import Program, where
+from ..rules.axes import rule_for
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """An operation that the ditch stream runs over all tokens: why, where, and the bytes of its full operands."""
+
+    node: fx.Node
+    reason: str
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.node.target} at {where(self.node)}: {self.reason} ({self.bytes / 2**20:.1f} MiB in full)"
+
+
+def barrier_at(node: fx.Node, live: Collection[fx.Node], axes: TokenAxes) -> Barrier:
+    """The barrier that an operation is, with the bytes of the live operands that are put together for it."""
+    reason = "it mixes tokens" if rule_for(node.target) else "the operation has no rule"
+    merged = [arg for arg in dict.fromkeys(operands_of(node)) if arg in live and axes.has_rows(arg)]
+    return Barrier(node, reason, sum(bytes_hint(arg) for arg in merged))
+
+
+def refuse_partial_loss(program: Program, node: fx.Node) -> None:
+    """Raise ``GraphNotSupported`` for a loss over some part of the tokens: it has no kept share.
+
+    A loss per instance, or over what a decoder makes of the tokens (an image), is an ordinary loss.
+    """
+    axes = program[TokenAxes]
+    operand = axes.of(node.args[0])
+    positions = operand[:1] + operand[2:] if node.target in LABEL_LOSSES else ()
+    batches = {f for axis in axes.tokens for f in axis.batch}
+    parts = {f for axis in axes.tokens for f in axes.space.parts_of(axis.token)}
+    if set(sum(positions, ())) - batches - axes.space.mixtures or set(sum(operand, ())) & parts:
+        raise GraphNotSupported(
+            "The loss runs over positions that are neither all tokens nor one per sequence (a part of the tokens "
+            "chosen before the loss), so its kept share is not defined.",
+            "Give all tokens to the loss and mark the others with ignore_index in the labels.",
+            node,
+        )
