@@ -13,7 +13,7 @@ from programs import planned
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from tokenseek_fx.backend import refuse_fragment, refuse_split
+from tokenseek_fx.compilation import refuse_fragment, refuse_split
 from tokenseek_fx.compiled import fingerprints, selections_of
 from tokenseek_fx.config import Config
 from tokenseek_fx.outputs import without_gradient
@@ -56,10 +56,8 @@ class Captured:
 
     def _args(self, batch: dict[str, Any]) -> tuple[Any, ...]:
         self.model.zero_grad(set_to_none=True)
-        args = list(self.args)
-        for name, place in self.places.items():
-            args[place] = batch[name]
-        return tuple(args)
+        args = dict(enumerate(self.args)) | {place: batch[name] for name, place in self.places.items()}
+        return tuple(x.clone() if i in self.program.mutated else x for i, x in args.items())
 
     def _result(self, program: Program, args: Sequence[Any], outputs: Sequence[Any], told: Sequence[Any]) -> Any:
         first, *others = told
@@ -93,10 +91,10 @@ def _capture(model: nn.Module, batch: dict[str, Any]) -> Captured:
         refuse_split(gm)
         program = training(planned()).run(Program(gm, tuple(inputs)), until=ANALYSED)
         refuse_fragment(program, inputs)
-        assert not program.mutated, "what the forward writes to would change from run to run: compile the model"
 
         def run(*args: Any) -> Any:
-            found.append((program, args, gm(*args)))
+            unwritten = tuple(x.clone() if i in program.mutated else x for i, x in enumerate(args))
+            found.append((program, unwritten, gm(*args)))
             return found[-1][2]
 
         return run

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from captured import captured
+from captured import Captured, captured
 from torch import nn
 
 import tokenseek_fx
@@ -65,11 +65,20 @@ def compiled(model: nn.Module, batch: dict[str, Any], **options: Any) -> Run:
 def executed(model: nn.Module, batch: dict[str, Any], **options: Any) -> Run:
     """The same step, computed by the two streams as they are: nothing is traced or compiled, and the graph is captured once for a model
     and a form of the batch, whatever the options. ``test_traced.py`` compares the two."""
+    return _run(Captured.execute, model, batch, options)
+
+
+def traced(model: nn.Module, batch: dict[str, Any], **options: Any) -> Run:
+    """The same step, computed by the graph that is traced of the two streams, in its segments as they are."""
+    return _run(Captured.trace, model, batch, options)
+
+
+def _run(step: Callable[..., Any], model: nn.Module, batch: dict[str, Any], options: dict[str, Any]) -> Run:
     if refused := COMPILING & {*options}:
         raise ValueError(f"Nothing is compiled here, so these have no effect: {', '.join(sorted(refused))}.")
     found = captured(model, batch)
     config = Config.from_options({"inner": "eager", "keep_ratio": 0.3, **TOPK, "strict": True, **options})
-    output, selection = found.execute(batch, config)
+    output, selection = step(found, batch, config)
     loss_of(output).backward()
     return Run(output, grads_of(found.model), selection.indices, selection)
 
