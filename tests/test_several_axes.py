@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 
+import architectures
 import pytest
 import torch
 from architectures import B
