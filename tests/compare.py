@@ -8,13 +8,18 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from captured import Captured, captured
 from torch import nn
 
 import tokenseek_fx
-from tokenseek_fx import reference
+from tokenseek_fx import Config, reference
 
 #: What the comparisons choose rows by unless a test says otherwise.
 TOPK = {"scorer": "random", "select": "topk"}
+#: Options that say how the rewritten graph is compiled: they need one.
+COMPILING = {"inner", "mode", "inductor_options", "chunk_bytes", "recompute", "kv", "memory_budget"}
+#: Options of which the partitioner makes something.
+_SAVING = {"recompute", "kv"}
 Grads = dict[str, torch.Tensor]
 
 
@@ -41,16 +46,41 @@ def grads_of(model: nn.Module) -> Grads:
 
 
 def compiled(model: nn.Module, batch: dict[str, Any], **options: Any) -> Run:
-    """Train one step with ``backend="tokenseek"`` on a copy of ``model``, strictly."""
+    """Train one step with ``backend="tokenseek"`` on a copy of ``model``, strictly.
+
+    The rewritten graph runs as it is, unless an option says what is saved: then it is partitioned as well.
+    """
     torch._dynamo.reset()
     model = copy.deepcopy(model)
-    options = {"inner": "aot_eager", "keep_ratio": 0.3, **TOPK, "strict": True, **options}
+    inner = "aot_eager" if _SAVING & {*options} else "eager"
+    options = {"inner": inner, "keep_ratio": 0.3, **TOPK, "strict": True, **options}
     run = torch.compile(model, backend="tokenseek", options=options)
     with tokenseek_fx.record() as rec:
         output = run(**batch)
     loss_of(output).backward()
     (selection,) = rec
     return Run(output, grads_of(model), selection.indices, selection)
+
+
+def executed(model: nn.Module, batch: dict[str, Any], **options: Any) -> Run:
+    """The same step, computed by the two streams as they are: nothing is traced or compiled, and the graph is captured once for a model
+    and a form of the batch, whatever the options. ``test_traced.py`` compares the two."""
+    return _run(Captured.execute, model, batch, options)
+
+
+def traced(model: nn.Module, batch: dict[str, Any], **options: Any) -> Run:
+    """The same step, computed by the graph that is traced of the two streams, in its segments as they are."""
+    return _run(Captured.trace, model, batch, options)
+
+
+def _run(step: Callable[..., Any], model: nn.Module, batch: dict[str, Any], options: dict[str, Any]) -> Run:
+    if refused := COMPILING & {*options}:
+        raise ValueError(f"Nothing is compiled here, so these have no effect: {', '.join(sorted(refused))}.")
+    found = captured(model, batch)
+    config = Config.from_options({"inner": "eager", "keep_ratio": 0.3, **TOPK, "strict": True, **options})
+    output, selection = step(found, batch, config)
+    loss_of(output).backward()
+    return Run(output, grads_of(found.model), selection.indices, selection)
 
 
 def by_reference(
@@ -91,10 +121,11 @@ def assert_matches(
 ) -> Run:
     """Loss and every gradient equal the reference for the rows (and weights) that were kept.
 
-    The loss is that of the kept tokens; with ``report_loss="full"`` it is that of all tokens.
+    The loss is that of the kept tokens; with ``report_loss="full"`` it is that of all tokens. The model is compiled where an option says
+    how (``COMPILING``), else the two streams are executed.
     """
     options = {"report_loss": "kept", **options}
-    run = compiled(model, batch, **options)
+    run = (compiled if COMPILING & {*options} else executed)(model, batch, **options)
     chosen = run.selection
     expected = by_reference(model, batch, run.indices, length, chosen.weights, open_blocks, chosen.others)
     loss = expected.loss if options["report_loss"] == "kept" else loss_of(copy.deepcopy(model)(**batch))

@@ -357,7 +357,7 @@ HEADS = {
 def test_losses(head):
     tol = 1e-6 if "contiguous" in head else 1e-9  # that one casts its logits to float32
     scorer = "first" if head == "first token" else "random"
-    assert_matches(Model(HEADS[head]), data(), tol, length=T, inner="eager", scorer=scorer)
+    assert_matches(Model(HEADS[head]), data(), tol, length=T, scorer=scorer)
 
 
 class Soft(Model):
@@ -370,7 +370,7 @@ class Soft(Model):
 
 def test_class_probabilities_that_are_given():
     shares = torch.rand(B, T, V, dtype=torch.float64).softmax(-1)
-    assert_matches(Soft(), {"ids": data()["ids"], "shares": shares}, 1e-9, length=T, inner="eager")
+    assert_matches(Soft(), {"ids": data()["ids"], "shares": shares}, 1e-9, length=T)
 
 
 @pytest.mark.parametrize(("weight", "bias"), [(False, True), (True, False)])
@@ -400,7 +400,7 @@ def test_the_mean_of_half_logits_is_made_in_float32(dtype, select):
 
 
 def test_batch_of_one():
-    assert_matches(Model(), data(1), 1e-9, length=T, inner="eager")
+    assert_matches(Model(), data(1), 1e-9, length=T)
 
 
 def test_loss_outside_the_graph():
@@ -538,8 +538,8 @@ class Square(torch.autograd.Function):
 
 def test_custom_autograd_functions_keep_their_backward():
     model = Model(lambda self, x, labels: self.loss(Square.apply(x), labels))
-    assert_matches(model, data(), 1e-9, length=T, inner="eager")
-    assert_matches(model, data(), 1e-9, length=T)
+    for inner in ("eager", "aot_eager"):
+        assert_matches(model, data(), 1e-9, length=T, inner=inner)
 
 
 def test_writes_through_views_keep_their_gradient():

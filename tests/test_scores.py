@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import cache
 from typing import Any
 
 import architectures
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 import zoo
-from compare import Run, assert_matches, compiled, error, grads_of
+from compare import Run, assert_matches, compiled, error, executed, grads_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from marks import slow
@@ -26,10 +27,11 @@ from tokenseek_fx.passes.analysis.row_index import example_sizes
 from tokenseek_fx.passes.analysis.token_axes import TokenAxes
 from tokenseek_fx.passes.graph.errors import TokenSeekError
 from tokenseek_fx.passes.graph.nodes import hint
-from tokenseek_fx.passes.streams import token_loss as tail
+from tokenseek_fx.passes.streams import scoring_tail as tail
 from tokenseek_fx.warnings import TokenSeekWarning
 
 B, T = 3, 13
+built = cache(zoo.build)  # one model for all tests, so that its graph is captured once
 NAMES = ("tokenseek", "attention", "gradient", "loss", "random", "strided", "first", "last")
 TOY = {
     "depth": 2, "kv_heads": 2, "heads": 4, "head_dim": 4, "norm": "rms", "activation": "silu", "gated": True,
@@ -55,6 +57,12 @@ class Decoder(Transformer):
             x = layer(x, mask, rotary)
         logits = self.head(x)
         return logits if labels is None else self.loss(logits, labels)
+
+
+@cache
+def decoder(**c: Any) -> Decoder:
+    """One for all tests, so that its graph is captured once."""
+    return Decoder(c)
 
 
 def near(queries: Tensor) -> Tensor:
@@ -85,6 +93,7 @@ class SoftCappedHead(nn.Linear):
         return 0.5 * 3 * torch.tanh(super().forward(x) / 3)
 
 
+@cache
 def with_attention(kind: type[Attention]) -> Decoder:
     model = Decoder()
     for layer in model.layers:
@@ -92,10 +101,20 @@ def with_attention(kind: type[Attention]) -> Decoder:
     return model.double()
 
 
-def with_head(head: nn.Module) -> Decoder:
+@cache
+def with_soft_capped_head() -> Decoder:
     model = Decoder()
-    model.head = head
+    model.head = SoftCappedHead(16, V, bias=False)
     return model.double()
+
+
+@cache
+def with_loss(
+    reduction: str, label_smoothing: float = 0.0, ignore_index: int = -100, weighted: bool = False
+) -> Decoder:
+    how = {"reduction": reduction, "label_smoothing": label_smoothing, "ignore_index": ignore_index}
+    weight = CLASS_WEIGHT if weighted else None
+    return Decoder(loss=lambda logits, labels: F.cross_entropy(logits.flatten(0, 1), labels.flatten(), weight, **how))
 
 
 def tokens(seed: int = 0) -> dict[str, Tensor]:
@@ -187,12 +206,12 @@ def test_scores_of_random_transformers(configuration, batch, ratio, coefficients
 def test_scores_of_more_random_transformers(configuration, batch, ratio, coefficients, layers, gradient_of):
     alpha, beta = coefficients
     how = {"attention_layers": layers, "gradient_of": gradient_of, "keep_ratio": ratio}
-    assert_scores(Transformer(configuration), batch, alpha=alpha, beta=beta, inner="eager", **how)
+    assert_scores(Transformer(configuration), batch, alpha=alpha, beta=beta, **how)
 
 
 @pytest.mark.parametrize("layers", ["last", slow("first"), slow("all"), [0, 2], slow([-1])])
 def test_attention_layers(layers):
-    assert_scores(Decoder({"depth": 3}), tokens(), attention_layers=layers)
+    assert_scores(decoder(depth=3), tokens(), attention_layers=layers)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "gqa", "eager"])
@@ -200,13 +219,13 @@ def test_attention_layers(layers):
 def test_padding_ranks_last(attention, side):
     if attention == "eager" and side == "left":
         pytest.skip("the toy's -1e9 gives queries without keys uniform attention")
-    run = assert_scores(Decoder({"attention": attention}), padded(side), keep_ratio=0.7)
+    run = assert_scores(decoder(attention=attention), padded(side), keep_ratio=0.7)
     assert run.selection.scores.isneginf().sum(1).tolist() == [0, 2, 4]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "gqa", "eager"])
 def test_packed_documents(attention):
-    assert_scores(Decoder({"attention": attention}), packed())
+    assert_scores(decoder(attention=attention), packed())
 
 
 @pytest.mark.parametrize("gradient_of", ["last_block", "head"])
@@ -218,16 +237,16 @@ def test_windows_additive_masks_scales_and_soft_caps(kind, gradient_of):
 @pytest.mark.parametrize("gradient_of", ["last_block", "head"])
 @pytest.mark.parametrize("logits", ["keep", "drop"])
 def test_soft_capped_and_scaled_logits(gradient_of, logits):
-    assert_scores(with_head(SoftCappedHead(16, V, bias=False)), tokens(), gradient_of=gradient_of, logits=logits)
+    assert_scores(with_soft_capped_head(), tokens(), gradient_of=gradient_of, logits=logits)
 
 
 CLASS_WEIGHT = torch.linspace(0.5, 2, V, dtype=torch.float64)
 LOSSES = {
     "sum": {"reduction": "sum"},
-    "another ignored label": {"ignore_index": 3},
-    "label smoothing": {"label_smoothing": 0.1},
-    "class weights": {"weight": CLASS_WEIGHT},
-    "all of them": {"reduction": "sum", "ignore_index": 3, "label_smoothing": 0.1, "weight": CLASS_WEIGHT},
+    "another ignored label": {"reduction": "mean", "ignore_index": 3},
+    "label smoothing": {"reduction": "mean", "label_smoothing": 0.1},
+    "class weights": {"reduction": "mean", "weighted": True},
+    "all of them": {"reduction": "sum", "ignore_index": 3, "label_smoothing": 0.1, "weighted": True},
 }
 
 
@@ -237,8 +256,7 @@ def test_losses(case, gradient_of):
     how, batch = LOSSES[case], tokens()
     if "ignore_index" in how:
         batch["labels"] = batch["labels"].where(batch["labels"] >= 0, 3)
-    model = Decoder(loss=lambda logits, labels: F.cross_entropy(logits.flatten(0, 1), labels.flatten(), **how))
-    assert_scores(model, batch, gradient_of=gradient_of)
+    assert_scores(with_loss(**how), batch, gradient_of=gradient_of)
 
 
 def test_a_head_with_bias_and_logits_cut_by_the_model():
@@ -252,7 +270,7 @@ def test_a_head_with_bias_and_logits_cut_by_the_model():
 @pytest.mark.parametrize("count", [2, slow(3), 5, slow(7), slow(8), slow(12), 13])
 def test_any_number_of_chunks(count, monkeypatch):
     monkeypatch.setattr(tail.Tail, "chunks", lambda self, budget: tail.cut(T, count))
-    assert_scores(Decoder(), tokens())
+    assert_scores(decoder(), tokens())
 
 
 def test_chunks_are_positive_and_add_up():
@@ -283,12 +301,12 @@ def test_lengths_that_change_under_chunks(monkeypatch):
 
 
 def test_scores_do_not_depend_on_what_is_trained():
-    every = compiled(Decoder(), tokens(), scorer="tokenseek").selection
+    every = executed(decoder(), tokens(), scorer="tokenseek").selection
     for names in (("layers.1.",), ("layers.1.attention.q",), ("head",)):
         model = Decoder()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name.startswith(names))
-        some = compiled(model, tokens(), scorer="tokenseek").selection
+        some = executed(model, tokens(), scorer="tokenseek").selection
         close(some.gradient, every.gradient, 1e-12)
 
 
@@ -300,7 +318,7 @@ class Parts(Decoder):
 
 
 def test_of_several_scalars_the_loss_is_scored():
-    parts, plain = (compiled(m, tokens(), scorer="tokenseek").selection for m in (Parts(), Decoder()))
+    parts, plain = (executed(m, tokens(), scorer="tokenseek").selection for m in (Parts(), decoder()))
     close(parts.gradient, plain.gradient, 1e-12)
 
 
@@ -322,7 +340,7 @@ class TwoHeads(Decoder):
 def test_two_losses_over_tokens(masked):
     others = torch.full((B, T), -100) if masked else tokens(1)["labels"]
     model = TwoHeads()
-    run = compiled(model, {**tokens(), "others": others}, scorer="tokenseek", report_loss="full")
+    run = executed(model, {**tokens(), "others": others}, scorer="tokenseek", report_loss="full")
     assert run.loss.isfinite() and all(g.isfinite().all() for g in run.grads.values())
     if masked:
         close(run.loss.detach(), Decoder.forward(model, **tokens()).detach(), 1e-9)
@@ -331,17 +349,23 @@ def test_two_losses_over_tokens(masked):
 # ---- transformers
 
 
-@pytest.mark.parametrize("gradient_of", ["last_block", "head"])
-def test_a_custom_function_in_the_last_block(gradient_of):
-    """BLOOM's GELU has a backward of its own."""
+@cache
+def bloom() -> nn.Module:
     sizes = {"vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4}
     config = transformers.BloomConfig(**sizes, hidden_dropout=0.0, attention_dropout=0.0, use_cache=False)
     torch.manual_seed(0)
-    model = transformers.BloomForCausalLM(config).double().train()
+    return transformers.BloomForCausalLM(config).double().train()
+
+
+@pytest.mark.parametrize("gradient_of", ["last_block", "head"])
+def test_a_custom_function_in_the_last_block(gradient_of):
+    """BLOOM's GELU has a backward of its own."""
+    model = bloom()
     batch = zoo.batch(model, B, T)
     assert_scores(model, batch, 1e-5, "transformer.h", "lm_head", gradient_of=gradient_of)
 
 
+@cache
 def granite() -> nn.Module:
     config = transformers.GraniteConfig(
         vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -360,7 +384,7 @@ def test_scores_of_transformers(name, padding, gradient_of):
     """float32 inside the losses, gemma2's softmax and norms: 1e-5."""
     if (name, padding) == ("gemma2", "left"):
         pytest.skip("NaN in transformers' own eager attention at float64")
-    model = granite() if name == "granite" else zoo.build(name)
+    model = granite() if name == "granite" else built(name)
     batch = zoo.batch(model, B, T, padding)
     assert_scores(model, batch, 1e-5, "model.layers", "lm_head", gradient_of=gradient_of, logits="drop")
 
@@ -380,13 +404,13 @@ def test_scores_of_experts(name, chunk_bytes):
 @pytest.mark.parametrize("report", ["full", "kept"])
 @pytest.mark.parametrize("scorer", ["tokenseek", "random"])
 def test_reported_loss(scorer, report, logits):
-    assert_matches(Decoder(), tokens(), 1e-9, scorer=scorer, report_loss=report, logits=logits)
+    assert_matches(decoder(), tokens(), 1e-9, scorer=scorer, report_loss=report, logits=logits)
 
 
 @pytest.mark.parametrize(("scorer", "report"), [("tokenseek", "full"), ("loss", "full"), ("random", "kept")])
 def test_the_full_loss_is_reported_where_it_is_known_anyway(scorer, report):
     by_default, named = (
-        compiled(Decoder(), tokens(), seed=1, scorer=scorer, **o) for o in ({}, {"report_loss": report})
+        executed(decoder(), tokens(), seed=1, scorer=scorer, **o) for o in ({}, {"report_loss": report})
     )
     assert by_default.loss == named.loss
     assert error(by_default.grads, named.grads) < 1e-12
@@ -411,8 +435,7 @@ def test_gradients_of_random_transformers(configuration, batch, ratio, scorer, s
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("scorer", ["tokenseek", "strided"])
 def test_sampled_rows_are_weighted(scorer, reduction):
-    how = {"reduction": reduction, "label_smoothing": 0.1, "weight": CLASS_WEIGHT}
-    model = Decoder(loss=lambda logits, labels: F.cross_entropy(logits.flatten(0, 1), labels.flatten(), **how))
+    model = with_loss(reduction, label_smoothing=0.1, weighted=True)
     run = assert_matches(model, tokens(), 1e-9, scorer=scorer, select="sample", weight_clip=4.0, report_loss="kept")
     assert run.selection.weights.shape == run.indices.shape
     assert 1 < run.selection.weights.max() <= 4
@@ -426,14 +449,14 @@ def test_a_regression_over_tokens_is_weighted():
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 @pytest.mark.parametrize("padding", [slow(None), "right"])
 def test_live_keys_and_values_of_transformers(name, padding):
-    model = zoo.build(name)
+    model = built(name)
     how = {"open_blocks": "model.layers", "kv_grad": "all", "report_loss": "kept", "logits": "drop"}
     assert_matches(model, zoo.batch(model, B, T, padding), 1e-6, scorer="tokenseek", **how)
 
 
 def test_live_keys_and_values_change_the_gradient():
     """The comparison can fail: keys and values of all tokens give their projections another gradient."""
-    some, every = (compiled(Decoder(), tokens(), scorer="strided", kv_grad=kv).grads for kv in ("selected", "all"))
+    some, every = (executed(decoder(), tokens(), scorer="strided", kv_grad=kv).grads for kv in ("selected", "all"))
     assert {name.split(".")[-2] for name in some if (some[name] - every[name]).abs().max() > 1e-9} == {
         "k",
         "v",
@@ -451,7 +474,7 @@ def test_accumulated_micro_batches_under_a_given_count(scorer, select):
     count = sum((half["labels"][:, 1:] != -100).sum() for half in halves)
     halves = [{**half, "num_items_in_batch": count} for half in halves]
     expected, plain = copy.deepcopy(model), copy.deepcopy(model)
-    how = {"keep_ratio": 0.3, "scorer": scorer, "select": select, "strict": True, "inner": "aot_eager"}
+    how = {"keep_ratio": 0.3, "scorer": scorer, "select": select, "strict": True, "inner": "eager"}
     step = torch.compile(model, backend="tokenseek", options={**how, "report_loss": "full"})
     with tokenseek_fx.record() as rec:
         losses = [step(**half).loss for half in halves]
@@ -471,7 +494,7 @@ def test_accumulated_micro_batches_under_a_given_count(scorer, select):
 def test_an_instance_without_labels(scorer, select):
     batch = tokens()
     batch["labels"][1] = -100
-    run = assert_matches(Decoder(), batch, 1e-9, scorer=scorer, select=select, report_loss="full", inner="eager")
+    run = assert_matches(decoder(), batch, 1e-9, scorer=scorer, select=select, report_loss="full")
     assert_recorded(run)
 
 
@@ -479,9 +502,8 @@ def test_an_instance_without_labels(scorer, select):
 @pytest.mark.parametrize("scorer", NAMES)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_no_labels_at_all(scorer, select, reduction):
-    loss = lambda logits, labels: F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction=reduction)  # noqa: E731
     batch = {**tokens(), "labels": torch.full((B, T), -100)}
-    run = compiled(Decoder(loss=loss), batch, scorer=scorer, select=select, report_loss="kept", inner="eager")
+    run = executed(with_loss(reduction), batch, scorer=scorer, select=select, report_loss="kept")
     assert_recorded(run)
     assert run.loss == 0 and not any(g.any() for g in run.grads.values())
 
@@ -491,15 +513,15 @@ def test_one_labelled_token_is_kept(scorer):
     batch = tokens()
     batch["labels"][:, :7], batch["labels"][:, 8:] = -100, -100
     batch["labels"][:, 7] = 5
-    how = {"scorer": scorer, "keep_tokens": 2, "keep_ratio": None, "select": "topk", "inner": "eager"}
-    run = assert_matches(Decoder(), batch, 1e-9, **how, report_loss="full", keep_label=True)
+    how = {"scorer": scorer, "keep_tokens": 2, "keep_ratio": None, "select": "topk"}
+    run = assert_matches(decoder(), batch, 1e-9, **how, report_loss="full", keep_label=True)
     assert (run.indices == 7).any(1).all()
 
 
 def test_without_keep_label_the_scores_alone_decide():
     batch = tokens()
     batch["labels"][:, :7] = -100
-    run = compiled(Decoder(), batch, scorer="first", keep_label=False, select="topk", inner="eager", report_loss="kept")
+    run = executed(decoder(), batch, scorer="first", keep_label=False, select="topk", report_loss="kept")
     assert run.indices.tolist() == [[0, 1, 2, 3]] * B
     assert run.loss == 0 and not any(g.any() for g in run.grads.values())
 
@@ -530,7 +552,7 @@ def assert_recorded(run: Run) -> None:
 @pytest.mark.parametrize("scorer", [*NAMES, favourite])
 def test_every_scorer_on_padded_and_packed_batches(scorer, batch, select):
     inputs = packed() if batch == "packed" else padded(batch)
-    run = assert_matches(Decoder(), inputs, 1e-9, scorer=scorer, select=select, report_loss="full", inner="eager")
+    run = assert_matches(decoder(), inputs, 1e-9, scorer=scorer, select=select, report_loss="full")
     assert_recorded(run)
     if batch != "packed":
         real = inputs["mask"].any(2)[:, 0]
@@ -544,19 +566,19 @@ PACKED = (torch.arange(T)[:, None] < 6) == (torch.arange(T) < 6)
 @pytest.mark.parametrize("batch", ["left", "right", "packed"])
 @pytest.mark.parametrize("scorer", NAMES)
 def test_every_scorer_on_padded_and_packed_batches_of_a_llama(scorer, batch):
-    model = zoo.build("llama")
+    model = built("llama")
     inputs = zoo.batch(model, B, T, None if batch == "packed" else batch)
     if batch == "packed":
         inputs["attention_mask"] = (PACKED & torch.ones(T, T).tril().bool()).expand(B, 1, T, T)
         inputs["position_ids"] = torch.arange(T).remainder(6).expand(B, T)
-    run = assert_matches(model, inputs, 1e-6, scorer=scorer, report_loss="full", inner="eager")
+    run = assert_matches(model, inputs, 1e-6, scorer=scorer, report_loss="full")
     assert_recorded(run)
     if batch != "packed":
         assert inputs["attention_mask"].gather(1, run.indices).all(), "padding was kept"
 
 
 def test_the_same_seed_draws_the_same_rows():
-    draws = [compiled(Decoder(), tokens(), scorer="tokenseek", select="sample", seed=s).indices for s in (1, 1, 2)]
+    draws = [executed(decoder(), tokens(), scorer="tokenseek", select="sample", seed=s).indices for s in (1, 1, 2)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
 
@@ -565,7 +587,7 @@ def test_the_same_seed_draws_the_same_rows():
 @pytest.mark.parametrize("logits", ["keep", "drop"])
 def test_a_full_loss_of_no_labels_is_0(scorer, logits):
     batch = {**tokens(), "labels": torch.full((B, T), -100)}
-    run = compiled(Decoder(), batch, scorer=scorer, logits=logits, report_loss="full", inner="eager")
+    run = executed(decoder(), batch, scorer=scorer, logits=logits, report_loss="full")
     assert run.loss == 0 and not any(g.any() for g in run.grads.values())
 
 
@@ -576,13 +598,13 @@ def test_a_full_loss_of_no_labels_is_0(scorer, logits):
 def test_without_a_loss_the_attention_part_scores(scorer):
     torch._dynamo.reset()
     model, ids = Decoder(), tokens()["ids"]
-    options = {"scorer": scorer, "inner": "aot_eager", "keep_ratio": 0.3, "select": "topk"}
+    options = {"scorer": scorer, "inner": "eager", "keep_ratio": 0.3, "select": "topk"}
     with warnings.catch_warnings(record=True) as caught, tokenseek_fx.record() as rec:
         warnings.simplefilter("always")
         logits = torch.compile(model, backend="tokenseek", options=options)(ids)
         logits.square().sum().backward()
     assert len([w for w in caught if issubclass(w.category, TokenSeekWarning)]) == 1
-    wanted = compiled(Decoder(), tokens(), scorer="tokenseek", beta=0.0, select="topk", keep_label=False)
+    wanted = executed(decoder(), tokens(), scorer="tokenseek", beta=0.0, select="topk", keep_label=False)
     assert torch.equal(rec[0].indices, wanted.indices)
     close(rec[0].attention, wanted.selection.attention, 1e-9)
     assert rec[0].gradient is None and rec[0].loss is None
@@ -662,9 +684,14 @@ class Pooled(Decoder):
         return F.cross_entropy(self.head(pooled[:, 0, 0]), labels[:, 0].clamp(min=0))
 
 
+@cache
+def pooled() -> Pooled:
+    return Pooled()
+
+
 @pytest.mark.parametrize("scorer", ["strided", "attention", "tokenseek"])
 def test_pooling_by_attention(scorer):
-    assert_matches(Pooled(), tokens(), 1e-9, scorer=scorer)
+    assert_matches(pooled(), tokens(), 1e-9, scorer=scorer)
 
 
 # ---- pinned positions
@@ -673,7 +700,7 @@ def test_pooling_by_attention(scorer):
 @pytest.mark.parametrize("select", ["topk", "sample"])
 def test_pinned_positions_are_kept(select):
     run = assert_matches(
-        Decoder(), tokens(), 1e-9, scorer="tokenseek", select=select, pinned=(0, -2), report_loss="kept"
+        decoder(), tokens(), 1e-9, scorer="tokenseek", select=select, pinned=(0, -2), report_loss="kept"
     )
     assert (run.indices == 0).any(1).all() and (run.indices == T - 2).any(1).all()
     if select == "sample":
@@ -690,6 +717,7 @@ def classifier(name: str, **sizes: Any) -> nn.Module:
     return getattr(transformers, f"{name}ForSequenceClassification")(config).double().train()
 
 
+@cache
 def bert() -> nn.Module:
     return classifier(
         "Bert", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -697,6 +725,7 @@ def bert() -> nn.Module:
     )  # fmt: skip
 
 
+@cache
 def gpt2() -> nn.Module:
     return classifier(
         "GPT2", n_embd=32, n_inner=48, n_layer=2, n_head=4, n_positions=64, use_cache=False,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import bitsandbytes
+import compare
 import peft
 import pytest
 import torch
@@ -14,7 +16,7 @@ import torch.distributed as dist
 import transformers
 import zoo
 from accelerate.utils import convert_outputs_to_fp32
-from compare import TOPK, assert_matches, by_reference, compiled, error, grads_of
+from compare import TOPK, by_reference, error, grads_of
 from marks import PYTORCH, slow
 from peft.tuners.lora import dora
 from peft.tuners.lycoris_utils import LycorisLayer
@@ -26,6 +28,9 @@ import tokenseek_fx
 from tokenseek_fx import TokenSeekWarning
 
 T = 13
+# through AOTAutograd, as Inductor gets the graph
+assert_matches = partial(compare.assert_matches, inner="aot_eager")
+compiled = partial(compare.compiled, inner="aot_eager")
 OPTIONS = {"inner": "aot_eager", "keep_ratio": 0.3, "report_loss": "kept", "strict": True, **TOPK}
 LOSS_OUTSIDE = {name: value for name, value in OPTIONS.items() if name != "report_loss"}
 # The loss of transformers is in float32.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 
+import architectures
 import pytest
 import torch
-from architectures import B, build
-from compare import assert_matches, by_reference, compiled, error
+from architectures import B
+from compare import assert_matches, by_reference, compiled, error, executed
 from marks import PYTORCH
 from torch._inductor.utils import fresh_cache
 
@@ -15,12 +17,13 @@ import tokenseek_fx
 
 T = 13
 S = T + 4
+build = cache(architectures.build)  # one model for all tests, so that its graph is captured once
 
 
 @pytest.mark.parametrize("name", ["bart", "t5"])
 def test_every_axis_has_its_own_ratio(name):
     model, batch = build(name, "sdpa", T)
-    run = assert_matches(model, batch, 1e-6, length=T, keep_ratio=[0.5, 0.2], inner="eager")
+    run = assert_matches(model, batch, 1e-6, length=T, keep_ratio=[0.5, 0.2])
     (encoder,) = run.selection.others
     assert run.indices.shape == (B, 7) and encoder.indices.shape == (B, 4)
     assert (encoder.indices.diff(dim=1) > 0).all() and encoder.indices.max() < S
@@ -42,7 +45,7 @@ def test_inductor_with_the_cache_that_is_on_by_default():
 
 def test_one_ratio_is_that_of_all_axes():
     model, batch = build("bart", "sdpa", T)
-    run = compiled(model, batch, keep_ratio=0.3)
+    run = executed(model, batch, keep_ratio=0.3)
     assert run.indices.shape == (B, 4) and run.selection.others[0].indices.shape == (B, 6)
 
 
@@ -56,7 +59,7 @@ def test_all_tokens_of_both_axes_give_the_ordinary_gradient():
 
 def test_the_default_trains_on_drawn_tokens_of_the_decoder_and_attended_ones_of_the_encoder():
     model, batch = build("bart", "sdpa", T)
-    run = compiled(model, batch, scorer="loss", select=None, report_loss="kept")
+    run = executed(model, batch, scorer="loss", select=None, report_loss="kept")
     (encoder,) = run.selection.others
     assert run.selection.weights is not None and encoder.weights is None
     assert encoder.attention is not None and encoder.loss is None
@@ -66,7 +69,7 @@ def test_the_default_trains_on_drawn_tokens_of_the_decoder_and_attended_ones_of_
 
 def test_encoder_tokens_are_scored_by_the_cross_attention_that_they_receive():
     model, batch = build("bart", "eager", T)
-    run = compiled(model, batch, scorer="attention")
+    run = executed(model, batch, scorer="attention")
     plain = copy.deepcopy(model)
     received = plain(**batch, output_attentions=True).cross_attentions[-1].sum((1, 2))
     torch.testing.assert_close(run.selection.others[0].attention, received.to(torch.float64), rtol=1e-5, atol=1e-8)
@@ -76,7 +79,7 @@ def test_encoder_tokens_are_scored_by_the_cross_attention_that_they_receive():
 def test_encoder_tokens_are_scored_by_their_gradient_through_the_last_block(scorer):
     """Not through the blocks before it, whose cross-attention gets the encoder's output detached here."""
     model, batch = build("bart", "sdpa", T)
-    run = compiled(model, batch, scorer=scorer, select="topk")
+    run = executed(model, batch, scorer=scorer, select="topk")
     plain = copy.deepcopy(model)
     memory = plain.model.encoder(batch["input_ids"]).last_hidden_state.detach().requires_grad_()
     cross = plain.model.decoder.layers[0].encoder_attn
@@ -92,9 +95,9 @@ def test_encoder_tokens_are_scored_by_their_gradient_through_the_last_block(scor
 
 def test_noise_is_drawn_for_every_axis():
     model, batch = build("bart", "sdpa", T)
-    first, again = (compiled(model, batch, seed=3).selection for _ in range(2))
+    first, again = (executed(model, batch, seed=3).selection for _ in range(2))
     assert first.indices.equal(again.indices) and first.others[0].indices.equal(again.others[0].indices)
-    other = compiled(model, batch, seed=4).selection
+    other = executed(model, batch, seed=4).selection
     assert not other.others[0].indices.equal(first.others[0].indices)
 
 

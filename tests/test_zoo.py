@@ -11,7 +11,7 @@ import contextlib
 import copy
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from architectures import ARCHITECTURES, build, forms
-from compare import by_reference, compiled, error, grads_of
+from architectures import ARCHITECTURES, Built, build, forms
+from compare import Run, by_reference, compiled, error, executed, grads_of, traced
 from marks import PYTORCH
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
@@ -45,16 +45,20 @@ def quiet() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "attn"), CASES)
 def test_what_the_page_says_of_an_architecture(name, attn):
+    """And keys and values of all tokens are live as defined (``kv_grad="all"``), by the same graph. In DPT the input of a layer is no value
+    of the residual stream: the neck reads the layers before it too."""
     if name == "jamba" and PYTORCH == (2, 11):
         pytest.skip("Dynamo of PyTorch 2.11 takes itself for an export: the scan is a loop, of whose states the reference can't say whose rows "
                     "they are")  # fmt: skip
-    row = f"| {' | '.join((name, attn, *result(name, attn)))} |"
-    if PYTORCH != (2, 13):
-        assert verdict(row) == verdict(row_of(name, attn))
-        return
-    if os.environ.get("EXPECTTEST_ACCEPT"):
+    case = build(name, attn, SHORT, torch.float32 if name in SINGLE else torch.float64)
+    row = f"| {' | '.join((name, attn, *result(name, attn, case)))} |"
+    if PYTORCH == (2, 13) and os.environ.get("EXPECTTEST_ACCEPT"):
         write(name, attn, row)
-    assert row == row_of(name, attn)
+    same = (lambda line: line) if PYTORCH == (2, 13) else verdict
+    assert same(row) == same(row_of(name, attn))
+    refused = name == "dpt" or verdict(row) == "refused"
+    with pytest.raises(GraphNotSupported) if refused else contextlib.nullcontext():
+        check_exact(*case, executed, kv_grad="all")
 
 
 class Half(nn.Module):
@@ -90,15 +94,6 @@ def attending(model: nn.Module) -> list[nn.Module]:
         halved(x) if isinstance(x, transformers.models.segformer.modeling_segformer.SegformerLayer) else x
         for x in inner
     ]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "attn"), CASES)
-def test_keys_and_values_of_all_tokens_are_live_as_defined(name, attn):
-    """``kv_grad="all"``. In DPT the input of a layer is no value of the residual stream: the neck reads the layers before it too."""
-    refused = name == "dpt" or verdict(row_of(name, attn)) == "refused"
-    with pytest.raises(GraphNotSupported) if refused else contextlib.nullcontext():
-        check_exact(name, attn, kv_grad="all")
 
 
 class Recurrence(nn.Module):
@@ -140,7 +135,7 @@ def test_a_recurrence_in_a_loop_is_exact():
 def test_inductor_reads_what_experts_add_up_after_it_is_added_up():
     """Wrong in PyTorch alone where the sum is fused with what reads it (``compat``)."""
     with fresh_cache():  # a kernel that is found there would hide what makes it wrong now
-        check_exact("deepseek_v3", "sdpa", "inductor")
+        check_exact(*build("deepseek_v3", "sdpa", SHORT, torch.float32), compiled, inner="inductor")
 
 
 def test_the_page_has_every_architecture():
@@ -159,23 +154,22 @@ def verdict(row: str) -> str:
     return row.split(" | ")[2].split(":")[0]
 
 
-def result(name: str, attn: str) -> tuple[str, ...]:
+def result(name: str, attn: str, case: Built) -> tuple[str, ...]:
     """The cells of a row: exact or the reason why not, saved bytes, barriers, cost."""
     try:
-        check_exact(name, attn)
+        check_exact(*case, traced)
     except GraphNotSupported as refusal:
         return (f"refused: {refusal.args[0].split('. ')[0].rstrip('.')}", "", "", "", "")
     return ("exact", *sizes(name, attn))
 
 
-def check_exact(name: str, attn: str, inner: str = "eager", kv_grad: str = "selected") -> None:
+def check_exact(model: nn.Module, batch: dict[str, Any], train: Callable[..., Run], **options: Any) -> None:
     """Loss and every gradient equal the reference for the kept rows of every token axis."""
-    single = name in SINGLE
-    model, batch = build(name, attn, SHORT, torch.float32 if single else torch.float64)
-    run = graph_refusal(lambda: compiled(model, batch, report_loss="kept", inner=inner, kv_grad=kv_grad))
+    run = graph_refusal(lambda: train(model, batch, report_loss="kept", **options))
     chosen = run.selection
-    blocks = attending if kv_grad == "all" else None
+    blocks = attending if options.get("kv_grad") == "all" else None
     expected = by_reference(model, batch, run.indices, chosen.scores.shape[1], None, blocks, chosen.others)
+    single = next(model.parameters()).dtype == torch.float32
     tolerance = 1e-5 if single else 1e-6  # transformers computes losses and norms in float32
     torch.testing.assert_close(run.loss.detach(), expected.loss.detach(), rtol=tolerance, atol=1e-9)
     assert error(run.grads, expected.grads) <= tolerance

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -76,17 +77,23 @@ def saved_in(segments: Segments, recomputed: int, kv: KVMode = KEEP) -> Audit:
     """
     found: dict[Any, Edge | None] = dict.fromkeys(segments.placeholders)
     numbers = {segment: number for number, segment in enumerate(segments.segments)}
+    known: dict[Any, tuple[Forward, fx.GraphModule]] = {}
 
     def look(segment: Segment, taken: list, _: Sequence[Any]) -> None:
-        forward = partitioned(segment.run, taken, partition_of(segment.run, taken, numbers[segment] < recomputed, kv))
+        number, recompute = numbers[segment], numbers[segment] < recomputed
+        key = _likeness(segment.run, taken, recompute)
+        if key not in known:
+            known[key] = partitioned(segment.run, taken, partition_of(segment.run, taken, recompute, kv)), segment.run
+        forward, alike = known[key]
+        places = _places(alike, segment.run)
         given = dict(zip(forward.outputs, segment.gives, strict=True))
         takes = dict(zip(forward.inputs, _distinct(segment.takes, taken), strict=False))
         for node in forward.saved:
             base = _base(node)
             if mark_of(node) is Mark.ON_HOST:
                 continue
-            key = _base(takes.get(base, given.get(base, base)))
-            found.setdefault(key, _edge(takes.get(base, node)))
+            value = _base(takes.get(base, given.get(base, (number, base))))
+            found.setdefault(value, _edge(takes[base]) if base in takes else _edge(node, places))
 
     segments.on_examples(look)
     return Audit(tuple(edge for edge in found.values() if edge is not None), recomputed / len(segments.segments))
@@ -148,10 +155,27 @@ def _distinct(keys: Sequence[Any], values: Sequence[Any]) -> list[Any]:
     return [*{id(x) if isinstance(x, torch.Tensor) else key: key for key, x in zip(keys, values, strict=True)}.values()]
 
 
-def _edge(node: fx.Node) -> Edge:
-    """The edge of a saved node; a view keeps its whole base."""
-    value = _base(node).meta["val"]
-    return Edge(node.name, kind_of_saved(node), tuple(value.shape), value.dtype, where(node))
+def _likeness(module: fx.GraphModule, inputs: Sequence[Any], recompute: bool) -> Any:
+    """A key that is equal for graphs with equal partitions: equal blocks are partitioned once."""
+    first: dict[Any, int] = {}
+    forms = [
+        (first.setdefault(id(x), i), str(x.shape), str(x.stride()), x.dtype, x.device, x.requires_grad)
+        if isinstance(x, torch.Tensor)
+        else str(x)
+        for i, x in enumerate(inputs)
+    ]
+    return module.code, tuple(forms), tuple((mark_of(n), kind_of(n)) for n in module.graph.nodes), recompute
+
+
+def _places(alike: fx.GraphModule, module: fx.GraphModule) -> dict[str, str]:
+    """The places of a graph, by those of an equal graph."""
+    return {where(one): where(other) for one, other in zip(alike.graph.nodes, module.graph.nodes, strict=True)}
+
+
+def _edge(node: fx.Node, places: Mapping[str, str] = MappingProxyType({})) -> Edge:
+    """The edge of a saved node; a view keeps its whole base. ``places``: the places of an equal graph, by those of this one."""
+    value, place = _base(node).meta["val"], where(node)
+    return Edge(node.name, kind_of_saved(node), tuple(value.shape), value.dtype, places.get(place, place))
 
 
 def kind_of_saved(node: fx.Node) -> str:
