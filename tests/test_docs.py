@@ -1,5 +1,5 @@
-"""The documentation is true: its Python runs, its output blocks and graphs are what comes out, its links lead somewhere,
-and its generated sections are up to date (``generated.py``).
+"""The documentation is true: its Python runs, its output blocks and graphs are what comes out, its links lead
+somewhere, and its generated sections are up to date (``generated.py``).
 
 - ```` ```python ````: executed, one namespace per file, in order. ```` ```py ```` is not, and ``NOT_RUN`` says why.
 - ```` ```py title="FILE" ````: a file as it is; `test_extend.py` compares it and runs the file.
