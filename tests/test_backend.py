@@ -95,7 +95,7 @@ def _fresh_dynamo():
         ({"kv_grad": "none"}, "kv_grad='none': expected one of 'selected', 'all'."),
         ({"kv": "fp-8"}, "kv='fp-8': expected one of 'keep', 'recompute', 'offload', 'fp8'. Did you mean 'fp8'?"),
         ({"kv": "fp8", "inner": "eager"}, "kv='fp8' has no effect: inner='eager'."),
-        ({"kv": "fp8", "kv_grad": "all"}, "kv='fp8' has no effect: kv_grad='all' keeps the inputs of blocks"),
+        ({"kv": "fp8", "kv_grad": "all"}, "kv='fp8' has no effect: kv_grad='all' saves the inputs of blocks"),
         ({"report_loss": "all"}, "report_loss='all': expected one of 'full', 'kept'."),
         ({"alpha": -1}, "alpha=-1: expected a number of at least 0."),
         ({"mix": 1.1}, "mix=1.1: expected a number from 0 to 1."),
