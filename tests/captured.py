@@ -1,4 +1,4 @@
-"""A graph captured and analysed once, whose two streams are run on real tensors, with any options and without being traced."""
+"""A graph captured and analysed once, whose two streams run on real tensors, with any options, untraced."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _captured: WeakKeyDictionary[nn.Module, dict[Any, Captured]] = WeakKeyDictionary
 
 @dataclass(frozen=True)
 class Captured:
-    """The analysed ``program`` of ``model``, a copy that is its own; ``args``: what Dynamo called the graph with, of which ``places`` are
-    those of the tensors of the batch, by their names. ``output_of`` makes the output of the model of those of the graph."""
+    """The analysed ``program`` of ``model``, a private copy. ``args``: what Dynamo called the graph with; ``places``: where
+    the tensors of the batch stand in them, by name. ``output_of`` builds the model's output from that of the graph."""
 
     model: nn.Module
     program: Program

@@ -63,7 +63,7 @@ def compiled(model: nn.Module, batch: dict[str, Any], **options: Any) -> Run:
 
 
 def executed(model: nn.Module, batch: dict[str, Any], **options: Any) -> Run:
-    """The same step, computed by the two streams as they are: nothing is traced or compiled, and the graph is captured once for a model
+    """The same step by the two streams: nothing is traced or compiled, and the graph is captured once for a model
     and a form of the batch, whatever the options. ``test_traced.py`` compares the two."""
     return _run(Captured.execute, model, batch, options)
 

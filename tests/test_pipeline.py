@@ -25,6 +25,8 @@ from tokenseek_fx.passes.analysis.blocks import Blocks
 from tokenseek_fx.passes.analysis.token_axes import TokenAxes
 from tokenseek_fx.passes.graph.errors import GraphNotSupported, InvariantBroken
 from tokenseek_fx.passes.graph.program import module_path, source_line
+from tokenseek_fx.passes.lower.split import Segments
+from tokenseek_fx.passes.memory import saved
 from tokenseek_fx.passes.memory.saved import Audit
 from tokenseek_fx.passes.rows.rules import ROWS_RULES
 from tokenseek_fx.passes.rules.op import AXES_RULES
@@ -258,3 +260,16 @@ def test_vmap_is_refused_loudly():
     """Retraced, it would become a constant: the plain graph, with a warning."""
     with pytest.warns(TokenSeekWarning, match=r"torch.func transform .* at .*test_pipeline.py:\d+"):
         torch.compile(Vmapped(), backend="tokenseek", options={"inner": "eager"})(**data()).backward()
+
+
+def test_segments_that_are_alike_are_partitioned_once(monkeypatch):
+    """And what they save is told as if each were partitioned, at its own place."""
+    program = rewritten(captured(Model(layers=4), data()), until="recompute plan", recompute="none")
+    partitioned, calls = saved.partitioned, []
+    monkeypatch.setattr(saved, "partitioned", lambda *args: (calls.append(args), partitioned(*args))[1])
+    once = AuditSaved().run(program)[Audit]
+    shared = len(calls)
+    monkeypatch.setattr(saved, "_likeness", lambda *args: object())
+    each = AuditSaved().run(program)[Audit]
+    assert shared < len(calls) - shared == len(program[Segments].segments)
+    assert once == each and len({edge.place for edge in once.edges if "blocks." in edge.place}) > 4

@@ -1,4 +1,4 @@
-"""The rewritten graph that is traced equals the two streams that are executed, once for every option; other tests execute them."""
+"""The traced graph equals the executed two streams, once for every option; other tests only execute them."""
 
 from __future__ import annotations
 
