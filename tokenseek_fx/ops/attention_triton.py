@@ -106,6 +106,29 @@ def _matrix(base, at, stride, inside, BLOCK: tl.constexpr, WIDTH: tl.constexpr, 
 
 
 @triton.jit
+def _hide(
+    scores, p, j, inside, own, segments, window, keys, mask, mask_rows, mask_j,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, MASK: tl.constexpr, BY_ROW: tl.constexpr,
+):  # fmt: skip
+    """``_hidden`` of scores [rows, keys]."""
+    theirs = tl.load(segments + j, mask=j < keys, other=0) if SEGMENTS else j
+    return _hidden(
+        scores, p[:, None], j[None, :], inside[:, None], own[:, None], theirs[None, :], window, keys,
+        mask, mask_rows[:, None], mask_j, CAUSAL, WINDOW, SEGMENTS, MASK, BY_ROW,
+    )  # fmt: skip
+
+
+@triton.jit
+def _scores(a, b, scale, softcap, SOFTCAP: tl.constexpr):
+    """(scores in units of log 2, the tanh in them where there is a soft cap)."""
+    scores = tl.dot(a, b, input_precision="ieee")
+    if SOFTCAP:
+        capped = _capped(scores * scale, softcap)
+        return capped * (softcap * LOG2E), capped
+    return scores * (scale * LOG2E), scores
+
+
+@triton.jit
 def _forward_over(
     acc, top, total, q, start, stop, key, value, k_j, v_j, p, inside, own, segments, mask, mask_rows, mask_j,
     keys, window, scale, softcap, BLOCK_N: tl.constexpr,
@@ -115,19 +138,13 @@ def _forward_over(
 ):  # fmt: skip
     """Online softmax over the keys ``start`` .. ``stop``."""
     for block in range(start, stop, BLOCK_N):
-        n, at = tl.arange(0, BLOCK_N), tl.cast(block, tl.int64)
-        j = block + n
+        n, j, at = tl.arange(0, BLOCK_N), block + tl.arange(0, BLOCK_N), tl.cast(block, tl.int64)
         k = _matrix(key + at * k_j, n, k_j, j < keys, BLOCK_E, E, HIDE)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if SOFTCAP:  # noqa: SIM108
-            scores = _capped(scores * scale, softcap) * (softcap * LOG2E)
-        else:
-            scores = scores * (scale * LOG2E)
+        scores, _ = _scores(q, tl.trans(k), scale, softcap, SOFTCAP)  # pyright: ignore[reportGeneralTypeIssues]
         if HIDE:
-            theirs = tl.load(segments + j, mask=j < keys, other=0) if SEGMENTS else j
-            scores = _hidden(
-                scores, p[:, None], j[None, :], inside[:, None], own[:, None], theirs[None, :], window, keys,
-                mask, mask_rows[:, None], mask_j, CAUSAL, WINDOW, SEGMENTS, MASK, BY_ROW,
+            scores = _hide(
+                scores, p, j, inside, own, segments, window, keys, mask, mask_rows, mask_j,
+                CAUSAL, WINDOW, SEGMENTS, MASK, BY_ROW,
             )  # fmt: skip
         higher = tl.maximum(top, tl.max(scores, 1))
         base = tl.where(higher == -float("inf"), 0.0, higher) if HIDE else higher
@@ -148,6 +165,15 @@ def _rows(m, rows, GROUP: tl.constexpr):
 
 
 @triton.jit
+def _block_of_rows(key_heads, rows, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
+    """(first of the program's BLOCK_M rows, instance, key head, *_rows of them); rows with the most keys start first."""
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    b, h = (tl.program_id(1) // key_heads).to(tl.int64), (tl.program_id(1) % key_heads).to(tl.int64)
+    i, g, inside = _rows(first + tl.arange(0, BLOCK_M), rows, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
+    return first, b, h, i, g, inside
+
+
+@triton.jit
 def _positions(positions, i, inside, KNOWN: tl.constexpr):
     """The positions of rows. Not part of ``_rows``: ``positions`` would seem to be written to, and would be copied."""
     return tl.load(positions + i, mask=inside, other=0).to(tl.int32) if KNOWN else i
@@ -164,12 +190,9 @@ def forward_kernel(
 ):  # fmt: skip
     """Output and log-sum-exp of BLOCK_M rows of one instance and key head; rows with the most keys start first."""
     scale, softcap = tl.cast(scale, tl.float32), tl.cast(softcap, tl.float32)
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    b, h = (tl.program_id(1) // key_heads).to(tl.int64), (tl.program_id(1) % key_heads).to(tl.int64)
+    first, b, h, i, g, inside = _block_of_rows(key_heads, rows, BLOCK_M, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
     positions += b * rows
     segments += b * keys
-    m = first + tl.arange(0, BLOCK_M)
-    i, g, inside = _rows(m, rows, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
     p = _positions(positions, i, inside, CAUSAL or WINDOW or SEGMENTS)
     own = tl.load(segments + p, mask=inside, other=0) if SEGMENTS else i
     head = h * GROUP + g
@@ -210,27 +233,20 @@ def forward_kernel(
 @triton.jit
 def _grad_query_over(
     acc, q, grad, lse, delta, start, stop, key, value, k_j, v_j, p, inside, own, segments, mask, mask_rows, mask_j,
-    keys, window, scale, softcap, BLOCK_N: tl.constexpr,
-    E: tl.constexpr, BLOCK_E: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr, HIDE: tl.constexpr,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr, SOFTCAP: tl.constexpr, MASK: tl.constexpr,
-    BY_ROW: tl.constexpr,
+    keys, window, scale, softcap,
+    BLOCK_N: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, V: tl.constexpr, BLOCK_V: tl.constexpr,
+    HIDE: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SEGMENTS: tl.constexpr,
+    SOFTCAP: tl.constexpr, MASK: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
     """dq / scale over the keys ``start`` .. ``stop``."""
     for block in range(start, stop, BLOCK_N):
-        n, at = tl.arange(0, BLOCK_N), tl.cast(block, tl.int64)
-        j = block + n
+        n, j, at = tl.arange(0, BLOCK_N), block + tl.arange(0, BLOCK_N), tl.cast(block, tl.int64)
         k = _matrix(key + at * k_j, n, k_j, j < keys, BLOCK_E, E, HIDE)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if SOFTCAP:
-            capped = _capped(scores * scale, softcap)
-            scores = capped * (softcap * LOG2E)
-        else:
-            scores = scores * (scale * LOG2E)
+        scores, capped = _scores(q, tl.trans(k), scale, softcap, SOFTCAP)  # pyright: ignore[reportGeneralTypeIssues]
         if HIDE:
-            theirs = tl.load(segments + j, mask=j < keys, other=0) if SEGMENTS else j
-            scores = _hidden(
-                scores, p[:, None], j[None, :], inside[:, None], own[:, None], theirs[None, :], window, keys,
-                mask, mask_rows[:, None], mask_j, CAUSAL, WINDOW, SEGMENTS, MASK, BY_ROW,
+            scores = _hide(
+                scores, p, j, inside, own, segments, window, keys, mask, mask_rows, mask_j,
+                CAUSAL, WINDOW, SEGMENTS, MASK, BY_ROW,
             )  # fmt: skip
         shares = tl.exp2(scores - lse[:, None])
         v = _matrix(value + at * v_j, n, v_j, j < keys, BLOCK_V, V, HIDE)
@@ -252,12 +268,9 @@ def grad_query_kernel(
 ):  # fmt: skip
     """dq of BLOCK_M rows of one instance and key head, over all keys."""
     scale, softcap = tl.cast(scale, tl.float32), tl.cast(softcap, tl.float32)
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    b, h = (tl.program_id(1) // key_heads).to(tl.int64), (tl.program_id(1) % key_heads).to(tl.int64)
+    first, b, h, i, g, inside = _block_of_rows(key_heads, rows, BLOCK_M, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
     positions += b * rows
     segments += b * keys
-    m = first + tl.arange(0, BLOCK_M)
-    i, g, inside = _rows(m, rows, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
     p = _positions(positions, i, inside, CAUSAL or WINDOW or SEGMENTS)
     own = tl.load(segments + p, mask=inside, other=0) if SEGMENTS else i
     head = h * GROUP + g
@@ -345,12 +358,7 @@ def grad_keys_kernel(
         at = (b * key_heads * GROUP + head) * rows + i
         logs = tl.load(lse + at, mask=inside, other=float("inf")) * LOG2E
         given = tl.load(delta + at, mask=inside, other=0)
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee")
-        if SOFTCAP:
-            capped = _capped(scores * scale, softcap)
-            scores = capped * (softcap * LOG2E)
-        else:
-            scores = scores * (scale * LOG2E)
+        scores, capped = _scores(k, tl.trans(q), scale, softcap, SOFTCAP)  # pyright: ignore[reportGeneralTypeIssues]
         mask_rows = head * mask_h + i * mask_i
         scores = _hidden(
             scores, p[None, :], j[:, None], inside[None, :], own[None, :], theirs[:, None], window, keys,

@@ -50,6 +50,13 @@ def _block_of_scores(
 
 
 @triton.jit
+def _instance(heads):
+    """(number of the program's instance and head, instance, head)."""
+    at = tl.program_id(1)
+    return at, (at // heads).to(tl.int64), (at % heads).to(tl.int64)
+
+
+@triton.jit
 def lse_kernel(
     query, key, mask, segments, lse,
     q_b, q_h, q_i, q_e, k_b, k_h, k_j, k_e, mask_b, mask_h, mask_i, mask_j,
@@ -59,8 +66,7 @@ def lse_kernel(
 ):  # fmt: skip
     """lse[b, h, i] = log sum over j of exp(score[b, h, i, j])."""
     scale, softcap = tl.cast(scale, tl.float32), tl.cast(softcap, tl.float32)
-    at = tl.program_id(1)
-    b, h = (at // heads).to(tl.int64), (at % heads).to(tl.int64)
+    at, b, h = _instance(heads)  # pyright: ignore[reportGeneralTypeIssues]
     i = tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I)
     e = tl.arange(0, BLOCK_E)
     query += b * q_b + h * q_h
@@ -100,15 +106,13 @@ def received_kernel(
 ):  # fmt: skip
     """out[b, h, j] = sum over i of exp(score[b, h, i, j] - lse[b, h, i]), over queries with lse > ``hidden``."""
     scale, softcap = tl.cast(scale, tl.float32), tl.cast(softcap, tl.float32)
-    at = tl.program_id(1)
-    b, h = (at // heads).to(tl.int64), (at % heads).to(tl.int64)
-    j = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
-    e = tl.arange(0, BLOCK_E)
+    at, b, h = _instance(heads)  # pyright: ignore[reportGeneralTypeIssues]
+    lse += at.to(tl.int64) * queries
+    j, e = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J), tl.arange(0, BLOCK_E)
     query += b * q_b + h * q_h
     key += b * k_b + (h // group) * k_h
     mask += b * mask_b + h * mask_h
     segments += b * keys
-    lse += at.to(tl.int64) * queries
     k = tl.load(key + j[None, :] * k_j + e[:, None] * k_e, mask=(j[None, :] < keys) & (e[:, None] < E), other=0)
     total = tl.zeros([BLOCK_J], tl.float32)
     first, last = 0, queries
