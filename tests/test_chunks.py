@@ -1,4 +1,4 @@
-"""Chunks: token-parallel regions run chunk by chunk give what they give as a whole; layers that are alike share a subgraph."""
+"""Chunks: token-parallel regions give the same results chunk by chunk; identical layers share a subgraph."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from marks import slow
 from test_lengths import assert_exact
 from test_random import RATIOS, Transformer, batches, configurations
-from test_routes import experts
-from test_routes import model_and_batch as experts_model
+from test_routing import experts
+from test_routing import model_and_batch as experts_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import batch as batch_of
@@ -33,7 +33,7 @@ RELAXED = {"deadline": None, "suppress_health_check": list(HealthCheck), "derand
 
 @pytest.fixture
 def small(monkeypatch):
-    """Chunks of a few tokens; what is cut is recorded."""
+    """Chunks of a few tokens; returns the rewritten modules."""
     seen = []
     run = Chunk.run
 
@@ -73,7 +73,7 @@ def test_models_in_chunks_equal_the_reference(small, name, padding):
 
 @pytest.mark.parametrize("name", [slow("llama"), "gpt2"])
 def test_inductor_runs_chunks(small, monkeypatch, name):
-    """In GPT-2 queries, keys and values are views of one product: Inductor would write over those that are still read."""
+    """In GPT-2 queries, keys and values are views of one product: Inductor would overwrite those read later."""
     monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 1500)
     model = build(name, "sdpa")
     assert_matches(model, batch_of(model, 3, 13, "right"), 1e-4, inner="inductor")
@@ -81,8 +81,10 @@ def test_inductor_runs_chunks(small, monkeypatch, name):
 
 
 class ContiguousParts(nn.Module):
-    """Queries, keys and values are cut from what was made contiguous: a copy of one (the keys are) differs from it in nothing but where
-    it begins; the values times one are what they are."""
+    """Queries, keys and values are slices of a contiguous tensor.
+
+    A copy of a slice (as for the keys) differs from it only in its offset; the values are multiplied by one.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +102,7 @@ class ContiguousParts(nn.Module):
         return nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
 
 
-def test_inductor_runs_chunks_that_give_contiguous_parts(small, monkeypatch):
+def test_inductor_runs_chunks_that_return_contiguous_slices(small, monkeypatch):
     monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 1500)
     ids = torch.randint(31, (3, 13))
     assert_matches(ContiguousParts().double(), {"input_ids": ids, "labels": ids}, 1e-9, inner="inductor")
@@ -111,15 +113,19 @@ def test_inductor_runs_chunks_that_give_contiguous_parts(small, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "dtype", "tol"),
     [
-        ("t5", torch.float64, 1e-5),  # it computes a part in float32
-        ("phi3", torch.float64, 1e-5),  # so does it
+        ("t5", torch.float64, 1e-5),  # computes partly in float32
+        ("phi3", torch.float64, 1e-5),  # likewise
         ("torch_transformer", torch.float64, 1e-9),
         ("qwen3_moe", torch.float32, 1e-5),
     ],
 )
-def test_inductor_runs_chunks_that_give_parts(small, monkeypatch, name, dtype, tol):
-    """T5's projections are given as they are and by heads; Phi-3's values are the last part of a product, its keys are joined with nothing;
-    torch's cross-attention cuts keys and values out of one product, which Inductor leaves in place; experts sort rows."""
+def test_inductor_runs_chunks_that_return_slices(small, monkeypatch, name, dtype, tol):
+    """Models whose chunks return slices in different ways.
+
+    T5's projections are returned both as they are and by heads. Phi-3's values are the last slice of a product, and its
+    keys are concatenated with an empty tensor. torch's cross-attention slices keys and values from one product, which
+    Inductor leaves in place. Experts sort rows.
+    """
     monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 1500)
     model, batch = built(name, "sdpa", 13, dtype)
     run = compiled(model, batch, report_loss="kept", inner="inductor")
@@ -130,15 +136,18 @@ def test_inductor_runs_chunks_that_give_parts(small, monkeypatch, name, dtype, t
     assert calls(small[-1])
 
 
-def test_chunks_that_were_made_and_cut_have_layouts_of_their_own(small, monkeypatch):
-    """The first region is not cut: its block's chunks are slices of one sequence, with strides of the whole, the next one's are not."""
+def test_computed_and_cut_chunks_have_different_layouts(small, monkeypatch):
+    """The first region is not cut: its block's chunks are slices with the strides of the whole sequence.
+
+    Those of the next block are not.
+    """
     model = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=4, use_cache=False)).train()
     monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 13 * model.config.hidden_size * 4)
     assert_matches(model, batch_of(model, 1, 13, None), 1e-4, inner="inductor")
     assert len(calls(small[-1])) > 4
 
 
-def test_layers_that_are_alike_share_a_subgraph(small):
+def test_identical_layers_share_a_subgraph(small):
     torch._dynamo.reset()
     model = LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=6, use_cache=False)).train()
     ids = torch.randint(31, (1, 24))
@@ -151,8 +160,8 @@ def test_layers_that_are_alike_share_a_subgraph(small):
 
 
 @pytest.mark.parametrize("name", ["llama", "phi3", "gpt2", "modernbert tag", "vit"])
-def test_nothing_of_all_tokens_lies_between_attentions_but_what_comes_out(small, name):
-    """Whether projections are fused and cut (by ``chunk``, ``split``, ``unbind`` or slices), and with dropout of nothing."""
+def test_only_outputs_of_all_tokens_exist_between_attentions(small, name):
+    """Also with fused projections (cut by ``chunk``, ``split``, ``unbind`` or slices) and with a dropout of 0."""
     model, batch = built(name, "sdpa", 13, torch.float64)
     length, logits = (17, "keep") if name == "vit" else (13, "drop")
     assert_matches(model, batch, 1e-6, length, inner="eager", scorer="random", logits=logits)
@@ -166,8 +175,8 @@ def test_experts_of_all_tokens_are_not_in_memory_at_once(small):
     assert not any(3 * 13 * 2 in x.shape and x.is_floating_point() for x in values(small[-1]))
 
 
-def test_a_view_of_what_is_made_of_joined_chunks_may_be_a_copy(small, monkeypatch):
-    """Attention within a window gives the layout of its queries; here what comes after it is not cut."""
+def test_a_view_of_a_value_of_concatenated_chunks_may_be_a_copy(small, monkeypatch):
+    """Attention within a window has the layout of its queries; here the region after it is not cut."""
     can_stand = property(lambda region: region.nodes[0].target is not torch.ops.aten.view.default)
     monkeypatch.setattr(chunks._Region, "can_stand", can_stand)
     model, batch = built("modernbert tag", "sdpa", 13, torch.float64)
@@ -175,8 +184,8 @@ def test_a_view_of_what_is_made_of_joined_chunks_may_be_a_copy(small, monkeypatc
     assert calls(small[-1])
 
 
-def test_chunks_go_from_region_to_region_as_they_are(small):
-    """Of what a block gives only keys and values, which every query sees, are put together."""
+def test_chunks_pass_from_region_to_region_without_concatenation(small):
+    """Of a block's outputs, only keys and values, which every query sees, are concatenated."""
     model = build("llama", "sdpa")
     assert_matches(model.double(), batch_of(model, 3, 13, None), 1e-6, inner="eager", scorer="random", logits="drop")
     made = [node for node in small[-1].graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
@@ -187,7 +196,7 @@ def test_chunks_go_from_region_to_region_as_they_are(small):
 
 
 @pytest.mark.parametrize(("less", "queries"), [(0, {13}), (1, {6, 7})])
-def test_an_attention_that_gives_no_more_than_a_chunk_has_all_queries_at_once(small, monkeypatch, less, queries):
+def test_attention_whose_output_fits_into_a_chunk_has_all_queries_at_once(small, monkeypatch, less, queries):
     model = build("llama", "sdpa")
     gives = 3 * 13 * model.config.hidden_size * 8
     assert gives < 3 * 13 * model.config.intermediate_size * 8 < 2 * gives  # the MLP is in two chunks
@@ -208,7 +217,7 @@ def test_an_attention_that_gives_no_more_than_a_chunk_has_all_queries_at_once(sm
     ],
 )
 def test_lengths_that_change_are_cut(small, name, inner, tol):
-    """As many chunks at any length as the example needs; exact at every one of them."""
+    """As many chunks at any length as the example needs; exact at every length."""
     torch._dynamo.reset()
     model = build(name, "sdpa").double()
     config = Config(inner=inner, keep_ratio=0.3, chunk_bytes=6000, strict=True)

@@ -1,4 +1,4 @@
-"""Values without gradient that rows are made of are made again on the rows; the seek stream keeps what they are made of alone."""
+"""Values without gradient that rows need are recomputed on the rows; the seek stream keeps only their inputs."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def tuned() -> tuple[nn.Module, dict]:
     return zoo.lora(model), zoo.batch(model, 2, 13)
 
 
-def test_of_the_first_block_under_lora_the_residual_stream_alone_is_kept():
-    """Its norm and what the frozen linears make of it are made of its rows: nothing but the seek stream reads them."""
+def test_only_the_residual_stream_of_the_first_block_is_kept_under_lora():
+    """Its norm and the outputs of the frozen linears are recomputed on its rows: only the seek stream reads them."""
     program = captured(*tuned())
     made = FindFrozenRows().run(program)[FrozenRows].nodes
     assert sum(node.target is torch.ops.aten.linear.default for node in made) == 3
@@ -42,8 +42,8 @@ def test_of_the_first_block_under_lora_the_residual_stream_alone_is_kept():
     assert all({*rewrite.seek[node].users} <= seek for node in made if node in rewrite.seek)
 
 
-def test_under_autocast_they_are_taken():
-    """The operations stand in regions, rows are made before them."""
+def test_under_autocast_rows_are_taken_from_the_seek_stream():
+    """The operations are in autocast regions, and rows are computed before these."""
 
     class Autocast(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Regions that sort rows and bring them back: proved, or a barrier; right in both cases."""
+"""Regions that sort rows and restore their order: proved row-wise, or a barrier; exact in both cases."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _sorted(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def experts(rows, keys, weights, w):
-    """By expert, every row by its own scale, and back."""
+    """Sorts by expert, scales each row, and restores the order."""
     k = keys.shape[-1]
     sorted_keys, order, places = _sorted(keys)
     y = torch.tanh(rows[order // k]) * w[sorted_keys]
@@ -58,7 +58,7 @@ def split_and_gated(rows, keys, weights, w):
 
 
 def brought_back_elsewhere(rows, keys, weights, w):
-    """By the order instead of its inverse: rows of other tokens come back."""
+    """Restores by the order instead of its inverse: rows of other tokens come back."""
     k = keys.shape[-1]
     sorted_keys, order, _ = _sorted(keys)
     return (rows[order // k] * w[sorted_keys])[order].view(-1, k, D).sum(1)
@@ -71,14 +71,14 @@ def mixed_on_the_way(rows, keys, weights, w):
 
 
 def taken_from_other_rows(rows, keys, weights, w):
-    """Divided by another number than that of a token's rows."""
+    """Divides by a number other than that of a token's rows."""
     k = keys.shape[-1]
     _, order, places = _sorted(keys)
     return rows[order // (k + 1)][places].view(-1, k, D).sum(1)
 
 
 def numbered_otherwise(rows, keys, weights, w):
-    """Places that begin at one."""
+    """Positions that start at one."""
     k = keys.shape[-1]
     _, order, _ = _sorted(keys)
     places = torch.empty_like(order)
@@ -87,7 +87,7 @@ def numbered_otherwise(rows, keys, weights, w):
 
 
 def read_in_another_order(rows, keys, weights, w):
-    """Back in place, but what comes back is read as if the rows of all tokens stood k times one after the other."""
+    """Restores the order, but reads the result as k consecutive copies of the rows of all tokens."""
     k = keys.shape[-1]
     sorted_keys, order, places = _sorted(keys)
     return (rows[order // k] * w[sorted_keys])[places].view(k, -1, D).sum(0)

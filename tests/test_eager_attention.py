@@ -1,4 +1,4 @@
-"""Attention that a model writes out: the same values and gradients without scores of all pairs, where it is read as what it is."""
+"""Eager attention in models: where it is recognised, values and gradients are the same without scores of all pairs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def window_of_keys(scores: Tensor, seen: Tensor) -> Tensor:
 
 
 def near_keys(scores: Tensor, seen: Tensor) -> Tensor:
-    """A window to both sides."""
+    """A window on both sides."""
     n = torch.arange(T, device=seen.device)
     near = (n[:, None] - n).abs() < 3
     return scores + torch.where(near & seen[:, None, None], torch.zeros((), dtype=scores.dtype), LEAST)
@@ -62,7 +62,7 @@ def keys(scores: Tensor, seen: Tensor) -> Tensor:
 
 
 def sloped(scores: Tensor, seen: Tensor) -> Tensor:
-    """A bias by head and key, and the order of a float mask that is read as a bool one."""
+    """A bias by head and key, and a float mask that is converted to bool."""
     bias = torch.arange(1, HEADS + 1)[:, None, None] * torch.arange(1 - T, 1) / 8
     hidden = torch.where(order(seen) & seen[:, None, None], torch.zeros((), dtype=scores.dtype), LEAST).to(torch.bool)
     return (scores + bias).masked_fill(hidden, LEAST)
@@ -73,7 +73,7 @@ def of_keys(scores: Tensor, seen: Tensor) -> Tensor:
 
 
 def least_of_keys(scores: Tensor, seen: Tensor) -> Tensor:
-    """A number for every key, of which nobody knows that it is 0 or the least."""
+    """A number for every key, which isn't known to be 0 or the minimum."""
     return scores + (1 - seen[:, None, None].to(scores.dtype)) * LEAST
 
 
@@ -109,12 +109,12 @@ class Attention(nn.Module):
         q, k, v = (layer(x).unflatten(-1, (-1, E)).transpose(1, 2) for layer in self.qkv)
         if self.groups > 1:
             k, v = (t[:, :, None].expand(-1, -1, self.groups, -1, -1).reshape(q.shape) for t in (k, v))
-        return self.out(self.product(self.shares(q, k, seen), v).transpose(1, 2).flatten(2))
+        return self.out(self.product(self.weights(q, k, seen), v).transpose(1, 2).flatten(2))
 
-    def product(self, shares: Tensor, v: Tensor) -> Tensor:
-        return shares @ v
+    def product(self, weights: Tensor, v: Tensor) -> Tensor:
+        return weights @ v
 
-    def shares(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
+    def weights(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
         scores = self.mask(self.cap(self.scale(q, k)), seen)
         if self.sinks is None:
             return scores.softmax(-1)
@@ -139,14 +139,14 @@ class Model(nn.Module):
 
 
 def data() -> dict[str, Tensor]:
-    """The first instance has padding at the left: its first queries see nothing but what is hidden."""
+    """The first instance is padded on the left: its first queries are fully masked."""
     ids = torch.randint(VOCAB, (B, T), generator=torch.Generator().manual_seed(1))
     seen = torch.arange(T) >= torch.tensor([[3], [0], [1]])
     return {"ids": ids, "seen": seen}
 
 
 def by_position(model: nn.Module, batch: dict[str, Tensor]) -> tuple[int, int]:
-    """How many attentions are read, of how many."""
+    """The number of attentions that are recognised, and of all attentions."""
     found: list[Program] = []
 
     def look(gm, inputs):
@@ -185,7 +185,7 @@ def assert_form_matches(mask, scale, cap, groups, sinks, scorer):
 
 @every_form
 @settings(max_examples=8, deadline=None)
-def test_forms_that_are_read_match_the_reference(**form):
+def test_recognised_forms_match_the_reference(**form):
     assert_form_matches(**form)
 
 
@@ -198,9 +198,12 @@ def test_more_forms_match_the_reference(**form):
 
 @pytest.mark.parametrize("report", ["full", slow("kept")])
 @pytest.mark.parametrize("mask", [causal_of_keys, keys, of_keys, least_of_keys, window_of_keys, near_keys, sloped])
-def test_queries_that_see_nothing_look_at_all_keys_alike(mask, report):
-    """Their losses count, and rows are so many that those of padding are kept: they give values, and scores that are in a sum, gradient.
-    The second instance has no key at all, the third ends in more padding than a window is wide."""
+def test_fully_masked_queries_attend_to_all_keys_equally(mask, report):
+    """Their losses count, and with so many kept rows, rows of padding are kept.
+
+    They give gradient to values, and to scores that have a mask added. The second instance has no key at all; the third
+    ends in more padding than the width of a window.
+    """
     model, options = Model(mask, cap="cap", groups=2), {"keep_ratio": None, "keep_tokens": T - 1}
     batch = data()
     batch["seen"][1], batch["seen"][2, 6:] = False, False
@@ -216,26 +219,26 @@ def test_through_chunks_and_blocks(options, kv_grad):
     assert_matches(model, data(), 1e-9, length=T, open_blocks=blocks, scorer="tokenseek", kv_grad=kv_grad, **options)
 
 
-# -- what is left as it is --------------------------------------------------------------------------------------------
+# -- attention that is left unchanged ---------------------------------------------------------------------------------
 
 
 class Narrow(Attention):
     """Its softmax is less precise than its products."""
 
-    def shares(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
+    def weights(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
         return self.mask(self.scale(q, k), seen).softmax(-1, dtype=torch.float32).to(q.dtype)
 
 
 class Dropped(Attention):
-    def shares(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
-        return nn.functional.dropout(super().shares(q, k, seen), 0.5)
+    def weights(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
+        return nn.functional.dropout(super().weights(q, k, seen), 0.5)
 
 
 class Twice(Attention):
-    """Two products read its shares."""
+    """Two products read its attention weights."""
 
-    def product(self, shares: Tensor, v: Tensor) -> Tensor:
-        return shares @ v + shares @ v.square()
+    def product(self, weights: Tensor, v: Tensor) -> Tensor:
+        return weights @ v + weights @ v.square()
 
 
 class Biased(Attention):
@@ -245,33 +248,33 @@ class Biased(Attention):
         super().__init__(*form)
         self.slope = nn.Parameter(torch.zeros(HEADS, 1, 1))
 
-    def shares(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
+    def weights(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
         bias = self.slope * torch.arange(T, device=q.device)
         return self.mask(self.scale(q, k) + bias, seen).softmax(-1)
 
 
 class Negative(Attention):
-    """A number is added, which is no mask, and the cap is below 0."""
+    """An added number is not a mask, and the cap is negative."""
 
-    def shares(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
+    def weights(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
         return self.mask((self.scale(q, k).tanh() * -2.0) + 1.0, seen).softmax(-1)
 
 
 class Late(Attention):
-    """The scale comes behind the mask."""
+    """The scale comes after the mask."""
 
-    def shares(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
+    def weights(self, q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
         return (self.mask(self.scale(q, k), seen) * 0.5).softmax(-1)
 
 
 def infinite(scores: Tensor, seen: Tensor) -> Tensor:
-    """A query that sees nothing is NaN (here the keys of padding are seen by the first query)."""
+    """A fully masked query is NaN (so here every query sees the first key)."""
     hidden = ~(order(seen) & (seen | (torch.arange(T) == 0))[:, None, None])
     return scores.masked_fill(hidden, -torch.inf)
 
 
 def weak(scores: Tensor, seen: Tensor) -> Tensor:
-    """Hidden keys are seen a little."""
+    """Hidden keys keep some weight."""
     return scores + torch.where(order(seen), torch.zeros((), dtype=scores.dtype), -3.0)
 
 
@@ -281,7 +284,7 @@ def by_pair(scores: Tensor, seen: Tensor) -> Tensor:
 
 
 def added_twice(scores: Tensor, seen: Tensor) -> Tensor:
-    """A key that two masks hide is hidden from queries that see nothing, too."""
+    """A key hidden by both masks is hidden from fully masked queries too."""
     none = torch.zeros((), dtype=scores.dtype)
     return scores + torch.where(order(seen), none, LEAST) + torch.where(seen[:, None, None], none, LEAST)
 
@@ -296,13 +299,13 @@ LEFT += [(added_twice, Attention), (added_and_filled, Attention)]
 
 
 @pytest.mark.parametrize(("mask", "attention"), LEFT, ids=lambda x: x.__name__)
-def test_other_forms_run_as_they_are(mask, attention):
+def test_other_forms_run_unchanged(mask, attention):
     model = Model(mask, attention=attention)
     assert by_position(model, data()) == (0, 2)
     assert_matches(model, data(), 1e-6 if attention is Narrow else 1e-9, length=T, scorer="random")
 
 
-def test_dropout_of_the_shares_is_left_to_the_model():
+def test_dropout_of_attention_weights_is_left_to_the_model():
     assert by_position(Model(attention=Dropped), data()) == (0, 2)
 
 
