@@ -1,7 +1,7 @@
-"""Architectures of transformers, and of others, as a user calls them: tiny random configurations and batches with labels.
+"""Architectures of transformers and other libraries, called as a user would: tiny random models and labelled batches.
 
-``ARCHITECTURES[name](tokens)`` gives a model with its loss inside and a batch of ``B`` sequences of about ``tokens`` tokens.
-Sizes stay clear of one another, so that the reference can tell a token axis by its size.
+``ARCHITECTURES[name](tokens)`` returns a model that computes its loss, and a batch of ``B`` sequences of about
+``tokens`` tokens. Sizes don't coincide, so that the reference can recognise a token axis by its size.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ B, HIDDEN, HEADS, INNER, VOCAB, CLASSES = 7, 32, 4, 112, 97, 5
 Built = tuple[nn.Module, dict[str, Any]]
 
 ARCHITECTURES: dict[str, Callable[[int], Built]] = {}
-#: Those for which transformers has no ``scaled_dot_product_attention``, and those that are not of transformers.
+#: Architectures for which transformers has no ``scaled_dot_product_attention``, and those of other libraries.
 EAGER_ONLY = {"gemma2", "gpt_oss", "gpt_neo", "gptj", "bloom", "mpt", "mamba", "mamba2"}
 OTHERS = {"hand_written", "torch_encoder", "torch_transformer"}
-#: Those that run a hook-installing first forward, which Dynamo can't trace, before they are compiled.
+#: Architectures whose first forward installs hooks, which Dynamo can't trace; it runs before they are compiled.
 WARMED = {"segformer", "dpt"}
 
 
 def forms(name: str) -> tuple[str, ...]:
-    """The forms of attention that an architecture has."""
+    """The attention implementations of an architecture."""
     if name in OTHERS:
         return ("torch",)
     return ("eager",) if name in EAGER_ONLY or name.startswith("deberta") else ("sdpa", "eager")
 
 
 def build(name: str, attn: str, tokens: int, dtype: torch.dtype = torch.float64) -> Built:
-    """The model (its attention as asked for, large weights, no dropout) and the batch, both in ``dtype``."""
+    """The model (with attention ``attn``, large weights, no dropout) and the batch, both in ``dtype``."""
     torch.manual_seed(0)
     model, batch = ARCHITECTURES[name](tokens)
     for module in model.modules():
@@ -86,7 +86,7 @@ def _decoder(
 
 
 def _own_names(name: str, family: str, *, model: str = "", **settings: Any) -> None:
-    """A family with its own names for the sizes; a function gets the number of tokens."""
+    """Add a family with its own names for the sizes; a setting may be a function of the number of tokens."""
 
     def make(tokens: int) -> Built:
         given = {key: value(tokens) if callable(value) else value for key, value in settings.items()}
@@ -306,11 +306,12 @@ def swin(tokens: int) -> Built:
 
 @_architecture
 def segformer(tokens: int) -> Built:
-    """Stages of 100 and 25 tokens for a small image; the keys of the first are summarised to 4."""
+    """Stages of 100 and 25 tokens for a small image; the keys of the first are reduced to 4."""
     side = 4 * max(10, round(tokens**0.5))
     config = transformers.SegformerConfig(
-        num_encoder_blocks=2, depths=[1, 1], sr_ratios=[5, 1], hidden_sizes=[16, 24], patch_sizes=[5, 3], strides=[4, 2],
-        num_attention_heads=[2, 4], mlp_ratios=[2, 2], decoder_hidden_size=16, num_labels=CLASSES, drop_path_rate=0.0,
+        num_encoder_blocks=2, depths=[1, 1], sr_ratios=[5, 1], hidden_sizes=[16, 24], patch_sizes=[5, 3],
+        strides=[4, 2], num_attention_heads=[2, 4], mlp_ratios=[2, 2], decoder_hidden_size=16, num_labels=CLASSES,
+        drop_path_rate=0.0,
         classifier_dropout_prob=0.0, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     labels = torch.randint(CLASSES, (B, side, side), generator=torch.Generator().manual_seed(0))
@@ -321,15 +322,15 @@ def segformer(tokens: int) -> Built:
 def vit_mae(tokens: int) -> Built:
     side = _side(tokens)
     config = transformers.ViTMAEConfig(
-        **_VISION, image_size=side, decoder_hidden_size=24, decoder_num_hidden_layers=1, decoder_num_attention_heads=HEADS,
-        decoder_intermediate_size=40,
+        **_VISION, image_size=side, decoder_hidden_size=24, decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=HEADS, decoder_intermediate_size=40,
     )  # fmt: skip
     noise = torch.rand(B, (side // _PATCH) ** 2, generator=torch.Generator().manual_seed(0))
     return transformers.ViTMAEForPreTraining(config), {"pixel_values": _images(side), "noise": noise}
 
 
 class Depth(nn.Module):
-    """A model of depth with its loss inside: pixel-wise regression."""
+    """A depth model that computes its loss: pixel-wise regression."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -387,7 +388,7 @@ def wav2vec2(tokens: int) -> Built:
     return model, {"input_values": _random(B, 10 * tokens + 15), "labels": torch.arange(B) % CLASSES}
 
 
-# -- others than transformers -----------------------------------------------------------------------------------------
+# -- outside transformers ---------------------------------------------------------------------------------------------
 
 
 class TorchEncoder(nn.Module):
@@ -425,7 +426,7 @@ class TorchTransformer(nn.Module):
 
 
 class HandWritten(nn.Module):
-    """A Llama as people write it for themselves: a fused projection of grouped heads, rotary tables as buffers, a loss over a shift."""
+    """A hand-written Llama: a fused projection of grouped heads, rotary tables as buffers, a loss on shifted labels."""
 
     def __init__(self, positions: int) -> None:
         super().__init__()

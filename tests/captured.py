@@ -1,4 +1,4 @@
-"""A graph captured and analysed once, whose two streams run on real tensors, with any options, untraced."""
+"""A graph captured and analysed once. Its two streams run on real tensors with any options, without being traced."""
 
 from __future__ import annotations
 
@@ -30,8 +30,11 @@ _captured: WeakKeyDictionary[nn.Module, dict[Any, Captured]] = WeakKeyDictionary
 
 @dataclass(frozen=True)
 class Captured:
-    """The analysed ``program`` of ``model``, a private copy. ``args``: what Dynamo called the graph with; ``places``: where
-    the tensors of the batch stand in them, by name. ``output_of`` builds the model's output from that of the graph."""
+    """The analysed ``program`` of ``model``, which is a copy.
+
+    ``args``: the arguments with which Dynamo called the graph; ``places``: the positions of the batch's tensors in
+    them, by name. ``output_of`` builds the output of the model from those of the graph.
+    """
 
     model: nn.Module
     program: Program
@@ -40,14 +43,14 @@ class Captured:
     output_of: Callable[[Sequence[Any]], Any]
 
     def execute(self, batch: dict[str, Any], config: Config) -> tuple[Any, Selection]:
-        """The output of the two streams, executed as the function that they are, and what was selected."""
+        """The output of the two streams, executed as a function, and the selection."""
         program = training(config.plan()).run(self.program, until="two streams")
         args = self._args(batch)
         run = program[TwoStreams].run(*args, *_noise(program, args, config.seed))
         return self._result(program, args, run.outputs, run.selected)
 
     def trace(self, batch: dict[str, Any], config: Config) -> tuple[Any, Selection]:
-        """The same of the graph that is traced of them, in its segments."""
+        """The same for the graph traced from them, in its segments."""
         program = training(config.plan()).run(self.program)
         args = self._args(batch)
         outputs = program[Segments](*args, *_noise(program, args, config.seed))
@@ -59,14 +62,14 @@ class Captured:
         args = dict(enumerate(self.args)) | {place: batch[name] for name, place in self.places.items()}
         return tuple(x.clone() if i in self.program.mutated else x for i, x in args.items())
 
-    def _result(self, program: Program, args: Sequence[Any], outputs: Sequence[Any], told: Sequence[Any]) -> Any:
-        first, *others = told
+    def _result(self, program: Program, args: Sequence[Any], outputs: Sequence[Any], selected: Sequence[Any]) -> Any:
+        first, *others = selected
         seen = selection({**first, **fingerprints(program)(args)}, *others)
         return self.output_of(without_gradient(program)(outputs)), seen
 
 
 def captured(model: nn.Module, batch: dict[str, Any]) -> Captured:
-    """The graph of ``model(**batch)``, captured once for a model and a form of the batch."""
+    """The graph of ``model(**batch)``, captured once for each model and form of the batch."""
     known, key = _captured.setdefault(model, {}), _form(model, batch)
     if key not in known:
         known[key] = _capture(model, batch)
@@ -74,7 +77,7 @@ def captured(model: nn.Module, batch: dict[str, Any]) -> Captured:
 
 
 def _form(model: nn.Module, batch: dict[str, Any]) -> Any:
-    """What a graph depends on, and the versions of the parameters that its copy was made of."""
+    """What a graph depends on, and the versions of the parameters that were copied."""
     inputs = [
         (name, x.shape, x.stride(), x.dtype, x.requires_grad) if isinstance(x, Tensor) else (name, x)
         for name, x in batch.items()
@@ -107,7 +110,7 @@ def _capture(model: nn.Module, batch: dict[str, Any]) -> Captured:
 
 
 def _rebuilding(output: Any, outputs: Sequence[Any]) -> Callable[[Sequence[Any]], Any]:
-    """What puts outputs of the graph in the places where they stand in ``output``."""
+    """A function that puts outputs of the graph where they are in ``output``."""
     leaves, structure = pytree.tree_flatten(output)
     numbers = {id(x): i for i, x in enumerate(outputs) if isinstance(x, Tensor)}
     places = [numbers.get(id(leaf)) for leaf in leaves]

@@ -14,18 +14,18 @@ from torch import nn
 import tokenseek_fx
 from tokenseek_fx import Config, reference
 
-#: What the comparisons choose rows by unless a test says otherwise.
+#: How the comparisons select rows by default.
 TOPK = {"scorer": "random", "select": "topk"}
-#: Options that say how the rewritten graph is compiled: they need one.
+#: Options for compiling the rewritten graph: with one of them, a model is compiled.
 COMPILING = {"inner", "mode", "inductor_options", "chunk_bytes", "recompute", "kv", "memory_budget"}
-#: Options of which the partitioner makes something.
+#: Options that the partitioner reads.
 _SAVING = {"recompute", "kv"}
 Grads = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One forward and backward: the model's output, its gradients by parameter, the kept rows and what chose them."""
+    """One forward and backward: the model's output, its gradients by parameter, the kept rows and their selection."""
 
     output: Any
     grads: Grads
@@ -48,7 +48,7 @@ def grads_of(model: nn.Module) -> Grads:
 def compiled(model: nn.Module, batch: dict[str, Any], **options: Any) -> Run:
     """Train one step with ``backend="tokenseek"`` on a copy of ``model``, strictly.
 
-    The rewritten graph runs as it is, unless an option says what is saved: then it is partitioned as well.
+    The rewritten graph runs without a compiler; if an option decides what is saved, it is partitioned as well.
     """
     torch._dynamo.reset()
     model = copy.deepcopy(model)
@@ -63,13 +63,16 @@ def compiled(model: nn.Module, batch: dict[str, Any], **options: Any) -> Run:
 
 
 def executed(model: nn.Module, batch: dict[str, Any], **options: Any) -> Run:
-    """The same step by the two streams: nothing is traced or compiled, and the graph is captured once for a model
-    and a form of the batch, whatever the options. ``test_traced.py`` compares the two."""
+    """The same step, computed by the two streams without tracing or compiling.
+
+    The graph is captured once for each model and form of the batch, whatever the options. ``test_traced.py`` compares
+    this with the traced graph.
+    """
     return _run(Captured.execute, model, batch, options)
 
 
 def traced(model: nn.Module, batch: dict[str, Any], **options: Any) -> Run:
-    """The same step, computed by the graph that is traced of the two streams, in its segments as they are."""
+    """The same step, computed by the graph traced from the two streams, in segments that are not compiled."""
     return _run(Captured.trace, model, batch, options)
 
 
@@ -92,7 +95,10 @@ def by_reference(
     open_blocks: str | Callable[[nn.Module], Iterable[nn.Module]] | None = None,
     others: tuple[tokenseek_fx.Selection, ...] = (),
 ) -> Run:
-    """The same step by the eager definition; ``open_blocks`` is the path of the blocks for ``kv_grad="all"``, or finds them."""
+    """The same step by the eager definition.
+
+    ``open_blocks``: the path of the blocks for ``kv_grad="all"``, or a function that finds them.
+    """
     model = copy.deepcopy(model)
     found = model.get_submodule(open_blocks) if isinstance(open_blocks, str) else open_blocks and open_blocks(model)
     blocks = cast(Iterable[nn.Module], found or ())
@@ -104,7 +110,7 @@ def by_reference(
 
 
 def error(a: Grads, b: Grads) -> float:
-    """The largest difference of two sets of gradients over the largest gradient (plain where all should be 0)."""
+    """The largest difference between two sets of gradients, relative to the largest (absolute if all should be 0)."""
     assert set(a) == set(b), set(a) ^ set(b)
     assert all(torch.isfinite(g).all() for g in b.values())
     largest = max(g.abs().max().item() for g in b.values())
@@ -121,8 +127,8 @@ def assert_matches(
 ) -> Run:
     """Loss and every gradient equal the reference for the rows (and weights) that were kept.
 
-    The loss is that of the kept tokens; with ``report_loss="full"`` it is that of all tokens. The model is compiled where an option says
-    how (``COMPILING``), else the two streams are executed.
+    The loss is that of the kept tokens; with ``report_loss="full"`` it is that of all tokens. With an option of
+    ``COMPILING`` the model is compiled, otherwise the two streams are executed.
     """
     options = {"report_loss": "kept", **options}
     run = (compiled if COMPILING & {*options} else executed)(model, batch, **options)

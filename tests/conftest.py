@@ -1,4 +1,4 @@
-"""Without a GPU, Triton kernels run through Triton's interpreter: it must be asked for before triton is imported."""
+"""Without a GPU, Triton kernels run in Triton's interpreter, which must be enabled before triton is imported."""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""One training step on two processes, for tests/test_distributed.py: `torchrun --nproc_per_node=2 tests/distributed.py DIRECTORY WAY...`.
+"""One training step on two processes, for tests/test_distributed.py.
 
-Every process writes its rows, what it kept of them, and the gradients that all have in common.
+    torchrun --nproc_per_node=2 tests/distributed.py DIRECTORY WAY...
+
+Each process writes its rows, the kept ones, and the gradients, which are the same in all processes.
 """
 
 from __future__ import annotations
@@ -30,12 +32,12 @@ def model() -> nn.Module:
 
 
 def batch(rank: int) -> dict[str, Tensor]:
-    """What a process trains on, in loops of one's own."""
+    """The batch of a process, for hand-written loops."""
     return {name: x[rank::PROCESSES] for name, x in zoo.batch(model(), PROCESSES * B, T, "right").items()}
 
 
 def ddp() -> Step:
-    """Compiled inside of DDP."""
+    """Compiled inside DDP."""
     trained = model()
     trained.compile(backend="tokenseek", options=OPTIONS)
     with torch._dynamo.config.patch(optimize_ddp=False):
@@ -52,7 +54,7 @@ def fsdp2() -> Step:
 
 
 def fsdp2_blocks() -> Step:
-    """Every block is a unit, which Dynamo splits the model for: the rows are given."""
+    """Each block is a unit, at which Dynamo splits the model, so the rows are given."""
     trained: Any = model()
     for layer in trained.model.layers:
         fully_shard(layer)

@@ -71,7 +71,7 @@ def graphs() -> dict[str, str]:
             if step.name == "canonicalize":
                 _name_inputs(program, names)
             text = show(program)
-            if text not in found.values():  # passes that decide change nothing that is shown
+            if text not in found.values():  # passes that only decide don't change the text
                 found[step.name] = text
 
         pipeline().run(Program(gm, tuple(inputs)), after=look)

@@ -1,6 +1,7 @@
 """A training run in a process of its own: ``python tests/killed.py DIRECTORY KILLED_AT`` (0: not killed).
 
-It continues from the last checkpoint in the directory, where there is one, and prints the losses and which steps it trained itself.
+It resumes from the last checkpoint in the directory, if there is one, and prints the losses and the steps that it
+trained itself.
 """
 
 from __future__ import annotations

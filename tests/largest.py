@@ -1,4 +1,4 @@
-"""The largest tensor that operations make."""
+"""The largest tensor that operations create."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Largest(TorchDispatchMode):
-    """``bytes``: of the largest storage that any operation gave under this mode."""
+    """``bytes``: the size of the largest storage that an operation returned under this mode."""
 
     bytes = 0
 

@@ -1,4 +1,4 @@
-"""Which tests are slow, where those of Triton kernels can run, and which PyTorch they meet."""
+"""Marks: which tests are slow, where tests of Triton kernels can run, and the version of PyTorch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-#: Of PyTorch, as in (2, 13).
+#: The version of PyTorch, for example (2, 13).
 PYTORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 _HAS_CUDA = torch.cuda.is_available()
 _NEW_TRITON = find_spec("triton") is not None and tuple(map(int, version("triton").split(".")[:2])) >= (3, 7)
@@ -31,10 +31,10 @@ def _lse_of_float64() -> torch.dtype:
 
 needs_float64_attention = pytest.mark.skipif(
     _lse_of_float64() is not torch.float64,
-    reason="PyTorch 2.11 says float32 of the log-sum-exp of attention in float64 on CPUs: Inductor's buffers are of that type",
+    reason="PyTorch 2.11 declares the log-sum-exp of float64 attention on CPUs as float32, and so does Inductor",
 )
 
 
 def slow(*values: Any) -> Any:
-    """A set of parameters whose test is slow."""
+    """Parameters of a slow test."""
     return pytest.param(*values, marks=pytest.mark.slow)

@@ -70,7 +70,7 @@ def outcome(case: Misuse, strict: bool = False) -> Outcome:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            told = case.provoke(**({"strict": True} if strict else {}))
+            result = case.provoke(**({"strict": True} if strict else {}))
         except Exception as error:
             cause = getattr(error, "inner_exception", error)
             kind = GraphNotSupported if isinstance(cause, GraphNotSupported) else type(cause)
@@ -78,7 +78,7 @@ def outcome(case: Misuse, strict: bool = False) -> Outcome:
     said = [str(warning.message) for warning in caught if warning.category is TokenSeekWarning]
     if said:
         return Outcome(TokenSeekWarning.__name__, _portable(" ".join(said)))
-    return Outcome("explain", _portable(told)) if isinstance(told, str) else Outcome()
+    return Outcome("explain", _portable(result)) if isinstance(result, str) else Outcome()
 
 
 def _portable(text: str) -> str:

@@ -1,8 +1,9 @@
-"""One operation through the real machinery: its axes, any axis named the token, and its streams, run eagerly.
+"""One operation through the real passes: its axes, with any axis as the token axis, and its streams, run eagerly.
 
-A ``Case`` is one row of the operation table. Its operands are written in named axes: ``"b t i, o i, o"``. A letter is an
-axis with a size of its own, ``(t d)`` is a merged dim, ``1`` a dim of size 1. Small letters are different axes in every
-operand until the rule says that they are one; a capital letter is one axis everywhere, as if the rest of the graph said so.
+A ``Case`` is one row of the operation table. Its operands are written in named axes: ``"b t i, o i, o"``. A letter is
+an axis with a size of its own, ``(t d)`` is a merged dim, ``1`` a dim of size 1. A small letter is a different axis in
+each operand until the rule unifies them; a capital letter is the same axis everywhere, as if the rest of the graph had
+unified it.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ SIZES = (2, 4, 3, 5, 6, 7)
 
 @dataclass(frozen=True)
 class Case:
-    """An operation, its operands in named axes, and the axes along which its rows stay apart (``rows``).
+    """An operation, its operands in named axes, and the axes along which its rows are independent (``rows``).
 
-    ``args(n, *operands)``: its arguments; ``n.t`` is the size of axis t (p: a pair) and ``n.dim`` a dim (1 unless drawn). A term that
-    starts with ``bool``, ``complex``, ``unit`` (from 0 to 1), ``const`` (without gradient) or ``<v`` (integers below the size of v) is of
-    that kind.
-    ``shares``: as the batch, these axes may be absent from an operand that has the tokens: it is broadcast.
+    ``args(n, *operands)``: its arguments; ``n.t`` is the size of axis t (p: a pair) and ``n.dim`` a dim (1 unless
+    drawn). The first word of a term may be its kind: ``bool``, ``complex``, ``unit`` (from 0 to 1), ``const`` (without
+    gradient) or ``<v`` (integers below the size of v).
+    ``shares``: axes that, as the batch, may be absent from an operand with the tokens, which is then broadcast.
     """
 
     op: Any
@@ -171,18 +172,18 @@ def _results(graph: fx.Graph, node: fx.Node) -> Iterator[fx.Node]:
         yield item
 
 
-# -- rows, spelled out by coordinates, without passes/row_index.py -------------------------------------------------------
+# -- rows by coordinates, without passes/analysis/row_index.py --------------------------------------------------------
 
 
 def coordinate(space: Space, label: Dim, needle: Dim) -> Tensor:
-    """For every index of a dim: where it stands along the factors ``needle`` of its label."""
+    """The coordinate of every index of a dim along the factors ``needle`` of its label."""
     at = find(needle, label)
     assert at is not None
     return torch.arange(space.size(label)) // space.size(label[at + len(needle) :]) % space.size(needle)
 
 
 def rows_index(axes: TokenAxes, labels: Axes, dim: int, indices: Tensor) -> tuple[Tensor, ...]:
-    """The index with which ``value[index]`` are the selected rows of ``value`` along ``dim``."""
+    """The index for which ``value[index]`` is the selected rows of ``value`` along ``dim``."""
     size, label, kept = axes.space.size, labels[dim], indices.shape[1]
     start = find(axes.main.token, label)
     assert start is not None
@@ -207,13 +208,13 @@ def rows_index(axes: TokenAxes, labels: Axes, dim: int, indices: Tensor) -> tupl
 
 
 def selection(op: OneOp) -> Tensor:
-    """Random sorted rows, half of them, for every instance."""
+    """Half of the rows of every instance, random and sorted."""
     tokens, batch = op.axes.space.size(op.axes.main.token), op.axes.space.size(op.axes.main.batch)
     return torch.rand(batch, tokens).argsort(1)[:, : tokens // 2].sort(1).values
 
 
 def ditch(op: OneOp, operands: Sequence[Tensor], indices: Tensor) -> tuple[dict[fx.Node, Tensor], list[Barrier]]:
-    """What the ditch stream makes of the operation: its results restricted where they have rows, and its barriers."""
+    """The operation in the ditch stream: its results, restricted if they have rows, and its barriers."""
     axes = op.axes
     row_index = RowIndex(axes, axes.main, indices, axes.space.size(axes.main.batch), axes.space.size(axes.main.token))
     seek = op.values([x.detach() for x in operands])
@@ -225,7 +226,7 @@ def ditch(op: OneOp, operands: Sequence[Tensor], indices: Tensor) -> tuple[dict[
 
 
 def law(op: OneOp, operands: Sequence[Tensor], indices: Tensor) -> dict[fx.Node, Tensor]:
-    """The definition: the operation in full on operands whose other rows are detached, then the selected rows of it."""
+    """The definition: the full operation on operands whose other rows are detached, then its selected rows."""
     values = op.values([_only(op.axes, *pair, indices) for pair in zip(op.operands, operands, strict=True)])
     live = [node for node in op.results if node in op.program[Activity].live]
     return {node: _selected(op.axes, node, values[node], indices) for node in live}

@@ -1,4 +1,4 @@
-"""The operation table: a row or more per operation that has an axes rule, and a sample of the pointwise family."""
+"""The operation table: at least one row for each operation with an axes rule, and a sample of the pointwise family."""
 
 from __future__ import annotations
 
@@ -260,7 +260,7 @@ LOSSES = [
     *each("binary_cross_entropy.default", "unit b t d, unit b t d", "b t d", reduction=0),
 ]
 
-#: Draws of their own: the rows of a draw are a draw of the rows, but not the same numbers.
+#: Random operations: run on the rows, they have the same distribution as the rows of a full draw, but other numbers.
 RANDOM = [
     *each("rand_like.default randn_like.default empty_like.default", "b t d", "b t d"),
     *each("bernoulli.default", "b t d", "b t d"),

@@ -1,4 +1,4 @@
-"""Programs for tests: a graph analysed, rewritten, or executed as two streams without being traced."""
+"""Programs for tests: a graph that is analysed, rewritten, or executed as two streams without tracing."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""TokenSeek's scores and selections, computed a second time: slowly, in eager PyTorch and plain Python.
+"""A slow, independent computation of TokenSeek's scores and selections, in eager PyTorch and plain Python.
 
-Nothing here uses ``tokenseek_fx``. The maps of attention are whole ``[B, H, T, T]`` tensors, gradients come from
+Nothing here uses ``tokenseek_fx``. Attention weights are whole ``[B, H, T, T]`` tensors, gradients come from
 ``torch.autograd.grad``, and a selection is a sorted list.
 """
 
@@ -24,11 +24,11 @@ from torch.overrides import TorchFunctionMode
 
 @dataclass(frozen=True)
 class Signals:
-    """What an eager model says of its tokens, all [B, T], on the full loss.
+    """The signals of an eager model for its tokens, all [B, T], with the full loss.
 
     ``attention``: I1[b, j] = sum over heads h and queries i of A[b, h, i, j], summed over the layers asked for.
     ``gradient``: I2[b, j] = sum over the hidden dim of |dL/dz[b, j]|. ``loss``: the loss term of token j, 0 without a
-    label. ``labelled``: it has a label. ``attended``: some query may look at it. ``total``: L itself.
+    label. ``labelled``: it has a label. ``attended``: some query sees it. ``total``: L itself.
     """
 
     attention: Tensor
@@ -59,18 +59,18 @@ def signals(
     total = output.loss if hasattr(output, "loss") else output
     gradient = torch.autograd.grad(total, seen.z)[0].abs().sum(-1)
     (loss,), (labelled,) = seen.losses, seen.labelled
-    short = gradient.shape[1] - loss.numel() // gradient.shape[0]  # a model that cuts its last logits off
+    short = gradient.shape[1] - loss.numel() // gradient.shape[0]  # for a model that drops its last logits
     loss, labelled = (F.pad(x.view(len(gradient), -1), (0, short)) for x in (loss, labelled))
     assert len(seen.maps) == len(blocks)
     named = {"last": [-1], "first": [0], "all": range(len(blocks))}
     chosen = named[attention_layers] if isinstance(attention_layers, str) else attention_layers
-    tokens = gradient.shape[1]  # a map may have a column of sinks besides
+    tokens = gradient.shape[1]  # attention weights may have a column for sinks
     attention = sum(seen.maps[layer].sum((1, 2))[:, :tokens] for layer in chosen)
     return Signals(attention.detach(), gradient, loss.detach(), labelled, attention.detach() > 0, total.detach())
 
 
 class Watch(TorchFunctionMode):
-    """Writes down every attention map and every loss over tokens of an eager model."""
+    """Records all attention weights and every loss over tokens of an eager model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ def attention_map(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """A [B, H, T, T] of ``scaled_dot_product_attention`` with these arguments; 0 in rows whose keys are all masked."""
+    """The weights [B, H, T, T] of ``scaled_dot_product_attention`` with these arguments; 0 in fully masked rows."""
     scores = q @ _repeated(k, q).mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
@@ -123,13 +123,13 @@ def _repeated(k: Tensor, q: Tensor) -> Tensor:
 
 
 def _all_masked(scores: Tensor) -> Tensor:
-    """bool [.., 1]: no key is left, by -inf or by the smallest number of the dtype (as transformers' masks have)."""
+    """bool [.., 1]: rows fully masked, by -inf or by the smallest number of the dtype (as in transformers' masks)."""
     lowest = torch.finfo(scores.dtype).min
     return scores.amax(-1, keepdim=True) <= max(lowest / 2, torch.finfo(torch.float32).min / 2)
 
 
 def minmax(x: Tensor) -> Tensor:
-    """(x - min) / (max - min) in every row, 0 where all are alike."""
+    """(x - min) / (max - min) in every row, 0 where all are equal."""
     rows = []
     for row in x:
         low, high = row.min(), row.max()
@@ -152,7 +152,7 @@ def tokenseek(found: Signals, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
 
 @dataclass(frozen=True)
 class Rules:
-    """What decides between tokens of one instance beside their keys."""
+    """What decides between the tokens of one instance, besides their keys."""
 
     kept: int
     labelled: list[bool] | None = None
@@ -181,7 +181,7 @@ class Rules:
 
 
 def ceil_share(ratio: float, total: int) -> int:
-    """ceil(ratio * total) of the decimal that was written: 0.07 of 100 is 7.
+    """ceil(ratio * total), exact for the decimal as written: 0.07 of 100 is 7.
 
     >>> ceil_share(0.1, 1024), ceil_share(0.07, 100), ceil_share(0, 5)
     (103, 7, 0)
@@ -204,7 +204,7 @@ def draw_keys(logp: Sequence[float], noise: Sequence[float]) -> list[float]:
 
 
 def threshold(i: int, keys: Sequence[float], rules: Rules) -> float:
-    """kappa: below this key token i would not be chosen, all other keys fixed; -inf if it always would be.
+    """kappa: the key below which token i would not be chosen, with all other keys fixed; -inf if it always would be.
 
     The choice can only change where key i passes another key, so it is tried just below each of these.
     """

@@ -1,6 +1,6 @@
 """Tiny real transformers decoders for the tests: random weights, no dropout, no cache, no download.
 
-Every dim stays clear of the test lengths 11, 13, 17, 19, 23, so that a token axis is never a coincidence.
+No dim equals one of the test lengths 11, 13, 17, 19, 23, so that a dim of such a size is a token axis.
 """
 
 from typing import Any
@@ -78,7 +78,7 @@ def build(
 
 
 def with_large_weights(model: nn.Module) -> nn.Module:
-    """`model` with weights drawn anew: those of 0.02 and biases of 0 would hide most mistakes."""
+    """`model` with redrawn weights: a scale of 0.02 and biases of 0 would hide most mistakes."""
     for parameter in model.parameters():
         nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.2)
     return model
