@@ -1,4 +1,4 @@
-"""The backend as users meet it: options, fallbacks, recording, and training set-ups."""
+"""The backend as users see it: options, fallbacks, recording, and training set-ups."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_scorers(scorer, expected):
     assert rec[0].scores.shape == (B, T)
 
 
-def test_a_scorer_of_the_users_own():
+def test_a_user_defined_scorer():
     with tokenseek_fx.record() as rec:
         scorer = lambda inputs: torch.arange(inputs.tokens).remainder(4).expand(inputs.batch, -1).float()  # noqa: E731
         compile_eager(Model(), keep_tokens=2, keep_ratio=None, scorer=scorer)(**data())
@@ -355,7 +355,7 @@ HEADS = {
 
 @pytest.mark.parametrize("head", HEADS)
 def test_losses(head):
-    tol = 1e-6 if "contiguous" in head else 1e-9  # that one casts its logits to float32
+    tol = 1e-6 if "contiguous" in head else 1e-9  # this head casts its logits to float32
     scorer = "first" if head == "first token" else "random"
     assert_matches(Model(HEADS[head]), data(), tol, length=T, scorer=scorer)
 
@@ -368,14 +368,14 @@ class Soft(Model):
         return F.cross_entropy(self.lm_head(x).flatten(0, 1), shares.flatten(0, 1))
 
 
-def test_class_probabilities_that_are_given():
+def test_class_probabilities_as_targets():
     shares = torch.rand(B, T, V, dtype=torch.float64).softmax(-1)
     assert_matches(Soft(), {"ids": data()["ids"], "shares": shares}, 1e-9, length=T)
 
 
 @pytest.mark.parametrize(("weight", "bias"), [(False, True), (True, False)])
 def test_a_part_of_the_head_is_trained(weight, bias):
-    """Biases alone (BitFit, PEFT's ``bias="all"``), or all but them."""
+    """Only biases (BitFit, PEFT's ``bias="all"``), or all parameters but biases."""
     model = Model()
     model.lm_head = nn.Linear(D, V).double()
     model.lm_head.weight.requires_grad_(weight)
@@ -385,7 +385,7 @@ def test_a_part_of_the_head_is_trained(weight, bias):
 
 @pytest.mark.parametrize("select", ["topk", "sample"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_mean_of_half_logits_is_made_in_float32(dtype, select):
+def test_the_mean_of_half_logits_is_computed_in_float32(dtype, select):
     """The sum over tokens would overflow in float16, and be rounded in bfloat16."""
     model = Model(lambda self, x, y: F.cross_entropy((self.lm_head(x) * 8000).flatten(0, 1), y.flatten())).float()
     for report in ("kept", "full"):
@@ -427,7 +427,7 @@ def test_a_term_of_another_output_is_refused_instead_of_dropped():
 
 
 class Pass(torch.autograd.Function):
-    """Several values at once, as DDP and FSDP hand a module's outputs on: no gradient is ``None`` here."""
+    """Passes on several values at once, as DDP and FSDP do with a module's outputs; a missing gradient is ``None``."""
 
     @staticmethod
     def forward(ctx, *values):
@@ -439,7 +439,7 @@ class Pass(torch.autograd.Function):
         return grads
 
 
-def test_other_outputs_can_be_read_changed_and_handed_on():
+def test_other_outputs_can_be_read_changed_and_passed_on():
     model = Model(lambda self, x, labels: (self.loss(x, labels), x))
     plain = copy.deepcopy(model)
     loss, hidden = Pass.apply(*compile_eager(model, keep_ratio=1.0, logits="drop", strict=True)(**data()))

@@ -1,4 +1,4 @@
-"""The benchmark suites: what their rows compute, that they go on where they were stopped, and what is read from their results."""
+"""The benchmark suites: what their rows compute, how a stopped run resumes, and the evaluation of results."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ HERE = {"torch": "2", "load": [0.0]}
 
 
 def record(setting: Setting, row: str, step: float = 1.0, peak: int = 100, **rest) -> dict:
-    """What a process would have written."""
+    """The record of a process."""
     times = {"step": [step], "forward": [step / 3], "first": step, "loss": 5.0}
     bytes_ = {"peak": peak, "resident": peak, "activations": peak // 2, "logits": 0}
     return {**asdict(Task(setting, row)), **times, **bytes_, "run": "one", "machine": HERE, **rest}
 
 
 def failure(setting: Setting, row: str, reason: str = "out of memory") -> dict:
-    """What a process that failed would have written."""
-    told = {"failed": reason, "memory": reason == "out of memory", "run": "one", "machine": HERE}
-    return {**asdict(Task(setting, row)), **told}
+    """The record of a process that failed."""
+    record = {"failed": reason, "memory": reason == "out of memory", "run": "one", "machine": HERE}
+    return {**asdict(Task(setting, row)), **record}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -74,7 +74,7 @@ def test_chunked_loss_is_the_models_own_with_its_gradients(loss, training, monke
             torch.testing.assert_close(theirs.grad, mine.grad, msg=name)
 
 
-def test_a_process_measures_a_row_and_an_error_is_a_record_of_it(tmp_path):
+def test_a_process_measures_a_row_and_records_an_error(tmp_path):
     figures = suite.spawn(Task(QUICK, peers.EAGER, steps=1), tmp_path, None)
     assert figures["peak"] > 0 and figures["activations"] > 0 and len(figures["step"]) == 1
     assert "failed" in suite.spawn(Task(QUICK, "Liger, checkpointing", steps=1), tmp_path, None)
@@ -100,7 +100,7 @@ def test_every_task_is_planned_once_and_sweeps_share_theirs_with_the_settings():
     assert cpu.SETTINGS["3"] in cpu.lengths() and cpu.SETTINGS["1"] in cpu.ratios()
 
 
-def test_rounds_go_in_turns():
+def test_rounds_are_interleaved():
     rows = [task.row for task in cpu.plan(cpu.arguments(["--parts", "full", "--settings", "1", "--rounds", "2"]))]
     assert rows == [*peers.MAIN, *peers.MAIN]
 
@@ -112,10 +112,10 @@ def test_the_gpu_suite_begins_with_what_its_claims_need():
     assert all(task.setting == gpu.BASE for task in tasks[: len(needed)])
 
 
-# --- going on
+# --- resuming
 
 
-def test_a_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
+def test_a_stopped_run_resumes(tmp_path, monkeypatch):
     asked = []
 
     def spawn(task, cache, seconds):
@@ -129,7 +129,7 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     assert asked == ["a", "b", "c", "c"]
 
 
-def test_nothing_is_started_when_time_is_over(tmp_path, monkeypatch):
+def test_nothing_starts_after_the_time_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "spawn", lambda *_: pytest.fail("started"))
     assert suite.run([Task(QUICK, "a")], Book.open(tmp_path / "results.json"), Clock(1e-9)) == 1
 
@@ -173,7 +173,7 @@ def test_a_probe_answers_for_other_cards():
     assert gpu.answer(replace(task, row="b"), [took, full]) is None
 
 
-# --- what is read from results
+# --- evaluation of results
 
 
 def verdicts(*records: dict) -> list[str]:
@@ -188,7 +188,7 @@ def test_a_claim_is_met_or_not_with_its_ratio():
     assert ": NOT MET, 0.600 (60 / 100)" in peak
 
 
-def test_figures_of_two_runs_are_told_and_missing_ones_are_no_success():
+def test_figures_of_two_runs_are_marked_and_missing_ones_fail():
     mine = record(QUICK, peers.DEFAULT, step=0.3)
     assert "two runs" in verdicts(mine, record(QUICK, peers.RIVAL, run="two"))[0]
     assert all("not measured" in verdict for verdict in verdicts(mine))
@@ -252,7 +252,7 @@ def test_the_page_has_the_markers_of_both_suites():
 # --- selected attention
 
 
-def test_useful_operations_are_those_of_the_pairs_that_rows_see():
+def test_useful_operations_are_those_of_visible_pairs():
     case = attention.Case(batch=2, heads=4, kv_heads=2, length=12, width=8, keep_ratio=0.5)
     operands = attention.Operands.of(case, "cpu")
     seen = live = 0
@@ -273,12 +273,12 @@ def test_selected_and_flash_attention_have_the_same_rows():
 
 
 @pytest.mark.slow
-def test_flex_attention_has_them_as_well():
+def test_flex_attention_has_the_same_rows():
     operands = attention.Operands.of(attention.QUICK[0], "cpu")
     torch.testing.assert_close(attention.flex(operands)[1](), attention.selected(operands)[0]().detach())
 
 
-def test_shapes_are_as_large_as_they_are_called():
+def test_shapes_have_the_sizes_in_their_names():
     """Parameters in 10^9, of the configurations that the models' makers publish."""
     for name, size in {"1B": 1.24, "3B": 3.21, "8B": 8.03}.items():
         with torch.device("meta"):

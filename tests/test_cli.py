@@ -1,4 +1,4 @@
-"""The command line: reading data, what commands return and how they fail, a run of `finetune`, stopped and resumed."""
+"""The command line: reading data, results and errors of the commands, and a run of `finetune`, stopped and resumed."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def finetune(work: Path, out: Path, *more: object):
 
 @pytest.fixture(scope="module")
 def ran(work):
-    """One run to its end: what it answered, and its directory."""
+    """A complete run: its output and its directory."""
     result = finetune(work, work / "run", "--compare", "--json")
     assert result.exit_code == 0, result.stderr
     return json.loads(result.stdout), work / "run"
@@ -95,18 +95,18 @@ LINES = {
 }
 
 
-def test_every_bad_line_is_told_with_its_number_and_the_reason(tmp_path, tokenizer):
+def test_every_bad_line_is_reported_with_its_number_and_the_reason(tmp_path, tokenizer):
     path = tmp_path / "data.jsonl"
     path.write_bytes(b"\n".join(LINES))
     found = encoded(path, tokenizer)
-    told = {each.line: each.reason.removesuffix("; raise --length") for each in found.bad}
-    assert told == {number: reason for number, reason in enumerate(LINES.values(), 1) if reason}
+    reasons = {each.line: each.reason.removesuffix("; raise --length") for each in found.bad}
+    assert reasons == {number: reason for number, reason in enumerate(LINES.values(), 1) if reason}
     assert len(found.sequences) == found.rows == 1
     with pytest.raises(Failure, match=r"7 rows can't be used.*--skip-bad\.\n  line 2: not JSON"):
         encoded(path, tokenizer, skip_bad=False)
 
 
-def test_a_table_is_read_with_fields_of_several_lines(tmp_path, tokenizer):
+def test_a_table_with_fields_of_several_lines_is_read(tmp_path, tokenizer):
     path = tmp_path / "data.csv"
     path.write_text('question,answer\na,"b\nc"\nd,e,f\ng,h\n', encoding="utf-8-sig")
     found = encoded(path, tokenizer, columns="question,answer")
@@ -125,7 +125,7 @@ def test_a_text_is_cut_into_windows_and_no_token_is_lost(tmp_path, tokenizer):
     assert {len(each["input_ids"]) for each in found.sequences[:-1]} == {48}
 
 
-def test_of_messages_the_assistants_are_learnt(tmp_path, tokenizer):
+def test_only_assistant_messages_are_labelled(tmp_path, tokenizer):
     talk = [("system", "s"), ("user", "u"), ("assistant", "first"), ("user", "v"), ("assistant", "second")]
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"messages": [{"role": role, "content": text} for role, text in talk]}))
@@ -133,7 +133,7 @@ def test_of_messages_the_assistants_are_learnt(tmp_path, tokenizer):
     assert learnt(tokenizer, found.sequences[0]) == f"first{pairs.END}\nsecond{pairs.END}\n"
 
 
-def test_columns_that_are_not_there_are_a_wrong_question(tmp_path, tokenizer):
+def test_missing_columns_are_an_error(tmp_path, tokenizer):
     path = tmp_path / "data.jsonl"
     path.write_text('{"a": "x", "b": "y"}')
     with pytest.raises(Usage, match=r"The data has none of the known columns .*, but: a, b\."):
@@ -153,7 +153,7 @@ def test_saved_data_sets_and_parquet_are_read(tmp_path, tokenizer):
         assert [(each.line, each.reason) for each in found.bad] == [(2, "no 'completion'")]
 
 
-def test_a_batch_is_padded_where_nothing_is_learnt():
+def test_padding_of_a_batch_is_not_labelled():
     rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8] * 17, "labels": [8] * 17}]
     made = encode.batch_of(rows, pad=1, length=100)
     assert {name: x.shape for name, x in made.items()} == dict.fromkeys(made, (2, 32))
@@ -187,7 +187,7 @@ def test_a_run_ends_with_figures_a_model_and_a_report(ran, work):
 @pytest.mark.slow
 @pytest.mark.skipif(not forget_peak(torch.device("cpu")), reason="this system can't reset the peak of a process")
 def test_the_run_on_all_tokens_is_measured_without_the_first(work, monkeypatch):
-    """Neither what the first run took for a moment nor its model and optimizer count."""
+    """Neither the temporary memory of the first run nor its model and optimizer count."""
     training_step, much = watch.SeeingTrainer.training_step, 2**29
     held: list[StorageWeakRef] = []
     left: list[int] = []
@@ -210,7 +210,7 @@ def test_the_run_on_all_tokens_is_measured_without_the_first(work, monkeypatch):
     assert figures["all_tokens"]["peak_bytes"] < figures["peak_bytes"] - 0.5 * much  # libraries are loaded meanwhile
 
 
-def test_rows_that_are_left_out_are_kept_beside_the_run(ran):
+def test_skipped_rows_are_saved_beside_the_run(ran):
     left = [json.loads(line) for line in (ran[1] / "skipped.jsonl").read_text().splitlines()]
     assert [(each["line"], each["reason"]) for each in left] == [
         (GOOD + 1, "no 'completion'"),
@@ -219,7 +219,7 @@ def test_rows_that_are_left_out_are_kept_beside_the_run(ran):
     assert left[1]["text"].strip() == "no JSON"
 
 
-def test_a_run_that_is_stopped_goes_on_to_the_same_losses(ran, work, monkeypatch):
+def test_a_stopped_run_resumes_to_the_same_losses(ran, work, monkeypatch):
     forward = watch.Seen.forward
 
     def stopped(self, *given):
@@ -233,8 +233,8 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_losses(ran, work, monkeypatch
         patch.setattr(sys, "argv", ["/bin/tokenseek", "finetune", "m"])
         result = finetune(work, out, "--json")
     assert result.exit_code == 130
-    told = json.loads(result.stdout)
-    assert told["checkpoint"].endswith("checkpoint-4") and shlex.split(told["resume"])[-1] == "--resume"
+    answer = json.loads(result.stdout)
+    assert answer["checkpoint"].endswith("checkpoint-4") and shlex.split(answer["resume"])[-1] == "--resume"
     assert finetune(work, out).exit_code == 2, "a run is not written over"
     assert finetune(work, out, "--resume", "--seed", "1").exit_code == 2, "nor gone on with otherwise"
     assert finetune(work, out, "--resume").exit_code == 0
@@ -288,7 +288,7 @@ def adapters(weighted: Path, work: Path, out: Path, *more: object):
 
 
 @pytest.mark.parametrize(("kind", "held_out"), [("--lora", 2), ("--qlora", 2), slow("--qlora", 0)])
-def test_adapters_are_trained_to_a_table_and_a_report(kind, held_out, weighted, work, tmp_path):
+def test_training_adapters_ends_with_a_table_and_a_report(kind, held_out, weighted, work, tmp_path):
     result = adapters(weighted, work, tmp_path, kind, "--held-out", held_out)
     assert result.exit_code == 0, result.stderr
     assert "held-out loss" in result.stdout and (tmp_path / "report.html").exists()
@@ -305,14 +305,14 @@ def test_a_run_that_cannot_be_explained_keeps_its_table_and_its_report(weighted,
     monkeypatch.setattr("tokenseek_fx.cli.finetune.explain_without_weights", failing)
     result = adapters(weighted, work, tmp_path, "--lora")
     assert result.exit_code == 0 and "held-out loss" in result.stdout
-    told = "split of memory, graph: AttributeError: no [meta]"
-    assert f"The report lacks {told}\n" in result.stderr
-    assert Run.load(tmp_path).settings["not in this report"] == told
-    assert told in (tmp_path / "report.html").read_text()
+    missing = "split of memory, graph: AttributeError: no [meta]"
+    assert f"The report lacks {missing}\n" in result.stderr
+    assert Run.load(tmp_path).settings["not in this report"] == missing
+    assert missing in (tmp_path / "report.html").read_text()
 
 
-def test_an_evaluation_leaves_the_gradient_through_a_4_bit_base_as_it_was(tmp_path):
-    """On CPUs with AVX512-BF16 bitsandbytes' own evaluation leaves weights behind that give none."""
+def test_evaluation_does_not_change_the_gradient_through_a_4_bit_base(tmp_path):
+    """On CPUs with AVX512-BF16, evaluation by bitsandbytes alone leaves weights that give no gradient."""
     sizes = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
     LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)).save_pretrained(tmp_path)
     adapter = models.Adapter(quantised=True)
@@ -331,7 +331,7 @@ def test_an_evaluation_leaves_the_gradient_through_a_4_bit_base_as_it_was(tmp_pa
     assert len(before) == 2 * 2 * 7 and all(torch.equal(after[name], x) for name, x in before.items())
 
 
-def test_the_report_of_a_run_is_written_anew(ran, tmp_path):
+def test_the_report_of_a_run_is_rewritten(ran, tmp_path):
     result = tokenseek("report", ran[1], "--out", tmp_path / "r.html", "--json")
     assert result.exit_code == 0 and Path(json.loads(result.stdout)["report"]).exists()
     assert tokenseek("report", tmp_path).exit_code == 1
@@ -340,7 +340,7 @@ def test_the_report_of_a_run_is_written_anew(ran, tmp_path):
 # --- the other commands
 
 
-def test_explain_needs_the_configuration_alone(work):
+def test_explain_needs_only_the_configuration(work):
     found = json.loads(tokenseek("explain", work / "model", "--length", "32", "--lora", "--json").stdout)
     assert (found["tokens"], found["kept"], found["barriers"]) == (32, 4, [])
     assert sum(found["saved_bytes"]["tokenseek"].values()) < sum(found["saved_bytes"]["all tokens"].values())
@@ -355,7 +355,7 @@ def test_estimate_compares_lengths_and_ratios_with_memory(work):
 
 
 @pytest.mark.slow
-def test_bench_measures_a_way_in_a_process_and_tells_of_one_that_fails(work, monkeypatch):
+def test_bench_measures_each_way_in_a_process_and_reports_a_failure(work, monkeypatch):
     arguments = ["bench", work / "model", "-l", 16, "-b", 1, "--steps", 1, "-o", "inner=eager", "--json"]
     result = tokenseek(*arguments, "--way", "tokenseek")
     assert result.exit_code == 0 and json.loads(result.stdout)["ways"]["tokenseek"]["step_seconds"] > 0
@@ -364,14 +364,14 @@ def test_bench_measures_a_way_in_a_process_and_tells_of_one_that_fails(work, mon
     assert result.exit_code == 1 and result.stdout.count("failed") == len(bench.WAYS)
 
 
-def test_doctor_tells_what_works():
+def test_doctor_reports_what_works():
     result = tokenseek("doctor", "--quick", "--json")
     found = json.loads(result.stdout)
     assert result.exit_code == 0 and found["ok"] and "works: --lora" in found["works"]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "told"),
+    ("arguments", "code", "message"),
     [
         (["explain", "./nothing"], 1, "no such directory"),
         (["explain", "nobody/nothing"], 1, "check the hub id"),
@@ -381,10 +381,10 @@ def test_doctor_tells_what_works():
         (["finetune", "m"], 2, "data"),
     ],
 )
-def test_what_goes_wrong_is_told_with_its_exit_code(arguments, code, told, monkeypatch):
+def test_errors_have_a_message_and_an_exit_code(arguments, code, message, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     result = tokenseek(*arguments)
-    assert result.exit_code == code and told in result.stderr and not result.stdout
+    assert result.exit_code == code and message in result.stderr and not result.stdout
 
 
 def test_without_its_extra_the_command_says_what_to_install(monkeypatch):

@@ -1,4 +1,4 @@
-"""What is mended of PyTorch."""
+"""Fixes of errors in PyTorch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch._inductor.utils import fresh_cache
 from tokenseek_fx import compat
 
 
-def test_threads_add_to_the_places_that_they_should():
-    """The gradient of a position bias [buckets, heads] from tiles that are transposed (pytorch#191837)."""
+def test_threads_add_to_the_right_places():
+    """The gradient of a position bias [buckets, heads] from transposed tiles (pytorch#191837)."""
 
     def grad_of_table(one, other, mask, buckets):
         grad = one + torch.where(mask, other.sum(0, keepdim=True), 0.0)

@@ -1,4 +1,4 @@
-"""On a CUDA device, through Inductor and the Triton kernels: the same laws as on the CPU, and memory that PyTorch counts."""
+"""On a CUDA device, with Inductor and the Triton kernels: the laws of the CPU, and memory as PyTorch counts it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def on_cuda(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module, dict[st
 
 
 def llama(dtype: torch.dtype = torch.float32, tokens: int = 192) -> tuple[nn.Module, dict[str, Any]]:
-    """Four key heads' worth of groups, heads of 64, and labels on two thirds of the tokens."""
+    """Two query heads per key head, heads of 64, and labels on two thirds of the tokens."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=1000, hidden_size=256, intermediate_size=704, num_hidden_layers=3, num_attention_heads=4,
@@ -49,14 +49,14 @@ def llama(dtype: torch.dtype = torch.float32, tokens: int = 192) -> tuple[nn.Mod
 
 @pytest.fixture(autouse=True)
 def exact_products() -> Iterator[None]:
-    """Convolutions of float32 as they are written: tf32 has 10 bits. (Products are, unless one asks for less.)"""
+    """Convolutions in full float32: tf32 has 10 bits. (Matrix products are in full float32 by default.)"""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 
 
 @pytest.mark.parametrize(("name", "attn"), KERNELS)
 def test_architectures_equal_the_reference(name, attn):
-    """In float32, where the kernels run; so the tolerance is that of sums in another order."""
+    """In float32, which the kernels support; the tolerance is that of sums in another order."""
     model, batch = on_cuda(*build(name, attn, 45, torch.float32))
     run = compiled(model, batch, report_loss="kept", inner="inductor")
     chosen = run.selection
@@ -86,7 +86,7 @@ def test_options_equal_the_reference(options):
 
 
 def test_bfloat16_is_as_near_as_the_reference_in_bfloat16():
-    """Both round at other places; twice the reference's own distance from float32 is the measure."""
+    """Both round at different places; the tolerance is twice the reference's own distance from float32."""
     model, batch = llama(torch.bfloat16)
     run = compiled(model, batch, report_loss="kept", inner="inductor", scorer="tokenseek", logits="drop")
     narrow = by_reference(model, batch, run.indices).grads
@@ -99,7 +99,7 @@ def test_bfloat16_is_as_near_as_the_reference_in_bfloat16():
     reason="needs a GPU that converts 8 bits",
 )
 def test_keys_and_values_in_8_bits_are_near():
-    """e4m3 has 3 bits: 2^-4 of each key and value; the loss is that of the exact forward."""
+    """e4m3 has 3 bits: an error of 2^-4 in each key and value; the loss is that of the exact forward."""
     model, batch = llama(torch.bfloat16)
     near = compiled(model, batch, report_loss="kept", inner="inductor", kv="fp8")
     exact = by_reference(copy.deepcopy(model).float(), batch, near.indices)
@@ -126,7 +126,7 @@ def test_lengths_that_change():
 
 
 def peak(step: Any) -> int:
-    """Bytes allocated above what was there, in the third of three steps."""
+    """Peak bytes allocated beyond those before, in the third of three steps."""
     for _ in range(3):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

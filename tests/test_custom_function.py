@@ -1,4 +1,4 @@
-"""Custom autograd functions: they keep their backward, and run on the selected rows where both of their bodies allow it."""
+"""Custom autograd functions: they keep their backward, and run on the selected rows if both bodies allow it."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def written_through_a_view(x: Tensor) -> Tensor:
     return y
 
 
-# All backwards are 3 times the derivative: inlined, the gradient would be another one.
+# All backwards are 3 times the derivative: inlined, the gradient would differ.
 POINTWISE = function(lambda x: x * x, lambda g, x: (6 * g * x,))
 GATED = function(lambda x, y: F.silu(x) * y, lambda g, x, y: (3 * g * y * x.cos(), 3 * g * F.silu(x)))
 SOFTMAX = function(
@@ -87,7 +87,7 @@ SIZES = function(
 )
 CONSTANT = function(lambda x: x * torch.ones(B, T, 1, dtype=x.dtype), lambda g, x: (3 * g,))
 
-#: name -> (what is done with x and the weight, whether it is a barrier)
+#: name -> (a function of x and the weight, whether it is a barrier)
 CASES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
     "pointwise": (lambda x, w: POINTWISE.apply(x), False),
     "its result saved": (lambda x, w: SavesItsResult.apply(x), False),
@@ -148,7 +148,7 @@ def test_exact_and_a_barrier_only_where_a_body_needs_all_tokens(case, inner, bar
 
 @pytest.mark.parametrize("reads", ["forward", "backward", "neither"])
 def test_a_backward_that_reads_a_dynamic_length_is_a_barrier(reads, barriers):  # noqa: F811
-    """Of the rows of a gradient that is another number; what the forward reads, Dynamo gives it as an operand."""
+    """For the rows of a gradient the length is another number; to the forward Dynamo passes it as an operand."""
     forward = {"forward": lambda x: x / x.shape[1]}.get(reads, lambda x: x * 2)
     backward = {"backward": lambda g, x: (3 * g / len(x[0]),)}.get(reads, lambda g, x: (6 * g,))
     custom = function(forward, backward)
@@ -162,8 +162,8 @@ def test_a_backward_that_reads_a_dynamic_length_is_a_barrier(reads, barriers):  
     assert error(grads_of(model), by_reference(expected, batch(), rec[0].indices, length=T).grads) < 1e-9
 
 
-def test_a_dynamic_length_may_be_a_number_where_only_sizes_are_looked_at():
-    """The graph has a dynamic length, its inputs have one: the function is given a number."""
+def test_a_dynamic_length_may_be_a_number_where_only_sizes_are_read():
+    """The length is dynamic in the graph and in its inputs, but the function is given a number."""
     custom = function(lambda x: x / x.shape[1], lambda g, x: (6 * g,))
     torch._dynamo.reset()
     with torch._dynamo.config.patch(assume_static_by_default=False):

@@ -1,4 +1,4 @@
-"""A custom operation: a barrier as it comes, restricted to the selected rows with one line of axes rule."""
+"""A custom operation: a barrier by default, restricted to the selected rows with an axes rule of one line."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ class Block(nn.Module):
         return running_sum(x, -1 if self.kind == "features" else 1) * y
 
 
-#: The custom operation and the rule that makes it known.
+#: The custom operation and its rule.
 KINDS: dict[str, tuple[Any, AxesRule]] = {
     "gate": (gate, elementwise),
     "mix": (mix, formula("... i, i o -> ... o")),
@@ -136,7 +136,7 @@ def name(kind: str) -> str:
 
 @contextmanager
 def registered(kind: str, rule: AxesRule | None = None) -> Iterator[None]:
-    """The rule of the custom operation, for the time of a test."""
+    """The rule of the custom operation, registered during a test."""
     op = KINDS[kind][0]._opoverload
     axes_rule(op, rule=rule or KINDS[kind][1])
     try:
@@ -153,7 +153,7 @@ def model_and_batch(kind: str) -> tuple[nn.Module, dict[str, Tensor]]:
 
 @pytest.fixture
 def barriers(monkeypatch) -> list[str]:
-    """The operations that run over all tokens in whatever the test compiles."""
+    """The operations that run over all tokens in the graphs that the test compiles."""
     found: list[str] = []
     run = TraceStreams.run
 
@@ -167,7 +167,7 @@ def barriers(monkeypatch) -> list[str]:
 
 
 def gradient_error(kind: str) -> float:
-    """Of the compiled model against the eager definition, relative to the largest gradient."""
+    """The error of the compiled model against the eager definition, relative to the largest gradient."""
     model, batch = model_and_batch(kind)
     run = compiled(model, batch, **OPTIONS)
     assert run.indices.shape == (B, 4)
@@ -188,10 +188,10 @@ def test_with_a_rule_it_runs_on_the_selected_rows_and_is_exact(kind, barriers):
 
 
 def test_a_wrong_rule_is_caught_by_the_comparison():
-    """Were a running sum over tokens declared elementwise, the gradient would be another one."""
+    """If a running sum over tokens were declared elementwise, the gradient would differ."""
     with registered("tokens", elementwise):
         assert gradient_error("tokens") > 1e-3
 
 
-def test_no_rule_is_left_behind():
+def test_no_rule_remains():
     assert not [op for op in AXES_RULES if "tokenseek_test" in str(op)]

@@ -1,4 +1,4 @@
-"""Two processes train on what they select, each of its own sequences: the gradients are those of one process on the same rows."""
+"""Two processes select and train on their own sequences: the gradients are those of one process on the same rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from compare import Grads, by_reference, error
 HERE = Path(__file__).parent
 WAYS = ("ddp", "fsdp2", "fsdp2_blocks")
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-# accelerate's --cpu starts several processes by mpirun alone; without a GPU --multi_gpu starts those of gloo
+# accelerate's --cpu starts several processes only through mpirun; without a GPU, --multi_gpu uses gloo
 SETTINGS = [
     "--num_processes=2",
     "--num_machines=1",
@@ -27,7 +27,7 @@ ACCELERATE = ["accelerate.commands.launch", "--multi_gpu", *SETTINGS]
 
 
 def launch(launcher: list[str], *command: str) -> str:
-    """What two processes printed; their output where they failed."""
+    """What two processes printed; their output if they failed."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     line = [sys.executable, "-m", *launcher, *command]
     run = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
@@ -64,8 +64,8 @@ def test_gradients_of_ddp_and_fsdp2_are_those_of_one_process(tmp_path):
 
 
 @pytest.mark.slow
-def test_gradients_of_a_trainer_are_those_of_one_process_and_optimize_ddp_is_said_to_be_off(tmp_path):
-    """It divides by the labelled tokens of all processes."""
+def test_gradients_of_a_trainer_are_those_of_one_process_and_optimize_ddp_is_reported_off(tmp_path):
+    """The Trainer divides by the labelled tokens of all processes."""
     said = launch(ACCELERATE, str(HERE / "distributed.py"), str(tmp_path), "trainer")
     assert "optimize_ddp is switched off during training" in said
     found = steps(tmp_path, "trainer")

@@ -1,10 +1,10 @@
-"""The documentation is true: its Python runs, its output blocks and graphs are what comes out, its links lead
-somewhere, and its generated sections are up to date (``generated.py``).
+"""The documentation is true: its Python runs, its output blocks and graphs match, its links resolve, and its generated
+sections are up to date (``generated.py``).
 
 - ```` ```python ````: executed, one namespace per file, in order. ```` ```py ```` is not, and ``NOT_RUN`` says why.
-- ```` ```py title="FILE" ````: a file as it is; `test_extend.py` compares it and runs the file.
+- ```` ```py title="FILE" ````: a whole file; `test_extend.py` compares it and runs the file.
 - ```` ```sh title="run" ````: executed, lines `python FILE ...` and `tokenseek ...`, in an empty directory.
-- other ```` ```sh ````: takes minutes, or installs; every command is there and knows the options that are given.
+- other ```` ```sh ````: takes minutes, or installs; its commands exist and have the options that are given.
 - ```` ```text title="output" ````: what the block before it printed.
 - ```` ```text title="after NAME" ````: the golden graph after the pass NAME.
 
@@ -47,7 +47,7 @@ from tokenseek_fx.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-#: Pages whose code takes long.
+#: Pages with slow code.
 LONG = ("docs/memory.md", "docs/setups.md", "docs/cli.md")
 SUBJECTS = [page for page in PAGES if re.search(r"^```(python|sh title)", page.read_text(), re.MULTILINE)]
 
@@ -63,7 +63,7 @@ def name(page: Path) -> str:
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: ``info`` is what stands after the opening fence."""
+    """A fenced block: ``info`` is the text after the opening fence."""
 
     info: str
     text: str
@@ -95,7 +95,7 @@ def run(page: Path, block: Block, namespace: dict) -> str:
 
 
 def run_commands(block: Block) -> str:
-    """Execute the commands of a block; what the last of them printed."""
+    """Execute the commands of a block; return the output of the last."""
     printed = ""
     for program, *arguments in map(shlex.split, block.text.replace("\\\n", " ").splitlines()):
         if program == "tokenseek":
@@ -107,10 +107,10 @@ def run_commands(block: Block) -> str:
 
 
 def assert_can_be_given(program: str, *arguments: str) -> None:
-    """A command is there, and knows the options that it is given."""
+    """Check that a command exists and has the options that it is given."""
     options = {each for each in arguments if each.startswith("--")}
     if program == "make":
-        alone = {"PATH": os.environ["PATH"]}  # without the options that a `make test` around it hands on
+        alone = {"PATH": os.environ["PATH"]}  # without the options that a surrounding `make test` passes on
         dry = ["make", "--dry-run", *arguments]
         planned = subprocess.run(dry, cwd=ROOT, check=True, capture_output=True, text=True, env=alone)
         command = shlex.split(planned.stdout.splitlines()[-1])
@@ -134,7 +134,7 @@ def assert_can_be_given(program: str, *arguments: str) -> None:
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    """Pages change settings of Dynamo and PEFT, which others must not see."""
+    """Pages change settings of Dynamo and PEFT, which must not affect others."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     as_it_is = mock.patch.object(dora, "dequantize_module_weight", dora.dequantize_module_weight)
@@ -158,7 +158,7 @@ def test_code_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=name)
-def test_commands_that_are_not_run_are_there(page):
+def test_commands_that_are_not_run_exist(page):
     for block in blocks(page):
         if block.info == "sh":
             for line in block.text.replace("\\\n", " ").replace("&&", "\n").splitlines():
@@ -170,7 +170,7 @@ def test_commands_that_are_not_run_are_there(page):
     ["make nothing", "make bench ARGS=--nothing", "tokenseek finetune --nothing", "pip install '.[nothing]'",
      "python -m nothing", "python examples/demo.py --nothing", "nothing at all"],
 )  # fmt: skip
-def test_a_command_that_is_not_there_is_found(wrong):
+def test_a_missing_command_is_found(wrong):
     with pytest.raises((AssertionError, subprocess.CalledProcessError)):
         assert_can_be_given(*shlex.split(wrong))
 
@@ -190,8 +190,8 @@ def test_the_lines_from_scratch_are_as_many_as_the_pages_say():
     code = "".join(block.text for block in blocks(page) if block.info.startswith("python"))
     count = sum(bool(line.strip()) for line in code.splitlines())
     assert count <= 150
-    for told in (page, ROOT / "docs" / "index.md"):
-        assert re.findall(r"in (\d+) lines", told.read_text()) == [str(count)], name(told)
+    for path in (page, ROOT / "docs" / "index.md"):
+        assert re.findall(r"in (\d+) lines", path.read_text()) == [str(count)], name(path)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if 'title="after ' in page.read_text()], ids=name)
@@ -203,7 +203,7 @@ def test_graphs_are_the_golden_ones(page):
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=name)
-def test_links_lead_somewhere(page):
+def test_links_resolve(page):
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not target.startswith(("http://", "https://")):

@@ -1,4 +1,4 @@
-"""What a random operation drew is one draw, also in values without gradient that are made of it.
+"""The result of a random operation is one draw, also in values without gradient that are computed from it.
 
 Every loss is identically 0 for any draw, of all tokens and of the kept ones.
 """
@@ -21,14 +21,14 @@ def by_mask(model: Model, x: Tensor, labels: Tensor) -> Tensor:
 
 
 def by_experts(model: Model, x: Tensor, labels: Tensor) -> Tensor:
-    """A mixture of experts takes shares by the numbers of the largest."""
+    """As a mixture of experts, gathers probabilities by the indices of the largest."""
     shares = model.lm_head(F.dropout(x, 0.5)).softmax(-1)
     largest, numbers = shares.topk(2)
     return (shares.gather(-1, numbers) - largest).square().sum()
 
 
 def straight_through(model: Model, x: Tensor, labels: Tensor) -> Tensor:
-    """Rounded forward, not backward: whole numbers."""
+    """Rounded to whole numbers in forward, not in backward."""
     x = F.dropout(x * 5, 0.5)
     whole = x + (x.round() - x).detach()
     return (torch.cos(2 * torch.pi * whole) - 1).square().sum()
@@ -51,7 +51,7 @@ def test_values_without_gradient_belong_to_the_draw_of_their_stream(loss, inner)
 
 
 def test_the_gradient_is_that_of_plain_training_in_expectation():
-    """x (x != 0) is x: without the mask of the same draw half of it would be lost."""
+    """x (x != 0) is x: with the mask of another draw, half of it would be lost."""
 
     def linear(model: Model, x: Tensor, labels: Tensor) -> Tensor:
         x = F.dropout(x, 0.5)
@@ -66,13 +66,13 @@ def test_the_gradient_is_that_of_plain_training_in_expectation():
     compile_eager(plain, scorer="strided", strict=True)(**data()).backward()
     expected = plain.lm_head.weight.grad[0]
     share = (found @ expected / (expected @ expected)).item()
-    assert share == pytest.approx(1, abs=0.1)  # of 200 draws of 120 entries the mean is off by 0.03
+    assert share == pytest.approx(1, abs=0.1)  # the mean of 200 draws of 120 entries has an error of 0.03
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_moe", "mixtral"])
-def test_a_mixture_of_experts_behind_dropout_trains(name):
-    """Experts are chosen by the draw that their tokens are of."""
+def test_a_mixture_of_experts_after_dropout_trains(name):
+    """Experts are chosen from the same draw as their tokens."""
     model, batch = build(name, "sdpa", 24, torch.float32)
     model.config.attention_dropout = 0.3
     for layer in model.model.layers:

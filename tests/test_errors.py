@@ -16,7 +16,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "errors.md"
 
 
 def shown() -> dict[str, str]:
-    """The lines of the tables by what was done."""
+    """The lines of the tables by mistake."""
     lines = PAGE.read_text().splitlines() if PAGE.exists() else []
     return {line.split(" | ")[0].removeprefix("| "): line for line in lines if line.startswith("| ")}
 
@@ -28,7 +28,7 @@ def test_the_page_has_every_case_and_nothing_else():
     assert PAGE.read_text() == page(lambda case: lines.get(case.what, f"{case.what}: not on the page"))
 
 
-#: Said by PyTorch itself, in the words of its version: the page has those of 2.13.
+#: Messages of PyTorch itself, which depend on its version: the page has those of 2.13.
 OF_PYTORCH = {"model and batch on different devices"}
 
 

@@ -38,7 +38,7 @@ def small() -> Estimate:
 
 
 def step_of(function, *inputs, set_to_none=True):
-    """The step of a function, compiled by Inductor; of ``inputs`` shapes are read, and whether they require grad."""
+    """The step of a function, compiled by Inductor; only shapes and ``requires_grad`` of ``inputs`` are read."""
     mode = FakeTensorMode()
     fakes = [mode.from_tensor(x) for x in inputs]
     with mode:
@@ -55,15 +55,17 @@ RESULT, SCALAR, OF_W = 32 * 64 * 4, 4, 16 * 64 * 4
 
 
 def test_the_bytes_of_a_graph_are_those_counted_by_hand():
-    """exp(x w) [32, 64] is saved; its gradient is made from it in its place, then that of w [16, 64]. All the while there are the
-    loss and the gradient that comes to it."""
+    """exp(x w) [32, 64] is saved; its gradient is computed from it in place, then that of w [16, 64].
+
+    The loss and its incoming gradient exist throughout.
+    """
     found = step_of(product, X, W)
     assert found.saved == {"activations": RESULT}
     assert found.forward == RESULT + SCALAR
     assert found.backward == RESULT + 2 * SCALAR + OF_W
 
 
-def test_gradients_that_are_there_are_not_counted_but_those_added_to_them_are():
+def test_existing_gradients_are_not_counted_but_those_added_to_them_are():
     assert step_of(product, X, W, set_to_none=False) == step_of(product, X, W)
 
 
@@ -84,7 +86,7 @@ def test_storages_count_once_and_only_while_they_live():
     assert live.peak == 0
 
 
-def test_what_an_operation_of_this_package_needs_for_itself_counts():
+def test_temporary_memory_of_this_packages_operations_counts():
     """Logits [100, 50] of a single block, beside the losses and the gradient."""
     with FakeTensorMode() as mode:
         hidden, weight, target = torch.empty(100, 8), torch.empty(50, 8), torch.empty(100, dtype=torch.long)
@@ -94,8 +96,8 @@ def test_what_an_operation_of_this_package_needs_for_itself_counts():
     assert live.peak > 100 * 50 * 4 + 100 * 8 * 4
 
 
-def test_what_is_done_where_gradient_reaches_blind_rows_counts():
-    """Scores [16, 64] of a single block, which no more than its gradient tells to be made."""
+def test_temporary_memory_of_the_gradient_of_fully_masked_rows_counts():
+    """Scores [16, 64] of a single block, which only the computation of its gradient shows."""
     with FakeTensorMode() as mode:
         query, key = torch.empty(1, 1, 16, 4), torch.empty(1, 1, 64, 4)
         columns, fully_masked = torch.empty(1, 16, dtype=torch.long), torch.empty(1, 16, dtype=torch.bool)
@@ -106,7 +108,7 @@ def test_what_is_done_where_gradient_reaches_blind_rows_counts():
 
 
 @pytest.mark.parametrize("padding", [None, "left"])
-def test_written_out_attention_is_estimated(padding):
+def test_eager_attention_is_estimated(padding):
     model = zoo.build("llama", attn="eager", dtype=torch.float32)
     batch = zoo.batch(model, 4, 256, padding)
     step = estimate(model, batch, options=DROP, plain=False).step
@@ -142,7 +144,7 @@ def test_no_kernel_is_compiled_and_no_cache_is_filled(monkeypatch):
 
 @pytest.mark.slow
 def test_one_model_after_another_of_its_class_with_other_numbers():
-    """Dynamo holds what was different, here the scale of the scores, for dynamic."""
+    """Dynamo treats a number that changed, here the scale of the scores, as dynamic."""
     torch._dynamo.reset()
     for heads in (4, 2, 8):
         found = estimate(llama("meta", heads=heads), 2, 64, options={**DROP, "memory_budget": "1GiB"}, plain=False)
@@ -162,13 +164,13 @@ def test_memory_grows_with_the_length_and_with_the_share_of_tokens(small):
     assert more.step.backward > small.step.backward
 
 
-def test_all_tokens_are_trained_as_by_plain_compile():
+def test_training_on_all_tokens_equals_plain_compile():
     whole = estimate(llama("meta"), 1, 16, options={"keep_ratio": 1})
     assert whole.step == whole.plain
 
 
 def test_on_a_gpu_the_head_of_all_tokens_holds_no_logits():
-    """In half precision, where a kernel does it."""
+    """In half precision, for which there is a kernel."""
     sizes = {"batch": 2, "seq": 64, "options": DROP, "plain": False, "dtype": torch.bfloat16}
     cpu, gpu = (estimate(llama("meta"), **sizes, device=device).step for device in ("cpu", "cuda"))
     assert gpu.saved == cpu.saved and gpu.forward < cpu.forward
@@ -186,7 +188,7 @@ def test_on_a_gpu_chunks_are_those_of_a_gpu(monkeypatch):
     assert step().saved == whole.saved and step().forward < whole.forward
 
 
-def test_what_is_trained_is_counted():
+def test_only_trained_parameters_have_gradients_and_states():
     model = llama("meta")
     parameters = sum(p.numel() * 4 for p in model.parameters())
     model.requires_grad_(False)
@@ -230,7 +232,7 @@ def test_sizes(text, size):
 
 
 @pytest.mark.parametrize("text", ["24 apples", "", "GiB", "-3GB", True])
-def test_what_is_no_size_is_refused(text):
+def test_invalid_sizes_are_refused(text):
     with pytest.raises(ConfigError, match="is not a memory size: expected bytes, or text such as '24GiB'"):
         bytes_of(text)
 

@@ -17,7 +17,7 @@ EAGER = {"inner": "eager", "strict": True}
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch):
-    """Settings of Dynamo and accelerate, which stay in their modules and in the environment, are those of each example alone."""
+    """Settings of Dynamo and accelerate persist in their modules and in the environment: each example starts afresh."""
     torch._dynamo.reset()
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.syspath_prepend(str(EXAMPLES))
@@ -65,7 +65,7 @@ def test_loops(name, capsys):
     assert len(losses) == 2 and "kept 32 of 160" in capsys.readouterr().out
 
 
-def test_examples_are_all_here():
+def test_all_examples_are_tested():
     helpers = {"data", "demo", "measure", "small", "training"}
     tested = {"trainer", "sft", "dpo", "lightning_module", "accelerate_loop", "loop"}
     tested |= {"pairs", "write_report"}  # by test_cli.py and test_report_browser.py

@@ -1,4 +1,4 @@
-"""The files of examples/extend: they run, the page shows them as they are, and their operations obey the law."""
+"""The files of examples/extend: they run, the page shows them unchanged, and their operations obey the law."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from mixing_op import running_mean
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "examples" / "extend").glob("*.py"))
-#: One process for all of them: what they register stays there, and the imports are paid once.
+#: One process for all files: their registrations stay in it, and it imports only once.
 RUN = "import runpy, sys\nfor file in sys.argv[1:]: runpy.run_path(file, run_name='__main__')"
 
 
-def test_they_run():
+def test_the_files_run():
     done = subprocess.run([sys.executable, "-c", RUN, *map(str, FILES)], capture_output=True, text=True)
     assert not done.returncode, done.stderr
     assert len(done.stdout.splitlines()) >= len(FILES)
 
 
-def test_the_page_shows_them_as_they_are():
+def test_the_page_shows_the_files_unchanged():
     page = (ROOT / "docs" / "extend.md").read_text()
     shown = re.findall(r'^```py title="(\S+)"\n((?:.*\n)*?)^```$', page, re.MULTILINE)
     assert dict(shown) == {str(file.relative_to(ROOT)): file.read_text() for file in FILES}
@@ -47,7 +47,7 @@ def capped_at(n, *operands):
     return *operands, 2.0
 
 
-#: Their lines in the law test. An attention with a soft cap that does not run by position is a barrier along its queries.
+#: Their cases of the law test. Attention with a soft cap that isn't positional is a barrier along its queries.
 CASES = [
     Case(gated._opoverload, "b t d, b t d", "b t d", as_they_are, {}, shares="b t d"),
     Case(running_mean._opoverload, "b t d", "b d", dim, {}),
@@ -72,14 +72,14 @@ def test_selecting_rows_commutes_with_their_operations(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_what_their_rules_say_is_carried_moves_alone(case):
+def test_axes_that_their_rules_carry_move_independently(case):
     for op, operands in built(case):
         moved = Moved(op, operands, draw(case, case.sizes()))
         for claim in claims(op):
             assert_moves_alone(moved, *claim)
 
 
-def test_the_attention_runs_by_position():
+def test_the_attention_is_positional():
     for op, operands in built(CASES[-1]):
         op = op.named(op.names["T"][0], op.names["b"][0])
         op = replace(op, program=FindPositionalAttention().run(op.program))

@@ -1,4 +1,4 @@
-"""The algebra of axes: where a factor stands after a chain of views and permutations, checked on a tensor of row numbers."""
+"""The algebra of axes: where a factor is after views and permutations, checked on a tensor of row numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def divisors(size: int) -> list[int]:
 
 
 def recut(data: st.DataObject, shape: list[int]) -> list[int]:
-    """A shape of the same number of elements: dims cut at any divisor, whatever they were."""
+    """A shape with the same number of elements and dims cut at any divisor."""
     rest, cut = prod(shape), []
     while rest > 1 and len(cut) < 4:
         cut.append(data.draw(st.sampled_from(divisors(rest))))
@@ -57,7 +57,7 @@ def resolved(space: Space, axes: Axes) -> Axes:
 
 
 def coordinate(space: Space, axes: Axes, factor: int) -> torch.Tensor:
-    """Of every element of a tensor with these axes: its index along a factor."""
+    """The index along a factor of every element of a tensor with these axes."""
     sizes = [space.size((f,)) for dim in axes for f in dim]
     at = [f for dim in axes for f in dim].index(factor)
     index = torch.arange(prod(sizes)) // prod(sizes[at + 1 :]) % sizes[at]
@@ -141,7 +141,7 @@ def test_equate_keeps_sizes_and_never_joins_factors_of_different_size(data):
 @quick
 @given(data=st.data())
 def test_equal_dims_become_one(data):
-    """Where one cut refines the other the two dims are the same afterwards, and equating again changes nothing."""
+    """If one cut refines the other, the two dims are equal afterwards, and equating them twice changes nothing."""
     space, size = Space(), data.draw(st.integers(2, 24))
     whole, cut = space.fresh(size), sum(space.fresh_axes(recut(data, [size])), ())
     space.equate(whole, cut)

@@ -1,4 +1,4 @@
-"""Rows given from outside: the gradient of the reference for these very rows, in whole graphs and in parts of models."""
+"""Rows given from outside: the reference's gradient for the same rows, in whole graphs and in fragments of models."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def train(step, model: nn.Module, batch, indices: Tensor, weights: Tensor | None
 
 @pytest.fixture
 def graphs(monkeypatch) -> list[str]:
-    """A name for every graph that was compiled, in however many segments."""
+    """A name for every compiled graph, in however many segments."""
     found: list[str] = []
 
     def count(owner, name):
@@ -90,8 +90,8 @@ def test_weights_are_those_of_the_reference():
 
 
 @pytest.mark.parametrize("first", ["own", "given"])
-def test_entering_and_leaving_never_meets_a_stale_graph(first, graphs):
-    """The choice is made at every call: own rows, given rows, others, own rows again; each graph is compiled once."""
+def test_entering_and_leaving_never_uses_a_stale_graph(first, graphs):
+    """Each call decides: own rows, given rows, other given rows, own rows; each graph is compiled once."""
     model, batch = Model(), data()
     step = compile_eager(model, scorer="first", keep_ratio=None, keep_tokens=4)
     if first == "given":
@@ -112,7 +112,7 @@ def test_another_number_of_rows_compiles_twice_at_most(graphs):
     for k in (4, 4, 7, 2, 9, 4, 1, 11, 1):
         indices = rows(k)
         assert error(train(step, model, batch, indices), by_reference(model, batch, indices, T).grads) < 1e-9
-    # the first number as it is; then any; and one row, which is never a dynamic size
+    # static for the first number; then dynamic; and one row, which is never a dynamic size
     assert len(graphs) == 3
 
 
@@ -153,7 +153,7 @@ def test_a_recording_holds_what_was_given():
     assert torch.equal(selection.scores, torch.zeros(B, T).scatter(1, indices, 1.0))
 
 
-def test_the_innermost_rows_count():
+def test_the_innermost_rows_apply():
     model, batch, indices = Model(), data(), rows(4)
     step = compile_eager(model)
     with tokenseek_fx.record() as rec, selecting(rows(3, seed=1)):
@@ -163,11 +163,11 @@ def test_the_innermost_rows_count():
     assert [selection.indices.shape[1] for selection in rec] == [4, 3]
 
 
-# -- modules that are compiled each for itself ------------------------------------------------------------------------
+# -- modules compiled separately --------------------------------------------------------------------------------------
 
 
 def kept_labels(labels: Tensor, indices: Tensor, shift: int) -> Tensor:
-    """The labels of the given rows alone, for a loss that is not compiled."""
+    """Only the labels of the given rows, for a loss that is not compiled."""
     kept = torch.zeros_like(labels, dtype=torch.bool).scatter(1, indices, True)
     return labels.where(torch.nn.functional.pad(kept, (shift, 0))[:, : labels.shape[1]], -100)
 
@@ -178,7 +178,7 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
 
 @pytest.mark.parametrize("frozen_embedding", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_blocks_compiled_each_for_itself(name, frozen_embedding, graphs):
+def test_blocks_compiled_separately(name, frozen_embedding, graphs):
     model = zoo.build(name)
     model.get_input_embeddings().requires_grad_(not frozen_embedding)
     batch, indices = zoo.batch(model, 3, 13, padding="right"), rows(5, 3, 13)
@@ -239,7 +239,7 @@ def test_the_warning_of_a_split_model_names_place_and_remedy():
 
 
 class Breaks(Model):
-    """Dynamo splits it in the places that are named."""
+    """Dynamo splits it at the named places."""
 
     def __init__(self, *places: str, head=None) -> None:
         super().__init__(head)
@@ -307,7 +307,7 @@ class Mixes(Breaks):
 
 
 class EagerBetween(Breaks):
-    """Plain Python computes on what goes from one part to the next."""
+    """Plain Python computes on the values that pass from one fragment to the next."""
 
     def forward(self, ids: Tensor, labels: Tensor):
         x = self.outside(self.blocks[0](self.embed(ids)))
@@ -325,7 +325,7 @@ class EagerBetween(Breaks):
         (EagerBetween, "has a loss, but no attention, and no input from a fragment that has one"),
     ],
 )
-def test_parts_that_would_be_wrong_are_refused(build, message):
+def test_fragments_that_would_be_wrong_are_refused(build, message):
     with pytest.raises(GraphNotSupported, match=message), selecting(rows(4)):
         compile_eager(build())(**data())
 
@@ -340,7 +340,7 @@ class Head(nn.Module):
 
 
 class Pair(nn.Module):
-    """A head of its own behind a body that is not compiled."""
+    """A separate head after a body that is not compiled."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -350,7 +350,7 @@ class Pair(nn.Module):
         return self.head(self.body(ids))
 
 
-def test_a_compiled_head_behind_plain_python_is_refused():
+def test_a_compiled_head_after_plain_python_is_refused():
     model = Pair()
     model.head.compile(backend="tokenseek", options={"inner": "eager"})
     with (
@@ -493,12 +493,12 @@ def test_rows_on_another_device_are_refused():
         Given(rows(4).to("meta"), None, last=9).check_fits(B, T, torch.device("cpu"))
 
 
-def test_rows_that_nothing_takes_are_told_of():
+def test_unused_rows_are_reported():
     with pytest.warns(TokenSeekWarning, match="no graph compiled for training ran inside"), selecting(rows(4)):
         Model()(**data())
 
 
-def test_weights_that_no_loss_takes_are_told_of():
+def test_unused_weights_are_reported():
     step = compile_eager(Model(lambda self, x, labels: self.lm_head(x)))
     with pytest.warns(TokenSeekWarning, match="the weights had no effect"), selecting(rows(4), torch.ones(B, 4)):
         step(**data())

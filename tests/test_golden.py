@@ -1,4 +1,7 @@
-"""Golden graphs: one small model after every pass. ``EXPECTTEST_ACCEPT=1 pytest tests/test_golden.py`` writes them anew."""
+"""Golden graphs: one small model after every pass.
+
+``EXPECTTEST_ACCEPT=1 pytest tests/test_golden.py`` regenerates them.
+"""
 
 from __future__ import annotations
 

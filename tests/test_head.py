@@ -1,4 +1,4 @@
-"""The head loss: the operator against cross entropy with autograd, and where the tail of a model uses it."""
+"""The head loss: the operator compared with cross entropy and autograd, and its use in the tail of a model."""
 
 from __future__ import annotations
 
@@ -54,8 +54,9 @@ def by_autograd(
 
 @settings(max_examples=60, deadline=None)
 @given(
-    SIZES, SIZES, st.integers(2, 40), st.booleans(), st.sampled_from([0.0, 0.4, 1.0]), st.sampled_from([0.0, 3.0, -2.0]),
-    st.sampled_from([1.0, 0.3, -2.0]), st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), st.integers(1, 9),
+    SIZES, SIZES, st.integers(2, 40), st.booleans(), st.sampled_from([0.0, 0.4, 1.0]),
+    st.sampled_from([0.0, 3.0, -2.0]), st.sampled_from([1.0, 0.3, -2.0]),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), st.integers(1, 9),
 )  # fmt: skip
 def test_losses_and_gradients_are_those_of_cross_entropy(n, d, v, bias, ignored, softcap, scale, kind, side):
     dtype = torch.promote_types(kind, torch.float32)
@@ -125,7 +126,7 @@ def test_without_the_gradient_none_is_computed():
 
 
 @pytest.mark.parametrize("gradient", [True, False])
-def test_logits_of_all_rows_and_classes_are_never_there(gradient):
+def test_logits_of_all_rows_and_classes_never_exist(gradient):
     hidden, weight, _, target = example(8192, 4, 3000, False, 0.0, torch.float32)
     how = (IGNORED, 0.0, 1.0, torch.float32)
     with Largest() as largest:
@@ -134,7 +135,7 @@ def test_logits_of_all_rows_and_classes_are_never_there(gradient):
     assert largest.bytes <= head.TILE_BYTES["cpu"] < 8192 * 3000 * 4 / 40
 
 
-def test_a_label_that_is_no_class_is_an_error():
+def test_a_label_out_of_range_is_an_error():
     hidden, weight, bias, target = example(5, 4, 7, True, 0.0, torch.float32)
     with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
         head_loss(hidden, weight, bias, target + 7, IGNORED, 0.0, 1.0, torch.float32, True)
@@ -158,12 +159,13 @@ def test_the_operator_keeps_its_contract(gradient):
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 40), st.integers(1, 40), st.integers(2, 150), st.booleans(), st.sampled_from([0.0, 0.4, 1.0]),
-    st.sampled_from([0.0, 3.0]), st.sampled_from([1.0, -0.3]), st.sampled_from([torch.float32, torch.float16]), st.booleans(),
+    st.sampled_from([0.0, 3.0]), st.sampled_from([1.0, -0.3]), st.sampled_from([torch.float32, torch.float16]),
+    st.booleans(),
 )  # fmt: skip
-def test_the_kernels_do_what_the_operator_does(n, d, v, bias, ignored, softcap, scale, kind, gradient):
+def test_the_kernels_equal_the_operator(n, d, v, bias, ignored, softcap, scale, kind, gradient):
     from tokenseek_fx.ops import head_triton
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU by Triton's interpreter, see conftest.py
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # on the CPU in Triton's interpreter, see conftest.py
     inputs = [x if x is None else x.to(device) for x in example(n, d, v, bias, ignored, kind)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(head_triton, "blocks", lambda *_: {"D": d, "BLOCK_N": 16, "BLOCK_V": 32, "BLOCK_D": 16})
@@ -211,7 +213,7 @@ class CappedTwice(nn.Linear):
 
 
 class ByToken(nn.Linear):
-    """A temperature of every token."""
+    """A temperature for every token."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * x[..., :1].sigmoid()
@@ -238,7 +240,7 @@ def nll_of_two(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def of_plain_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Not normalised: no cross entropy at all."""
+    """Not normalised, so not a cross entropy."""
     return F.nll_loss(logits.flatten(0, 1), labels.flatten())
 
 
@@ -266,7 +268,7 @@ def decoder(head: type[nn.Linear], loss: Any = None, bias: bool = False) -> Deco
 
 @pytest.fixture
 def heads(monkeypatch) -> list[Head | None]:
-    """What was found as the head of every tail that is looked for."""
+    """The head that was found for each tail."""
     found: list[Head | None] = []
 
     def keep(*args: Any) -> Head | None:

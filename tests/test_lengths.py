@@ -22,7 +22,7 @@ from tokenseek_fx.passes.attention.positional import FindPositionalAttention, Po
 from tokenseek_fx.passes.graph.program import Program
 from tokenseek_fx.passes.streams.select import kept_tokens
 
-#: Sizes that other dims of the models have: the reference would not know a token axis of one of them.
+#: Sizes of other dims of the models: the reference could not recognise a token axis of such a size.
 TAKEN = {D, 2 * D, 3 * D, V, 3, 4}
 Sizes = list[tuple[int, int]]
 
@@ -46,7 +46,7 @@ def batch_of(batch: int, length: int) -> dict[str, Tensor]:
 
 
 def pairs(count: int, longest: int = 70) -> Sizes:
-    """Different (batch, length) in an order without a pattern, of which a share of 0.3 is two rows at least."""
+    """Different (batch, length) in irregular order; a ratio of 0.3 keeps at least two rows."""
     every = [(b, t) for b in range(2, 9) for t in range(5, longest) if b != t and not {b, t} & TAKEN]
     return random.Random(0).sample(every, count)
 
@@ -57,7 +57,7 @@ def compile_(model: nn.Module, dynamic: bool | None = None, **options):
 
 
 def assert_exact(step, model: nn.Module, batch: dict[str, Tensor], tol: float = 1e-9) -> Tensor:
-    """One step against the reference for the rows that were kept, which are returned."""
+    """Compare one step with the reference for its kept rows, and return them."""
     model.zero_grad()
     with tokenseek_fx.record() as rec:
         loss = loss_of(step(**batch))
@@ -91,7 +91,7 @@ def test_100_sizes_compile_3_times_at_most_and_each_is_exact(dynamic, scorer):
 
 
 def test_one_row_is_a_graph_of_its_own():
-    """PyTorch knows no dynamic size of 1."""
+    """PyTorch has no dynamic size of 1."""
     model = any_length()
     step = compile_(model, dynamic=True)
     for batch, length in [(2, 11), (5, 2), (7, 2), (2, 10)]:
@@ -110,15 +110,15 @@ def test_one_row_is_a_graph_of_its_own():
 def test_real_models_at_sizes_that_change(name, inner, dynamic):
     model = zoo.build(name)
     step = compile_(model, dynamic, inner=inner)
-    with fresh_cache():  # an entry brings the guards of the graph that it was made in, which may be another's
+    with fresh_cache():  # a cache entry has the guards of the graph that created it, which may be another one
         for batch, length in [(3, 13), (3, 19), (7, 23), (2, 11), (5, 17), (3, 11)]:
             assert_exact(step, model, zoo.batch(model, batch, length, padding="right"), 1e-6)
     assert graphs() <= 3
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_attention_is_read_alike_at_lengths_that_change(name, monkeypatch):
-    """Keys before their heads are repeated and masks by position, so what is kept of them is as little as at a fixed length."""
+def test_attention_is_recognised_at_lengths_that_change(name, monkeypatch):
+    """Keys before head repetition and positional masks are recognised, so no more is kept than at a fixed length."""
     programs, run = list[Program](), FindPositionalAttention.run
     monkeypatch.setattr(
         FindPositionalAttention, "run", lambda self, program: programs.append(run(self, program)) or programs[-1]
@@ -144,7 +144,7 @@ def test_a_last_smaller_batch():
     step = compile_(model)
     for batch in (5, 5, 2, 5, 1):
         assert assert_exact(step, model, batch_of(batch, 11)).shape == (batch, 4)
-    assert graphs() == 3  # as it is; of any batch; and of one sequence, which is never a dynamic size
+    assert graphs() == 3  # static; of any batch; and of one sequence, which is never a dynamic size
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
@@ -168,11 +168,14 @@ def test_sequences_shorter_than_the_number_of_rows_keep_all(dynamic, options):
     step = compile_(model, dynamic, keep_ratio=None, keep_tokens=8, **options)
     for batch, length in [(2, 17), (2, 11), (5, 7), (2, 6), (7, 8), (2, 5), (5, 13)]:
         assert assert_exact(step, model, batch_of(batch, length)).shape == (batch, min(8, length))
-    assert graphs() <= 4  # as it is; of any length, of any batch; and where all is kept
+    assert graphs() <= 4  # static; of any length, of any batch; and with all rows kept
 
 
-def test_at_dynamos_limit_the_rest_is_plain_and_that_is_said_before():
-    """The last graph that Dynamo will compile warns; then what fits no graph is eager, of all tokens; the graphs stay in use."""
+def test_beyond_dynamos_limit_training_is_plain_after_a_warning():
+    """The last graph that Dynamo compiles warns.
+
+    Later batches that fit no graph run eagerly on all tokens; the graphs stay in use.
+    """
     model = any_length()
     step = compile_(model, dynamic=False)
     with torch._dynamo.config.patch(recompile_limit=2):

@@ -1,4 +1,4 @@
-"""Masks: what is read of a mask is the mask; one that says more is not read."""
+"""Masks: what is read from a mask equals the mask; one with other conditions is not read."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def packed(seen: Tensor, places: Tensor) -> Tensor:
 
 
 def one_sequence(seen: Tensor, places: Tensor) -> Tensor:
-    """Positions that nothing is given for: one segment, in order."""
+    """Default positions: one segment, in order."""
     return packed(seen, torch.arange(T)[None].expand(B, -1))
 
 
@@ -127,7 +127,7 @@ def places_in_other_segments(seen: Tensor, places: Tensor) -> Tensor:
 
 
 def counted_from_the_end(seen: Tensor, places: Tensor) -> Tensor:
-    """x[q - 1] is the last one for the first query."""
+    """For the first query, x[q - 1] is the last element."""
     _, q, k = at_rows_and_keys()
     return k <= torch.arange(T)[q - 1]
 
@@ -137,7 +137,7 @@ NOT_READ += [counted_from_the_end]
 
 
 def read(make) -> tuple[Mask | None, Tensor, dict[fx.Node, object]]:
-    """What is read, the mask itself, and the values of the graph."""
+    """What is read from the mask, the mask itself, and the values of the graph."""
     seen = torch.rand(B, T, generator=torch.Generator().manual_seed(0)) < 0.7
     places = torch.tensor([[0, 1, 2, 3, 0, 1, 2], [0, 1, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 6]])
     found = []
@@ -171,7 +171,7 @@ def read(make) -> tuple[Mask | None, Tensor, dict[fx.Node, object]]:
 
 
 def dense(mask: Mask, values: dict) -> Tensor:
-    """What a mask that was read says, [B, 1, T, T]."""
+    """The mask that was read, [B, 1, T, T]."""
     q, k = torch.arange(T)[:, None], torch.arange(T)
     shown = torch.ones(B, 1, T, T, dtype=torch.bool)
     if mask.causal:
@@ -186,7 +186,7 @@ def dense(mask: Mask, values: dict) -> Tensor:
 
 
 @pytest.mark.parametrize("make", READ, ids=lambda make: make.__name__)
-def test_what_is_read_is_the_mask(make):
+def test_what_is_read_equals_the_mask(make):
     mask, actual, values = read(make)
     assert mask is not None
     shown = actual if actual.dtype is torch.bool else actual > -1
@@ -194,7 +194,7 @@ def test_what_is_read_is_the_mask(make):
 
 
 @pytest.mark.parametrize("make", NOT_READ, ids=lambda make: make.__name__)
-def test_a_mask_that_says_more_is_not_read(make):
+def test_a_mask_with_other_conditions_is_not_read(make):
     mask, _, _ = read(make)
     assert mask is None
 

@@ -1,4 +1,4 @@
-"""The table of memory in docs/setups.md is that of the committed run, and what it is there to show holds in it."""
+"""The memory table in docs/setups.md is that of the committed run, and its claims hold."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_lora_with_tokenseek_uses_less_than_full_training_with_it_and_than_lora_
     assert not memory.broken_claims(RESULTS)
 
 
-def test_a_broken_claim_is_seen():
+def test_a_broken_claim_is_detected():
     worse = [
         {**r, "peak": 100 * r["peak"]} if (r["method"], r["backend"]) == ("LoRA", "tokenseek") else r for r in RESULTS
     ]

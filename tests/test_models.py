@@ -1,4 +1,4 @@
-"""Real transformers, traced as users call them, against the eager reference."""
+"""Real transformers, traced as users call them, compared with the eager reference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOL = {torch.float64: 1e-6, torch.float32: 2e-5, torch.bfloat16: 5e-2}
 
 
 def model_and_batch(name: str, attn: str, padding: str | None, dtype: torch.dtype = torch.float64):
-    # eager attention with rows masked out whole is NaN in plain transformers at float64 (mask minimum cast to float32)
+    # eager attention with fully masked rows is NaN in plain transformers at float64 (mask minimum cast to float32)
     if attn == "eager" and padding == "left":
         dtype = torch.float32
     model = zoo.build(name, attn, dtype=dtype)
@@ -85,14 +85,14 @@ def test_soft_caps_in_bfloat16_are_no_further_from_float32_than_eager():
 
 @torch.no_grad()
 def shuffle(model: nn.Module, seed: int) -> None:
-    """Exchange the numbers within each parameter."""
+    """Permute the numbers within each parameter."""
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         p.copy_(p.flatten()[torch.randperm(p.numel(), generator=generator)].view_as(p))
 
 
 def distance(a: Grads, b: Grads) -> float:
-    """The length of the difference of two sets of gradients over the length of the second."""
+    """The norm of the difference between two sets of gradients, relative to the norm of the second."""
     length = nn.utils.get_total_norm
     return (length([a[name].float() - b[name] for name in b]) / length(b.values())).item()
 
@@ -202,7 +202,7 @@ def test_inputs_embeds_get_gradient_in_the_kept_rows_only():
 
 @pytest.mark.parametrize("name", ["ViT", "DeiT", "Dinov2", "Beit"])
 def test_image_classifiers(name):
-    """Patches by a convolution, a class token in front: the token axis is in no input, the batch in the images and the labels."""
+    """Patches by a convolution and a class token: no input has the token axis; images and labels have the batch."""
     sizes = {"image_size": 24, "patch_size": 6, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = getattr(transformers, f"{name}Config")(
         **sizes, intermediate_size=48, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, drop_path_rate=0.0,

@@ -1,7 +1,7 @@
 """The perturbation oracle: change one index of an operand and see which indices of the result move.
 
-It trusts no rule. Where a rule says that dim d of an operand is carried to dim r of the result, a change at index i along d
-may move index i along r and no other.
+It trusts no rule. If a rule says that dim d of an operand is carried to dim r of the result, a change at index i along
+d may move index i along r and no other.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def settings_of(draw_, case: Case):
 @pytest.mark.parametrize("case", TABLE, ids=str)
 @settings(max_examples=3, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_what_a_rule_says_is_carried_moves_alone(case, data):
+def test_axes_that_a_rule_carries_move_independently(case, data):
     n, dtype, seed = data.draw(settings_of(case))
     torch.manual_seed(seed)
     operands = draw(case, n, dtype)
@@ -45,13 +45,13 @@ def test_what_a_rule_says_is_carried_moves_alone(case, data):
 
 
 class Moved:
-    """Which places of the results move when some places of an operand change."""
+    """Which elements of the results move when some elements of an operand change."""
 
     def __init__(self, op: OneOp, operands: list[Tensor], others: list[Tensor]) -> None:
         self.op, self.operands, self.others, self.before = op, operands, others, op.values(operands)
 
     def by(self, operand: int, result: fx.Node, dim: int, places: Tensor) -> Tensor:
-        """bool, of the result's shape: what moves by new values at ``places`` (bool) along dim ``dim`` of the operand."""
+        """bool, of the result's shape: what new values at ``places`` (bool) along ``dim`` of the operand move."""
         changed = list(self.operands)
         changed[operand] = torch.where(_along(places, dim, changed[operand]), self.others[operand], changed[operand])
         before, after = self.before[result], self.op.values(changed)[result]
@@ -104,7 +104,7 @@ def assert_moves_alone(
 
 
 def pointwise_overloads() -> Iterator[Case]:
-    """Every operation of ATen with the pointwise tag that is called with tensors and numbers alone."""
+    """Every ATen operation with the pointwise tag that takes only tensors and numbers."""
     numbers = {"number": 1.5, "float": 1.5, "int": 1, "bool": True}
     for packet in (getattr(aten, name) for name in dir(aten) if not name.startswith("_") and not name.endswith("_")):
         for op in (getattr(packet, name) for name in getattr(packet, "overloads", list)()):
@@ -129,7 +129,7 @@ def test_the_pointwise_tag_can_be_trusted():
         operands = draw(case, n)
         try:
             op = build(case, n, operands)
-        except (RuntimeError, TypeError, NotImplementedError):  # not for float64, or wants more arguments
+        except (RuntimeError, TypeError, NotImplementedError):  # not for float64, or needs more arguments
             continue
         moved = Moved(op, operands, draw(case, n))
         for claim in claims(op):
@@ -138,7 +138,7 @@ def test_the_pointwise_tag_can_be_trusted():
     assert checked > 150
 
 
-def test_the_oracle_sees_a_wrong_claim():
+def test_the_oracle_detects_a_wrong_claim():
     """A matmul whose rule says that its contracted dim is carried."""
     case = next(case for case in TABLE if case.op == aten.mm.default)
     n = case.sizes()

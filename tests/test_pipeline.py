@@ -1,4 +1,4 @@
-"""Passes as values: alone, in order, stopped, checked; what they must not lose."""
+"""Passes as values: alone, in order, stopped, checked; and what they must not lose."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_stops_after_any_pass_and_shows_each():
 
 
 def test_the_backend_runs_the_pipeline_that_is_printed(monkeypatch):
-    """All of it for own rows and for given ones, explain with the audit added, seek up to the two streams."""
+    """The whole pipeline for own and for given rows, explain with the audit added, seek up to the two streams."""
     ran = []
     run = Pipeline.run
 
@@ -106,7 +106,7 @@ def test_the_backend_runs_the_pipeline_that_is_printed(monkeypatch):
     assert [*ran[-1]] == [*names[: names.index("two streams") + 1], "trace"]
 
 
-def test_continues_behind_the_passes_that_ran():
+def test_continues_after_the_passes_that_ran():
     seen = []
     program = training(planned()).run(eager_graph(), until="activity")
     training(planned()).run(program, until="blocks", after=lambda step, _: seen.append(step.name))
@@ -150,7 +150,7 @@ def fail(*args):
     ("table", "name"), [(AXES_RULES, "token axes"), (ROWS_RULES, "trace")], ids=["axes rule", "row rule"]
 )
 def test_an_error_at_a_node_names_its_pass_its_node_its_module_and_the_line(table, name, monkeypatch):
-    """It stays what it is, and the backend falls back with all of this in its warning."""
+    """The error keeps its type, and the backend falls back with all of this in its warning."""
     monkeypatch.setitem(table, torch.ops.aten.embedding.default, fail)
     place = rf"a rule fails.* at embed \(test_backend\.py:\d+\) \(pass '{name}', node 'embedding'\)"
     with pytest.warns(TokenSeekWarning, match=place):
@@ -169,7 +169,7 @@ def test_a_broken_invariant_is_caught_between_passes():
         Pipeline((Canonicalize(), FindActivity(), Liar())).run(eager_graph())
 
 
-def test_a_concatenation_with_tensors_of_nothing_is_what_it_joins():
+def test_a_concatenation_with_empty_tensors_is_its_other_operand():
     def forward(x):
         cache, whole = x.new_empty(0), x.new_empty(0, dtype=torch.float64)
         return torch.cat([cache, x], 1), torch.cat([whole, x], 1), torch.cat([x, x[:, :0]], 1)
@@ -177,7 +177,7 @@ def test_a_concatenation_with_tensors_of_nothing_is_what_it_joins():
     x = torch.randn(2, 3)
     program = Canonicalize().run(Program(make_fx(forward, pre_dispatch=True)(x), (x,)))
     (results,) = (node.args[0] for node in program.graph.nodes if node.op == "output")
-    assert results[0] is results[2] and results[0].op == "placeholder"  # and the other is of another type than x
+    assert results[0] is results[2] and results[0].op == "placeholder"  # the other has a dtype different from x
     for is_now, was in zip(program.module(x), forward(x), strict=True):
         assert torch.equal(is_now, was) and is_now.dtype == was.dtype
 
@@ -192,7 +192,7 @@ def _(x):
     return torch.empty_like(x)
 
 
-def test_dropout_of_nothing_goes_and_operations_of_other_libraries_stay():
+def test_dropout_of_0_is_removed_and_operations_of_other_libraries_stay():
     def forward(x):
         return torch.nn.functional.dropout(x, 0.0), torch.ops.tokenseek_test.dropout(x)
 
@@ -202,7 +202,10 @@ def test_dropout_of_nothing_goes_and_operations_of_other_libraries_stay():
 
 
 def test_places_survive_every_pass():
-    """Module path and source line are on every call of the analysed graph, and on all but scoring and selection after it."""
+    """Every call of the analysed graph has a module path and a source line.
+
+    After it, every call has them except scoring and selection.
+    """
     program = captured(Model(), data())
     calls = [node for node in program.graph.nodes if node.op == "call_function"]
     assert all(source_line(node) for node in calls)
@@ -239,7 +242,7 @@ def test_heads_in_the_features_of_an_input_are_no_batch():
 
 
 def test_a_lost_edge_is_refused():
-    """A big tensor frozen into the graph is not a literal: what it was computed from is lost."""
+    """A big tensor frozen into the graph is not a literal: the values it was computed from are lost."""
     program = Canonicalize().run(eager_graph())
     Canonicalize().check(program)
     program.module.register_buffer("frozen", torch.randn(5, 5, 8))
@@ -257,7 +260,7 @@ class Vmapped(Model):
 
 
 def test_vmap_is_refused_loudly():
-    """Retraced, it would become a constant: the plain graph, with a warning."""
+    """Retracing would turn it into a constant, so the plain graph runs, with a warning."""
     with pytest.warns(TokenSeekWarning, match=r"torch.func transform .* at .*test_pipeline.py:\d+"):
         torch.compile(Vmapped(), backend="tokenseek", options={"inner": "eager"})(**data()).backward()
 

@@ -1,4 +1,4 @@
-"""The planner: which candidate is taken for a budget, and what is said where none fits. Sizes are made up, but for the last test."""
+"""The planner: the candidate for a budget, and the message if none fits. Only the last test has real sizes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ RATIO = 0.2
 
 
 def size(config: Config) -> int:
-    """100 bytes whatever is kept; chunks take 400, small ones 100; keys and values 500, half where they are made again; the rows of all
-    tokens take 5000, a fifth of it where they are computed again."""
+    """100 bytes in any case; chunks take 400, small ones 100; keys and values 500, half if they are recomputed.
+
+    The rows of all tokens take 5000, a fifth of it if they are recomputed.
+    """
     rows = 5000 * (config.keep_ratio if config.keep_tokens is None else config.keep_tokens / 100)
     chunks, context = 100 if config.chunk_bytes else 400, 250 if config.kv == "recompute" else 500
     return int(100 + chunks + context + rows / (5 if config.recompute == "rows" else 1))
@@ -40,13 +42,13 @@ def test_the_first_that_fits_is_taken(budget, recompute, chunk_bytes, kv):
     assert (config.recompute, config.chunk_bytes, config.kv) == (recompute, chunk_bytes, kv)
 
 
-def test_what_costs_nothing_is_tried_alone_where_it_fits():
+def test_only_the_free_candidate_is_tried_if_it_fits():
     tried = []
     choose(Config(memory_budget=9000), lambda config: tried.append(config.recompute) or size(config), 10)
     assert tried == ["none"]
 
 
-def test_what_was_chosen_by_hand_stays():
+def test_options_of_the_user_stay():
     with pytest.warns(TokenSeekWarning, match="would fit"):
         config = chosen(800, recompute=500, chunk_bytes=20, kv="fp8")
     assert (config.recompute, config.chunk_bytes, config.kv) == (500, 20, "fp8")
@@ -58,7 +60,7 @@ def test_what_was_chosen_by_hand_stays():
     ("options", "remedy"),
     [({}, "keep_ratio=0.05 would fit"), ({"keep_ratio": None, "keep_tokens": 20}, "keep_tokens=5 would")],
 )
-def test_where_nothing_fits_it_is_said_what_would(options, remedy):
+def test_if_nothing_fits_a_warning_says_what_would(options, remedy):
     with pytest.warns(
         TokenSeekWarning, match=f"memory_budget=510: forward and backward hold at least .* MiB. {remedy}"
     ):
@@ -67,7 +69,7 @@ def test_where_nothing_fits_it_is_said_what_would(options, remedy):
         chosen(510, strict=True, **options)
 
 
-def test_where_no_share_fits_that_is_said():
+def test_if_no_ratio_fits_a_warning_says_so():
     with pytest.raises(
         GraphNotSupported, match="A keep_ratio 16 times smaller does not fit either: use shorter sequences"
     ):
@@ -89,12 +91,12 @@ def test_bad_budgets_are_refused(options, said):
 
 
 @pytest.mark.slow
-def test_a_budget_below_what_is_held_computes_rows_again():
+def test_a_budget_below_the_held_bytes_recomputes_rows():
     options = {**DROP, "keep_ratio": 0.5, "scorer": "random", "strict": True}
 
     def step(**more):
         return estimate(llama("meta", layers=3), 2, 64, options={**options, **more}, plain=False).step
 
-    kept, again = step(recompute="none"), step(recompute="rows")
-    assert max(again.forward, again.backward) < max(kept.forward, kept.backward)
-    assert step(memory_budget=max(kept.forward, kept.backward) - 1) == again
+    kept, recomputed = step(recompute="none"), step(recompute="rows")
+    assert max(recomputed.forward, recomputed.backward) < max(kept.forward, kept.backward)
+    assert step(memory_budget=max(kept.forward, kept.backward) - 1) == recomputed

@@ -99,7 +99,7 @@ class Transformer(nn.Module):
         rotary = self.rotary(length) if self.position is None else None
         if mask is not None:
             mask = mask[:, None, None, :] & torch.ones(length, length, dtype=torch.bool).tril()
-            mask = mask | torch.eye(length, dtype=torch.bool)  # no row is masked out whole
+            mask = mask | torch.eye(length, dtype=torch.bool)  # no row is fully masked
         for layer in self.layers:
             x = layer(x, mask, rotary)
         return F.cross_entropy(self.head(x).view(-1, V), labels.view(-1))
@@ -167,12 +167,12 @@ def test_inductor_equals_the_reference(configuration, batch, ratio):
 @given(configurations(), batches())
 def test_a_ratio_of_one_is_plain_training(configuration, batch):
     model = Transformer(configuration)
-    run = compiled(model, batch, keep_ratio=1.0, logits="drop")  # rewritten all the same
+    run = compiled(model, batch, keep_ratio=1.0, logits="drop")  # still rewritten
     model(**batch).backward()
     assert error(run.grads, grads_of(model)) < 1e-9
 
 
-def test_a_wrong_selection_is_told_apart():
+def test_a_wrong_selection_is_detected():
     """The comparison can fail: one row exchanged gives another gradient."""
     configuration = {
         "depth": 2,

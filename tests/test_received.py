@@ -1,4 +1,4 @@
-"""Attention received: the operator against whole attention maps."""
+"""Attention received: the operator compared with whole attention weights."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def by_map(*args: Any) -> tuple[Tensor, Tensor]:
 
 @settings(max_examples=150, deadline=None)
 @given(CASES, st.integers(1, 9))
-def test_it_is_the_column_sum_of_the_attention_map(case, rows):
+def test_it_is_the_column_sum_of_the_attention_weights(case, rows):
     args = example(case, torch.float64)
     expected, lse = by_map(*args)
     with pytest.MonkeyPatch.context() as patch:
@@ -98,8 +98,8 @@ def test_it_is_the_column_sum_of_the_attention_map(case, rows):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_blocks_of_a_window_read_the_keys_in_reach_alone():
-    """Keys out of reach may be anything."""
+def test_blocks_of_a_window_read_only_the_keys_in_reach():
+    """Keys out of reach may have any value."""
     query, key = torch.randn(1, 1, 8, 4), torch.randn(1, 1, 8, 4)
     key[..., 4:, :] = torch.nan
     with pytest.MonkeyPatch.context() as patch:
@@ -121,7 +121,7 @@ def test_the_operator_keeps_its_contract(dtype, full):
 @needs_triton
 @settings(max_examples=60, deadline=None)
 @given(CASES, st.sampled_from([(16, 32), (32, 16), (16, 16)]), st.integers(1, 45), st.integers(1, 45))
-def test_the_kernels_do_what_the_operator_does(case, sides, queries, keys):
+def test_the_kernels_equal_the_operator(case, sides, queries, keys):
     from tokenseek_fx.ops import received_triton
 
     case = {**case, "queries": queries, "keys": keys}
@@ -145,10 +145,10 @@ def test_the_kernels_in_half_precision(dtype):
     form = (None, 0.0, None, *Visibility(causal=True).flat())
     found = attention_received_triton(query, key, *form)
     expected = received.attention_received(query, key, *form)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)  # both multiply what is given and add in float32
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)  # both multiply as given, add in float32
 
 
 def to_device(inputs: Any) -> Any:
-    """On the GPU where there is one; else Triton's interpreter runs the kernels (see conftest.py)."""
+    """On the GPU if there is one, otherwise in Triton's interpreter (see conftest.py)."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return pytree.tree_map_only(Tensor, lambda x: x.to(device), inputs)

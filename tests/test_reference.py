@@ -1,4 +1,4 @@
-"""The eager reference against computations that spell the definition out by hand."""
+"""The eager reference compared with the definition, written out by hand."""
 
 import sys
 from collections.abc import Callable
@@ -415,7 +415,7 @@ def test_open_blocks_with_all_tokens_kept_are_the_ordinary_gradient():
         assert_same(gradients(model, full_cross_entropy(model(ids))), expected)
 
 
-def test_open_blocks_and_weights_go_together():
+def test_open_blocks_and_weights_combine():
     model, found = stack_by_reference(weights=WEIGHTS)
     logits = model(inputs()[0], outer=lambda x: only(selected_rows(), x))
     loss = weighted_sum(full_cross_entropy(logits, reduction="none").view(B, T)) / (inputs()[1] != -100).sum()
@@ -425,7 +425,7 @@ def test_open_blocks_and_weights_go_together():
 @pytest.mark.parametrize("padding", [None, "right"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gpt_neox"])
 def test_open_blocks_of_transformers(name, padding):
-    """Keys and values, and norms before them, get more than of the kept rows; nothing after the last block does."""
+    """Keys and values, and norms before them, get gradient of all tokens; nothing after the last block does."""
     model = zoo.build(name)
     batch = zoo.batch(model, B, T, padding)
     blocks = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}.get(name, "model.layers")
@@ -439,7 +439,7 @@ def test_open_blocks_of_transformers(name, padding):
     assert differ and all(f"{blocks}.1." in n and any(part in n for part in parts) for n in differ)
 
 
-def test_blocks_are_closed_again_after_the_context():
+def test_blocks_are_closed_after_the_context():
     model, (ids, _) = Stack(), inputs()
     with reference.ditching(model, INDICES, open_blocks=model.layers):
         pass
@@ -620,7 +620,7 @@ class Odd(nn.Module):
         (lambda x: F.kl_div(x, x.detach(), reduction="sum"), "is not defined here"),
     ],
 )
-def test_what_cannot_be_told_raises(body, message):
+def test_ambiguous_axes_raise(body, message):
     model = Odd(body)
     with pytest.raises(ValueError, match=message), reference.ditching(model, INDICES):
         model(torch.randn(B, T, D).double())
@@ -656,7 +656,7 @@ def test_gradient_checkpointing_raises():
         model(**zoo.batch(model, B, T))
 
 
-def test_a_batch_that_equals_the_number_of_heads_is_told_by_descent():
+def test_a_batch_that_equals_the_number_of_heads_is_recognised_by_descent():
     """B = 2 = key/value heads, and one instance at a time (B = 1) adds up to the same gradients."""
     model = zoo.build("llama", attn="eager")
     batch = zoo.batch(model, 2, T)
@@ -710,7 +710,7 @@ def test_embedding_rows_outside_the_selection_get_nothing(name):
 
 
 class CrossAttention(nn.Module):
-    """Two token axes: the keys of one sequence, the queries of another; ``only`` cuts what the definition cuts, by hand."""
+    """Two token axes: the keys of one sequence, the queries of another; ``only`` detaches as the definition does."""
 
     def __init__(self):
         super().__init__()
@@ -737,7 +737,7 @@ def test_two_axes_have_a_selection_each():
     torch.testing.assert_close(grads, {name: p.grad for name, p in model.named_parameters()}, rtol=1e-12, atol=1e-14)
 
 
-def test_two_axes_of_one_length_cannot_be_told_apart():
+def test_two_axes_of_one_length_are_ambiguous():
     model, x = CrossAttention(), torch.randn(3, 11, 8)
     rows = torch.arange(4).expand(3, 4)
     ditching = reference.ditching(model, rows, length=11, others={11: rows})

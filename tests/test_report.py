@@ -1,4 +1,4 @@
-"""Reports: what a run holds, how recordings become runs, and that no text in it can break out of the page."""
+"""Reports: what a run holds, how recordings become runs, and that no text can break out of the page."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def hostile_run() -> Run:
 
 
 class Page(HTMLParser):
-    """What a parser of HTML finds: attributes of every element, and the text of the scripts."""
+    """What an HTML parser finds: attributes of every element, and the text of the scripts."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def test_a_run_is_read_as_it_was_written(tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["run.json"]
 
 
-def test_what_is_not_finite_is_written_as_unknown(tmp_path):
+def test_numbers_that_are_not_finite_are_written_as_unknown(tmp_path):
     scores = [1.0, float("-inf"), float("nan")]
     Run("r", steps=[Step(1, loss=float("inf"))], examples=[Example(1, "e", list("abc"), [0], scores)]).save(tmp_path)
     run = Run.load(tmp_path)
@@ -97,7 +97,7 @@ def test_what_is_not_finite_is_written_as_unknown(tmp_path):
         ),
     ],
 )
-def test_a_file_that_is_no_run_is_refused(tmp_path, text, message):
+def test_a_file_that_is_not_a_run_is_refused(tmp_path, text, message):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         Run.load(tmp_path)

@@ -1,4 +1,4 @@
-"""The report in a real browser: it draws itself, obeys mouse and keyboard, stays small with 10,000 tokens, and runs no text.
+"""The report in a real browser: rendering, mouse and keyboard, small pages with 10,000 tokens, no execution of text.
 
 Chromium is the system's (``apt-get install chromium``), or Playwright's own (``playwright install chromium``).
 """
@@ -40,7 +40,7 @@ def scheme(request) -> str:
 
 @pytest.fixture
 def opened(browser, tmp_path) -> Iterator[Any]:
-    """Open the report of a run; whatever the page complains about, or asks a network for, is an error at the end."""
+    """Open the report of a run; errors of the page and requests to a network fail the test at its end."""
     wrong: list[str] = []
     pages = []
 
@@ -72,7 +72,10 @@ def long_run() -> Run:
     plain = [Step(i, 2000 / (i + 100), 0.2, peak=2**22) for i in range(1, 3001)]
     parts = {"parameters": 2**20, "activations": 2**20, "keys/values": 2**10}
     memory = {"tokenseek": parts, "all tokens": {**parts, "logits": 2**22}}
-    graph = "block (operations: 3)\n  a: f32[2] = gather(x)  # rows\n  b: f32[2] = cumsum(a)  # barrier, runs over all tokens\n  c: f32[2] = add(b)  # rows"
+    graph = (
+        "block (operations: 3)\n  a: f32[2] = gather(x)  # rows\n"
+        "  b: f32[2] = cumsum(a)  # barrier, runs over all tokens\n  c: f32[2] = add(b)  # rows"
+    )
     return Run("long run", {"lr": "1"}, steps, plain, [first, second], memory, [0.5, 0.3, 0.2], [graph])
 
 
@@ -88,7 +91,7 @@ AT_TOP = """() => {
 }"""
 
 
-#: Keeps the milliseconds of every task above 50, those before it included.
+#: Records the milliseconds of every task above 50, including earlier ones.
 WATCH_TASKS = """() => {
     window.tasks = [0];
     const keep = (seen) => seen.getEntries().forEach((task) => tasks.push(task.duration));
@@ -189,7 +192,7 @@ def test_the_keyboard_walks_through_the_tokens(page):
     assert not tip.is_visible()
 
 
-def test_a_click_chooses_a_token_and_scrolls_nothing_away(page):
+def test_a_click_chooses_a_token_and_does_not_scroll(page):
     scroll(page, 3000)
     seen = page.evaluate(AT_TOP).split()[0]
     page.locator(".token", has_text=seen).first.click()
@@ -197,7 +200,7 @@ def test_a_click_chooses_a_token_and_scrolls_nothing_away(page):
     assert page.locator(".map").evaluate("map => map.scrollTop") > 2500
 
 
-def test_of_a_long_text_the_page_holds_what_is_near_the_window(page):
+def test_the_page_holds_the_part_of_a_long_text_near_the_window(page):
     most = 0
     for part in range(11):
         scroll(page, page.locator(".map").evaluate("map => map.scrollHeight") * part / 10)
@@ -207,13 +210,16 @@ def test_of_a_long_text_the_page_holds_what_is_near_the_window(page):
 
 
 def test_a_long_text_does_not_stall_the_page(page):
-    """To open it, to scroll through it and to colour it otherwise. On two busy cores the longest task takes about 0.1 s, and 1.2 to 1.7 s
-    where ranks are found by comparing all tokens with each other; a second is between the two, and far from what another load adds."""
+    """Opening it, scrolling through it and changing its colours.
+
+    On two busy cores the longest task takes about 0.1 s, and 1.2 to 1.7 s if ranks are found by comparing all pairs of
+    tokens. A second is between the two, and far from what other load adds.
+    """
     page.evaluate(WATCH_TASKS)
     for part in range(11):
         scroll(page, page.locator(".map").evaluate("map => map.scrollHeight") * part / 10)
     page.get_by_label("gradient").check()
-    page.wait_for_timeout(100)  # tasks are told of after they end
+    page.wait_for_timeout(100)  # tasks are reported after they end
     assert page.evaluate("Math.max(...tasks)") < 1000
 
 
@@ -255,7 +261,7 @@ def test_gathers_and_barriers_are_marked_in_the_graph(page):
     assert page.locator("#graph pre").is_hidden()
 
 
-def test_what_was_not_recorded_is_said(opened):
+def test_the_page_says_what_was_not_recorded(opened):
     page = opened(Run("nothing"))
     assert page.locator(".note").all_inner_texts() == [
         "No step figures were recorded.",

@@ -1,4 +1,4 @@
-"""The law of every rule, over every placement of the token axis and the batch: selecting rows commutes with the operation.
+"""The law of every rule, for every placement of token axis and batch: selecting rows commutes with the operation.
 
 ``rows(op(x)) == ditch(op)(rows(x))``, values and gradients, for every row of the operation table.
 """
@@ -27,7 +27,7 @@ EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
 
 def placements(case: Case, op: OneOp) -> Iterator[tuple[str, Dim, str, Dim]]:
-    """Every axis as the token axis, with no batch and with every other axis as the batch (not one that the keys share)."""
+    """Every axis as the token axis, without a batch and with every other axis as the batch (except one of the keys)."""
     axes = [
         (letter, dim) for letter, dims in op.names.items() for dim in dict.fromkeys(map(op.axes.space.resolve, dims))
     ]
@@ -37,7 +37,7 @@ def placements(case: Case, op: OneOp) -> Iterator[tuple[str, Dim, str, Dim]]:
 
 
 def is_barrier(case: Case, op: OneOp, token: str, batch: str) -> bool | None:
-    """What the table says; None where it says nothing: an operand has the tokens of all instances at once."""
+    """What the table says; None if it says nothing, since an operand has the tokens of all instances at once."""
     live = op.program[Activity].live
     if not any(op.axes.has_rows(node) for node in (*op.operands, op.node) if node in live):
         return False
@@ -48,7 +48,7 @@ def is_barrier(case: Case, op: OneOp, token: str, batch: str) -> bool | None:
 
 
 def which_live(case: Case) -> Iterator[list[bool]]:
-    """All float operands carry gradient, or the first of them alone."""
+    """All float operands carry gradient, or only the first of them."""
     floats = [not term.startswith(("const", "<", "bool")) for term in case.terms]
     yield floats
     if sum(floats) > 1:
@@ -72,7 +72,7 @@ def check_placement(case: Case, op: OneOp, operands: list[torch.Tensor], token: 
     place, barrier = f"token {token}, batch {batch or 'none'}", is_barrier(case, op, token, batch)
     try:
         barriers = check_law(op, operands, place)
-    except GraphNotSupported:  # a loss over something else than all tokens has no definition
+    except GraphNotSupported:  # a loss over anything but all tokens has no definition
         assert case.op in LABEL_LOSSES, place
         assert not op.axes.has_rows(op.node), place
     else:
@@ -112,7 +112,7 @@ def test_every_axes_rule_has_a_row_in_the_table():
 
 @pytest.mark.parametrize("case", RANDOM, ids=str)
 def test_random_draws_are_restricted_to_the_rows(case):
-    """Their rows are drawn anew, so only shapes can be compared."""
+    """Their rows are new draws, so only shapes can be compared."""
     n = case.sizes()
     operands = [x.sigmoid().requires_grad_() for x in draw(case, n)]
     op = build(case, n, operands)

@@ -1,4 +1,4 @@
-"""What is kept for backward: values that are computed again there are the same, random ones are not computed again."""
+"""What is saved for backward: recomputed values are the same, and random ones are not recomputed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ B, T, D, V = 2, 13, 12, 29
 
 
 def draw(x: Tensor) -> Tensor:
-    """A hidden layer times what several random operations give."""
+    """A hidden layer times the results of several random operations."""
     x = F.dropout(x, 0.5) * torch.rand_like(x) + x * torch.bernoulli(torch.full_like(x, 0.5))
     return x * torch.randn_like(x)
 
@@ -82,12 +82,12 @@ def tokens(length: int = T) -> dict[str, Tensor]:
 
 @settings(max_examples=10, **RELAXED)
 @given(configurations(), batches(), RATIOS)
-def test_rows_that_are_computed_again_equal_the_reference(configuration, batch, ratio):
+def test_recomputed_rows_equal_the_reference(configuration, batch, ratio):
     assert_matches(Transformer(configuration), batch, 1e-9, keep_ratio=ratio, recompute="rows")
 
 
 def halfway(model: nn.Module, batch: dict[str, Tensor], **options) -> int:
-    """Bytes between what is saved where no block and where every block is computed again."""
+    """A number of bytes between those saved if no block and if every block is recomputed."""
     saved = []
     for recompute in ("none", "rows"):
         torch._dynamo.reset()
@@ -98,7 +98,7 @@ def halfway(model: nn.Module, batch: dict[str, Tensor], **options) -> int:
 
 
 @pytest.mark.parametrize("scorer", [slow("random"), "tokenseek"])
-def test_some_blocks_computed_again_equal_the_reference(scorer):
+def test_some_recomputed_blocks_equal_the_reference(scorer):
     options = {"keep_ratio": 0.4, "scorer": scorer, "select": "topk", "logits": "drop"}
     model, ids = llama(2).double(), torch.randint(WORDS, (B, 40))
     batch = {"input_ids": ids, "labels": ids}
@@ -109,14 +109,14 @@ def test_some_blocks_computed_again_equal_the_reference(scorer):
 @pytest.mark.slow
 @settings(max_examples=4, **RELAXED)
 @given(configurations(), batches(), RATIOS)
-def test_inductor_computes_rows_again_that_equal_the_reference(configuration, batch, ratio):
+def test_rows_recomputed_by_inductor_equal_the_reference(configuration, batch, ratio):
     assert_matches(Transformer(configuration), batch, 1e-6, keep_ratio=ratio, recompute="rows", inner="inductor")
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", slow("inductor")])
 @pytest.mark.parametrize("recompute", ["none", "rows", "halfway"])
-def test_backward_sees_what_the_forward_drew(inner, recompute):
-    """The slope of the loss by the last block's layers, for which keys and values are given, at one seed."""
+def test_backward_uses_the_draws_of_the_forward(inner, recompute):
+    """The slope of the loss along the last block's layers, which leave keys and values unchanged, with one seed."""
     model, batch = Drawing(), tokens()
     options = {"inner": inner, "keep_ratio": 0.4, "scorer": "first", "report_loss": "kept"}
     options["recompute"] = halfway(model, batch, **options) if recompute == "halfway" else recompute
@@ -136,7 +136,7 @@ def test_backward_sees_what_the_forward_drew(inner, recompute):
     torch.testing.assert_close((above - loss()).detach(), expected, rtol=1e-4, atol=0)
 
 
-# -- bytes --------------------------------------------------------------------------------------------------------------
+# -- bytes ------------------------------------------------------------------------------------------------------------
 
 LENGTH, WIDTH, INNER, WORDS = 128, 128, 384, 256
 SIZES = {"vocab_size": WORDS, "use_cache": False, "bos_token_id": 0, "eos_token_id": 0}
@@ -165,7 +165,7 @@ def explained(model: nn.Module, **options) -> tokenseek_fx.Explanation:
 
 @pytest.mark.parametrize("recompute", ["none", "rows"])
 @pytest.mark.parametrize("name", MODELS)
-def test_what_is_saved_is_near_the_floor(name, recompute):
+def test_saved_bytes_are_near_the_lower_bound(name, recompute):
     report = explained(MODELS[name](), recompute=recompute)
     heads = 2 if name == "grouped heads" else 4
     assert report.rewritten.by_kind()["keys/values"] == 3 * 2 * B * LENGTH * heads * 32 * 4
@@ -175,7 +175,7 @@ def test_what_is_saved_is_near_the_floor(name, recompute):
         assert report.lower_bound == report.rewritten.by_kind()["keys/values"] + (3 + 1) * B * report.kept * WIDTH * 4
 
 
-def test_no_block_holds_what_keys_alone_give_to_the_scores_of_all_tokens():
+def test_no_block_holds_terms_of_the_scores_of_all_tokens_that_only_keys_give():
     """DeBERTa's position-to-content scores: live in the rows of keys, read in those of queries."""
     model, batch = architectures.build("deberta_v2 tag", "eager", LENGTH, torch.float32)
     report = tokenseek_fx.explain(model, **batch, options={"recompute": "rows"})
@@ -186,11 +186,11 @@ def test_no_block_holds_what_keys_alone_give_to_the_scores_of_all_tokens():
 
 
 @pytest.mark.parametrize("blocks", [slow(0), 1, slow(2), slow(3)])
-def test_by_default_the_last_blocks_are_kept_that_fit_into_what_the_forward_of_all_tokens_holds(blocks):
+def test_by_default_as_many_last_blocks_are_kept_as_fit_into_the_forward_of_all_tokens(blocks):
     none, rows = (explained(llama(2), recompute=way) for way in ("none", "rows"))
-    # of a row: query, attention and its log-sum-exps, three projections of the width, gate and up; key and value
+    # per row: query, attention and its log-sum-exps, three projections of the width, gate and up; key and value
     products = B * none.kept * (5 * WIDTH + 4 + 2 * INNER + 2 * 64) * 4
-    gradient = INNER * WIDTH * 4  # the largest behind the last attention
+    gradient = INNER * WIDTH * 4  # the largest after the last attention
     chunk_bytes = int(((blocks + 0.5) * products + gradient) / 4)
     assert 3 * chunk_bytes > (blocks + 0.5) * products, "so that the gradient is what leaves no more room"
     assert chunk_bytes < B * LENGTH * INNER * 4, "there are chunks"
@@ -201,24 +201,24 @@ def test_by_default_the_last_blocks_are_kept_that_fit_into_what_the_forward_of_a
 
 
 @pytest.mark.parametrize("blocks", [slow(0), 1, slow(2), slow(3)])
-def test_of_a_number_of_bytes_as_few_blocks_are_computed_again_as_it_takes(blocks):
+def test_a_number_of_bytes_recomputes_as_few_blocks_as_possible(blocks):
     none, rows = (explained(llama(2), recompute=way).rewritten.bytes for way in ("none", "rows"))
     budget = int(none - (blocks - 0.5) * (none - rows) / 3) if blocks else none
     saved = explained(llama(2), recompute=budget).rewritten.bytes
     assert saved <= budget and saved == pytest.approx(none - blocks * (none - rows) / 3, rel=0.02)
 
 
-def test_without_chunks_every_block_is_computed_again_by_default():
+def test_without_chunks_every_block_is_recomputed_by_default():
     assert explained(llama(2)).rewritten == explained(llama(2), recompute="rows").rewritten
 
 
-# -- keys and values kept otherwise -----------------------------------------------------------------------------------------
+# -- other ways to keep keys and values -------------------------------------------------------------------------------
 
 aten = torch.ops.aten
 
 
 def partitioned(value: Tensor, total: Tensor) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """A forward that sums its input and saves it, and a backward that returns it with the other sign."""
+    """A forward that sums its input and saves it, and a backward that returns it negated."""
     forward, backward = fx.Graph(), fx.Graph()
     x = forward.placeholder("x")
     out = forward.call_function(aten.sum.default, (x,))
@@ -231,15 +231,18 @@ def partitioned(value: Tensor, total: Tensor) -> tuple[fx.GraphModule, fx.GraphM
 
 
 def rounded(x: Tensor) -> Tensor:
-    """What backward sees of keys or values [B, H, T, E]."""
+    """Keys or values [B, H, T, E] as backward reads them."""
     scale = x.abs().amax((2, 3), keepdim=True).float() / 448
     return ((x.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
 
 
 @settings(max_examples=50, **RELAXED)
 @given(st.integers(0, 2**31), st.floats(-20, 20), st.floats(0, 12))
-def test_8_bits_are_off_by_no_more_than_a_sixteenth_and_a_1024th_of_the_scale(seed, size, spread):
-    """|x - stored| <= 2^-4 |x| + 2^-10 scale, where 448 scale is the largest magnitude of a head. What float32 adds is below 2^-20 |x|."""
+def test_the_error_of_8_bits_is_bounded(seed, size, spread):
+    """|x - stored| <= 2^-4 |x| + 2^-10 scale, where 448 scale is the largest magnitude of a head.
+
+    float32 adds less than 2^-20 |x|.
+    """
     generator = torch.Generator().manual_seed(seed)
     powers = size + spread * torch.randn(2, 3, 7, 4, generator=generator)
     x = torch.randn(2, 3, 7, 4, generator=generator) * torch.exp2(powers)
@@ -261,8 +264,8 @@ def test_values_that_are_all_0_are_0_in_8_bits():
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", slow("inductor")])
-def test_the_loss_is_exact_and_the_gradient_that_of_blocks_computed_again_from_rounded_keys_and_values(inner):
-    """Compared with the exact step, whose saved keys and values autograd rounds when it takes them."""
+def test_the_loss_is_exact_and_the_gradient_that_of_blocks_recomputed_from_rounded_keys_and_values(inner):
+    """Compared with the exact step in which a hook of autograd rounds keys and values when they are saved."""
     torch._dynamo.reset()
     batch, found = data(), []
     length = batch["ids"].shape[1]
@@ -286,9 +289,11 @@ def test_the_loss_is_exact_and_the_gradient_that_of_blocks_computed_again_from_r
     assert error(grads, expected) < 1e-9 < error(grads, exact)
 
 
-def test_rounded_keys_and_values_do_not_blow_the_gradient_up_where_scores_are_large():
-    """Shares in backward sum to 1: the attention is computed again, of which nothing is saved. Measured: 0.8 % of the norm; 40000 times
-    the norm where its log-sum-exp is saved."""
+def test_rounded_keys_and_values_do_not_inflate_the_gradient_of_large_scores():
+    """Attention weights in backward sum to 1: the attention is recomputed, and nothing of it is saved.
+
+    Measured: 0.8 % of the norm; 40000 times the norm if its log-sum-exp is saved.
+    """
     torch.manual_seed(0)
     batch, found = data(), []
     for kv in ("keep", "fp8"):
@@ -311,7 +316,7 @@ def test_keys_and_values_in_8_bits_take_a_byte_each_and_a_scale_for_each_head():
 
 @pytest.mark.parametrize("kv", ["keep", "fp8", "recompute"])
 def test_one_graph_of_any_length_gives_the_gradients_of_graphs_of_each(kv):
-    """Keys and values are parts of one product, whose size is a symbol."""
+    """Keys and values are slices of one product, whose size is a symbol."""
     found = []
     for dynamic in (True, False):
         torch._dynamo.reset()
@@ -324,7 +329,7 @@ def test_one_graph_of_any_length_gives_the_gradients_of_graphs_of_each(kv):
     assert error(*found) < 1e-12
 
 
-def test_it_is_told_where_attentions_keep_keys_and_values_as_they_are():
+def test_attentions_that_keep_keys_and_values_unchanged_are_reported():
     """Those of ``Drawing`` have dropout."""
     with pytest.warns(TokenSeekWarning, match="kv='fp8': 2 of 2 attentions keep their keys and values as they are"):
         tokenseek_fx.explain(Drawing(), **tokens(), options={"scorer": "first", "kv": "fp8"})
@@ -349,7 +354,7 @@ def test_offloading_on_a_cpu_is_refused():
 
 
 def test_keys_and_values_that_are_offloaded_are_copied_to_the_host_and_back():
-    """On fake tensors of a GPU, which need not be there."""
+    """On fake tensors of a GPU, which need not exist."""
     with FakeTensorMode():
         x = torch.empty(2, 3, 7, 4, device="cuda")
         forward, backward = partitioned(x, x.sum())
@@ -360,13 +365,13 @@ def test_keys_and_values_that_are_offloaded_are_copied_to_the_host_and_back():
     assert back.meta["val"].device.type == "cuda" and [*back.users] == [backward.graph.output_node().args[0][0]]
 
 
-# -- keys and values made again ---------------------------------------------------------------------------------------------
+# -- recomputed keys and values ---------------------------------------------------------------------------------------
 
 
 @settings(max_examples=6, **RELAXED)
 @given(configurations(), batches(), RATIOS, st.sampled_from(["none", "rows"]))
-def test_keys_and_values_made_again_equal_the_reference(configuration, batch, ratio, recompute):
-    """Of attentions by position with as many key heads as query heads; those of others are kept, which ``strict`` would refuse."""
+def test_recomputed_keys_and_values_equal_the_reference(configuration, batch, ratio, recompute):
+    """In positional attention with as many key heads as query heads; others are kept, which ``strict`` would refuse."""
     options = {"kv": "recompute", "recompute": recompute, "strict": False}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*kv='recompute'", category=TokenSeekWarning)
@@ -380,14 +385,14 @@ def tuned_llama(dropout: float = 0.0) -> nn.Module:
 
 
 @pytest.mark.parametrize("model", [tuned_llama, gpt2], ids=["LoRA", "fused"])
-def test_models_that_make_keys_and_values_again_equal_the_reference(model):
+def test_models_that_recompute_keys_and_values_equal_the_reference(model):
     ids = torch.randint(WORDS, (B, T), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "labels": ids}
     assert_matches(model().double(), batch, 1e-12, logits="drop", kv="recompute")
 
 
-def test_keys_and_values_made_again_are_those_of_the_same_draws():
-    """Dropout before the factors of LoRA: what was drawn is kept."""
+def test_recomputed_keys_and_values_are_those_of_the_same_draws():
+    """Dropout before the factors of LoRA: its draw is kept."""
     model, found = tuned_llama(dropout=0.5).double(), []
     ids = torch.randint(WORDS, (B, T), generator=torch.Generator().manual_seed(0))
     for kv in ("keep", "recompute"):
@@ -426,8 +431,8 @@ def test_the_inputs_of_blocks_are_kept_where_they_take_less_than_keys_and_values
     assert report.rewritten.bytes <= 1.15 * report.lower_bound and not report.rewritten.unexplained
 
 
-def test_the_forward_of_all_tokens_hands_no_keys_and_values_to_blocks_that_make_them():
-    """They are given up behind their attention, so the peak of the forward falls too."""
+def test_the_forward_of_all_tokens_passes_no_keys_and_values_to_blocks_that_recompute_them():
+    """They are freed after their attention, so the peak of the forward falls too."""
     for remake in (False, True):
         kv = KV_MODES["recompute" if remake else "keep"]
         program = rewritten(captured(Model(), data()), keep_ratio=0.3, kv=kv, until="split")
@@ -435,7 +440,7 @@ def test_the_forward_of_all_tokens_hands_no_keys_and_values_to_blocks_that_make_
         assert len(given) == (0 if remake else 4)
 
 
-def test_under_autocast_they_are_what_they_were():
+def test_under_autocast_recomputed_keys_and_values_are_the_same():
     found = []
     for kv in ("keep", "recompute"):
         torch._dynamo.reset()
@@ -446,7 +451,7 @@ def test_under_autocast_they_are_what_they_were():
 
 
 class Frozen(nn.Module):
-    """One attention behind an embedding without gradient: nothing but keys and values needs the weights that made them."""
+    """One attention after a frozen embedding: only keys and values need the weights that computed them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -469,7 +474,7 @@ class Frozen(nn.Module):
 
 @pytest.mark.parametrize("kv", ["keep", "recompute"])
 def test_a_weight_that_is_changed_before_the_backward_is_noticed(kv):
-    """By autograd, which saved it."""
+    """Autograd, which saved it, raises."""
     model = Frozen()
     options = {"inner": "aot_eager", "scorer": "first", "recompute": "none", "kv": kv, "strict": True}
     loss = compile_eager(model, **options)(**tokens())
@@ -481,12 +486,12 @@ def test_a_weight_that_is_changed_before_the_backward_is_noticed(kv):
 
 
 @pytest.mark.slow
-def test_inductor_makes_keys_and_values_again_that_equal_the_reference():
+def test_keys_and_values_recomputed_by_inductor_equal_the_reference():
     assert_matches(Model(), data(), 1e-9, length=data()["ids"].shape[1], inner="inductor", kv="recompute")
 
 
 class Latent(Frozen):
-    """Keys and values of narrow values, and a head for each."""
+    """Keys and values projected from a narrow latent, with a linear for each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -497,14 +502,14 @@ class Latent(Frozen):
         return self.narrow(x)
 
 
-def test_a_latent_that_many_heads_are_made_from_is_kept_in_place_of_them():
+def test_a_latent_of_many_heads_is_kept_instead_of_them():
     torch._dynamo.reset()
     report = tokenseek_fx.explain(Latent(), **tokens(), options={"scorer": "strided", "kv": "recompute"})
     saved = report.rewritten.by_kind()
     assert saved["block inputs"] == B * T * 3 * 4 and "keys/values" not in saved
 
 
-def test_a_single_sequence_is_looked_at_by_position_too():
+def test_attention_of_a_single_sequence_is_positional_too():
     torch._dynamo.reset()
     ids = torch.zeros(1, T, dtype=torch.long)
     assert tokenseek_fx.explain(Frozen(), ids, ids, options={"kv": "recompute", "strict": True}).recomputed_kv == 1

@@ -1,4 +1,4 @@
-"""The scores, the losses and the gradients of every scorer, against the slow computation of ``scores.py``."""
+"""The scores, losses and gradients of every scorer, compared with the slow computation of ``scores.py``."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def tokens(seed: int = 0) -> dict[str, Tensor]:
 
 
 def padded(side: str) -> dict[str, Tensor]:
-    """Padding of 0, 2 and 4 positions under a causal mask; on the left, padded queries see nothing at all."""
+    """Padding of 0, 2 and 4 positions under a causal mask; on the left, padded queries are fully masked."""
     count = torch.tensor([0, 2, 4])[:, None]
     position = torch.arange(T).expand(B, T)
     real = position >= count if side == "left" else position < T - count
@@ -530,7 +530,7 @@ def test_without_keep_label_the_scores_alone_decide():
 
 
 def favourite(inputs: Any) -> Tensor:
-    """A scorer of one's own: the middle."""
+    """A user-defined scorer: the middle."""
     position = torch.arange(inputs.tokens, device=inputs.device)
     return -(position - inputs.tokens // 2).abs().double().expand(inputs.batch, inputs.tokens)
 
@@ -669,7 +669,7 @@ def test_a_model_split_on_the_way_to_its_loss_is_refused():
 
 
 class Pooled(Decoder):
-    """One learned query looks at all tokens."""
+    """One learned query attends to all tokens."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -748,8 +748,10 @@ def test_the_position_that_a_classifier_reads_first_is_pinned(scorer):
 
 
 def test_a_classifier_has_no_token_losses():
-    """Its loss is that of whole sequences: the highest gradients are kept instead (drawn rows would have no loss to be weighted
-    in), and one warning says so."""
+    """Its loss is that of whole sequences: the highest gradients are kept instead, and one warning says so.
+
+    Drawn rows would have no loss to be weighted in.
+    """
     with pytest.warns(TokenSeekWarning, match="no loss of its own. Tokens are scored by gradient instead") as caught:
         run = assert_matches(bert(), classified()[0], 1e-6, scorer="loss", select=None)
     assert len([w for w in caught if issubclass(w.category, TokenSeekWarning)]) == 1
@@ -766,7 +768,7 @@ def test_the_last_real_position_that_a_classifier_reads_is_pinned(scorer):
 
 
 class Sinks(nn.Module):
-    """Eager attention with a learned column beside the keys, which takes a share of every query's attention."""
+    """Eager attention with a learned column beside the keys, which takes some of every query's attention weight."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -33,7 +33,7 @@ def visibility_of(given: dict) -> Visibility:
 
 
 def call(function, given: dict) -> Tensor:
-    """``function`` of operands among which are the fields of a visibility."""
+    """``function`` with the fields of a visibility among its operands."""
     rest = {name: x for name, x in given.items() if name not in VISIBILITY}
     return function(**rest, visibility=visibility_of(given))
 
@@ -69,7 +69,7 @@ def operands(batch=2, heads=4, key_heads=2, rows=5, tokens=13, width=8, value_wi
 
 
 def grads(function, given: dict, direction: Tensor) -> dict[str, Tensor]:
-    """Value and gradients of what may have one."""
+    """The value, and the gradients of operands that may have one."""
     live = {name: given[name].detach().requires_grad_() for name in GRADS if given.get(name) is not None}
     out = function(**(given | live))
     found = torch.autograd.grad(out, list(live.values()), direction)
@@ -127,8 +127,8 @@ def cases(draw, dtypes=(torch.float64,), most=3):
     width = draw(st.sampled_from([1, 4, 7, 16]))
     made = operands(
         batch, heads, key_heads, rows, tokens, width, draw(st.sampled_from([width, 5])), draw(st.sampled_from(dtypes)),
-        causal=draw(st.booleans()), window=draw(st.sampled_from([0, 1, 3, 100])), scale=draw(st.sampled_from([None, 0.3])),
-        softcap=draw(st.sampled_from([0.0, 2.0])),
+        causal=draw(st.booleans()), window=draw(st.sampled_from([0, 1, 3, 100])),
+        scale=draw(st.sampled_from([None, 0.3])), softcap=draw(st.sampled_from([0.0, 2.0])),
     )  # fmt: skip
     made["columns"] = draw(st.sampled_from([None, rows_of(batch, draw(st.integers(1, tokens)), tokens)]))
     if made["columns"] is not None:
@@ -191,7 +191,7 @@ def test_columns_after_all_rows_have_no_gradient():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float16, 4e-3)])
 def test_narrow_dtypes_accumulate_in_float32(dtype, tolerance):
-    """The tolerance is the rounding of operands and result: 2^-8 of bfloat16, 2^-11 of float16, some of them in a row."""
+    """The tolerance is a few roundings of operands and result: 2^-8 of bfloat16, 2^-11 of float16."""
     for softcap in (0.0, 2.0):
         given = operands(1, 4, 2, 40, 200, 16, dtype=dtype, causal=True, softcap=softcap)
         assert_same(given, tolerance=tolerance)
@@ -203,7 +203,7 @@ def test_foreign_keys_need_no_positions():
     assert_same(given | {"row_key": None, "row_value": None, "positions": None})
 
 
-def test_a_row_that_sees_nothing_is_zero_and_has_no_gradient():
+def test_a_row_without_visible_keys_is_zero_and_has_no_gradient():
     mask = torch.ones(1, 1, 5, 13, dtype=torch.bool)
     mask[..., 2, :] = False
     for hiding in (mask, torch.zeros(mask.shape).double().masked_fill(~mask, -torch.inf)):
@@ -219,7 +219,7 @@ def test_a_row_of_the_least_number_is_a_mean_as_in_scaled_dot_product_attention(
     assert torch.allclose(attend(**given)[:, 0], given["value"].mean(2)[:, :1], atol=1e-6)
 
 
-def blind_rows(given: dict) -> Tensor:
+def fully_masked_rows(given: dict) -> Tensor:
     """All of the last instance, and every other row."""
     batch, _, rows, _ = given["query"].shape
     return (torch.arange(rows) % 2 == 1) | (torch.arange(batch)[:, None] == batch - 1)
@@ -228,7 +228,7 @@ def blind_rows(given: dict) -> Tensor:
 def least_added(
     query, row_key, row_value, key, value, positions, *, columns=None, causal, softcap, scale, fully_masked, scored
 ):
-    """Attention of models: the least finite number is added to scores, or takes their place."""
+    """Attention as in models: the least finite number is added to masked scores, or replaces them."""
     at = (positions if columns is None else columns)[:, None, :, None]
     key, value = (t.scatter(2, at.expand(r.shape), r) for t, r in ((key, row_key), (value, row_value)))
     key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
@@ -249,10 +249,10 @@ def least_added(
     key_heads=st.sampled_from([1, 2, 4]),
 )
 @settings(max_examples=20, deadline=None)
-def test_blind_rows_get_the_mean_and_the_gradient_of_models(causal, softcap, scored, foreign, rows, key_heads):
+def test_fully_masked_rows_get_the_mean_and_the_gradient_of_models(causal, softcap, scored, foreign, rows, key_heads):
     columns = rows_of(2, 4, 80) if foreign else None
     given = operands(key_heads=key_heads, rows=rows, tokens=80, columns=columns, causal=causal, softcap=softcap)
-    given |= {"scale": 0.7, "fully_masked": blind_rows(given), "scored": scored}
+    given |= {"scale": 0.7, "fully_masked": fully_masked_rows(given), "scored": scored}
     direction = torch.randn(2, 4, rows, 8, dtype=torch.float64)
     want = grads(least_added, given, direction)
     for function in (attend, define):
@@ -261,16 +261,16 @@ def test_blind_rows_get_the_mean_and_the_gradient_of_models(causal, softcap, sco
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_blind_rows_of_half_precision(dtype):
+def test_fully_masked_rows_of_half_precision(dtype):
     """The tolerance is that of narrow dtypes above."""
     given = operands(1, 4, 2, 40, 200, 16, dtype=dtype, causal=True)
-    given |= {"fully_masked": blind_rows(given), "scored": True}
+    given |= {"fully_masked": fully_masked_rows(given), "scored": True}
     assert_same(given, tolerance=0.03 if dtype is torch.bfloat16 else 4e-3)
 
 
-def test_blind_rows_without_gradient_for_keys():
+def test_fully_masked_rows_without_gradient_for_keys():
     given = operands(rows=5, tokens=9)
-    given |= {"fully_masked": blind_rows(given), "scored": True}
+    given |= {"fully_masked": fully_masked_rows(given), "scored": True}
     assert_same(given | {"row_key": None, "row_value": None, "positions": None})
 
 
@@ -297,7 +297,7 @@ def test_operators_pass_opcheck(rows_live):
     if rows_live:
         inputs = (*operand, columns, *form)
         torch.library.opcheck(torch.ops.tokenseek_fx.selected_attention_grad_keys, inputs)
-    operand = (grad, query, key, value, columns, blind_rows(given), True, *form[:2])
+    operand = (grad, query, key, value, columns, fully_masked_rows(given), True, *form[:2])
     torch.library.opcheck(torch.ops.tokenseek_fx.selected_attention_grad_blind, operand)
 
 
@@ -364,14 +364,14 @@ def test_no_tensor_of_rows_by_keys_exists(softcap):
 
 
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
-def test_rows_with_many_keys_are_taken_fewer_at_a_time(softcap, monkeypatch):
+def test_fewer_rows_with_many_keys_are_computed_at_a_time(softcap, monkeypatch):
     given = operands(2, 4, 2, 90, 200, causal=True, softcap=softcap)
     monkeypatch.setattr(blocks, "_SCORES", 4096)  # of 64 rows that see up to 200 keys: 10 at a time
     assert_same(given)
 
 
-def test_keys_behind_the_last_row_of_a_block_are_not_read():
-    """They may be anything."""
+def test_keys_after_the_last_row_of_a_block_are_not_read():
+    """They may have any value."""
     given = operands(1, 4, 2, 40, 200, causal=True)
     given["positions"] = torch.arange(0, 80, 2)[None]
     for name in ("key", "value"):
@@ -409,7 +409,7 @@ def test_operands_that_do_not_fit_are_refused(wrong, message):
 
 @pytest.fixture
 def triton_attention(monkeypatch):
-    """The Triton kernels: on the GPU where there is one, else by Triton's interpreter (see conftest.py)."""
+    """The Triton kernels: on the GPU if there is one, otherwise in Triton's interpreter (see conftest.py)."""
     pytest.importorskip("triton")
     if not torch.cuda.is_available():
         reason = (
@@ -434,7 +434,7 @@ def test_kernels_equal_the_definition(triton_attention, given):
 
 
 def test_kernels_go_through_all_blocks_of_rows_and_keys(triton_attention):
-    """More rows and keys than one block of any kernel has, so that whole blocks are seen, cut and left out."""
+    """More rows and keys than a block of any kernel: some blocks are fully visible, some partly, some skipped."""
     base = {"dtype": torch.float32, "width": 16, "causal": True}
     made = [operands(1, 4, 2, 90, 160, **base), operands(1, 3, 1, 70, 300, window=60, **base)]
     made += [operands(1, 3, 1, 70, 300, window=60, **(base | {"causal": False}))]
@@ -444,9 +444,9 @@ def test_kernels_go_through_all_blocks_of_rows_and_keys(triton_attention):
 
 
 @pytest.mark.parametrize("scored", [False, True])
-def test_kernels_leave_blind_rows_to_their_mean(triton_attention, scored):
+def test_kernels_leave_fully_masked_rows_to_their_mean(triton_attention, scored):
     given = operands(2, 4, 2, 9, 40, 16, dtype=torch.float32, causal=True, softcap=2.0)
-    assert_same(given | {"fully_masked": blind_rows(given), "scored": scored}, triton_attention, 1e-5)
+    assert_same(given | {"fully_masked": fully_masked_rows(given), "scored": scored}, triton_attention, 1e-5)
 
 
 @pytest.mark.parametrize("by_row", [False, True])
@@ -455,14 +455,14 @@ def test_kernels_leave_blind_rows_to_their_mean(triton_attention, scored):
     [(n, torch.float16) for n in (32, 64, 96, 128, 256)] + [(n, torch.float32) for n in (32, 64, 96, 128)],
 )
 def test_kernels_take_heads_of_every_width(triton_attention, width, dtype, by_row):
-    """With the blocks that each has, more keys than one of them, and a mask by row or none."""
+    """Each with its own blocks, more keys than a block, and a mask by row or none."""
     mask = torch.rand(1, 1, 20, 150) < 0.8 if by_row else None
     given = operands(1, 2, 1, 20, 150, width, width, dtype, causal=True, mask=mask)
     assert_same(given, triton_attention, 1e-5 if dtype is torch.float32 else 4e-3)
 
 
-def test_kernels_do_not_read_blocks_of_keys_behind_their_last_row(triton_attention):
-    """They may be anything; a block has at most 128 keys."""
+def test_kernels_do_not_read_blocks_of_keys_after_their_last_row(triton_attention):
+    """They may have any value; a block has at most 128 keys."""
     given = operands(1, 2, 1, 20, 400, 16, 16, torch.float32, causal=True)
     given["positions"] = torch.arange(20)[None]
     for name in ("key", "value"):
@@ -513,7 +513,10 @@ print(*(",".join(sorted(use.args[1] for use in kernel.users)) for kernel in kern
 
 
 def test_a_graph_sees_into_the_kernels(tmp_path):
-    """Inductor gets the kernels themselves, and they write what they return alone: an operand that seems written is copied."""
+    """Inductor gets the kernels themselves, which write only what they return.
+
+    An operand that seems to be written would be copied.
+    """
     pytest.importorskip("triton")
     (tmp_path / "seen.py").write_text(SEEN)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

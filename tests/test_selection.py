@@ -21,7 +21,7 @@ SHARES = st.sampled_from([0.0, 0.1, 0.25, 1 / 3, 0.5, 0.75, 1.0])
 
 @st.composite
 def cases(draw, ties: bool = True) -> dict[str, Tensor | None]:
-    """Scores and noise float64 [B, T] with what is known of the tokens; at least one is attended, labels are on such."""
+    """Scores and noise, float64 [B, T], and what is known of the tokens; at least one and all labelled are attended."""
     batch, tokens = draw(st.integers(1, 3)), draw(st.integers(2, 14))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
     uniform = lambda: torch.rand(batch, tokens, generator=generator, dtype=torch.float64)  # noqa: E731
@@ -66,7 +66,7 @@ def select(case: dict, pinned: list[int], **options) -> Selected:
 
 
 def padded(case: dict) -> Tensor:
-    """The scores that are reported: -inf on padding."""
+    """The reported scores: -inf on padding."""
     return case["score"] if case["attended"] is None else case["score"].masked_fill(~case["attended"], -math.inf)
 
 
@@ -182,7 +182,7 @@ ESTIMATORS = {
 
 @pytest.mark.parametrize("case", ESTIMATORS)
 def test_the_weighted_sum_is_unbiased(case):
-    """Mean over draws of sum w_i f_i against sum f_i over labelled tokens: within 5 standard errors, and not without w."""
+    """The mean over draws of sum w_i f_i is sum f_i over labelled tokens, within 5 standard errors; not without w."""
     labelled = [True, False, True, True, False, False, True, False, False]
     rules = replace(scores.Rules(3, labelled), **ESTIMATORS[case])
     score = [2.0, 1.5, -1.0, 0.5, 0.0, 1.0, 0.2, 0.3, -0.5]

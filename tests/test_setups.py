@@ -54,7 +54,7 @@ def batch(model: nn.Module, padding: str | None = "right", **changes: Any) -> di
 
 
 def adapted(config: peft.PeftConfig, model: nn.Module | None = None) -> peft.PeftModel:
-    """The model with adapters of random weights: as PEFT starts them, most gradients are 0."""
+    """The model with adapters of random weights: with PEFT's initial weights, most gradients are 0."""
     model = peft.get_peft_model(model if model is not None else llama(), config)
     torch.manual_seed(1)
     for parameter in model.parameters():
@@ -87,7 +87,7 @@ def _update(model: nn.Module, optimizer: torch.optim.Optimizer, clip: float) -> 
 
 
 def without_drawn_dropout(model: nn.Module) -> nn.Module:
-    """LoHa's forward draws a number in training mode, ``if torch.rand(1) > module_dropout``, which Dynamo can't trace."""
+    """LoHa's forward draws a number in training, ``if torch.rand(1) > module_dropout``, which Dynamo can't trace."""
     for module in model.modules():
         if isinstance(module, LycorisLayer):
             module.training = False
@@ -98,7 +98,9 @@ ADAPTERS: dict[str, Callable[[], nn.Module]] = {
     "LoRA": lora,
     "LoRA and the head": lambda: lora(modules_to_save=["lm_head"]),
     "LoHa": lambda: without_drawn_dropout(adapted(peft.LoHaConfig(r=4, alpha=4, target_modules=TARGETS))),
-    "IA3": lambda: adapted(peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])),
+    "IA3": lambda: adapted(
+        peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
+    ),
     "AdaLoRA": lambda: adapted(peft.AdaLoraConfig(target_modules=TARGETS, total_step=9, init_r=6, target_r=4)),
 }  # fmt: skip
 
@@ -155,7 +157,7 @@ def test_loha_with_its_dropout_falls_back_with_a_warning():
 
 
 def test_prompt_tuning_keeps_the_prompt():
-    """The prompt learns through kept rows alone, so its positions are pinned."""
+    """The prompt learns only through kept rows, so its positions are pinned."""
     model = adapted(peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
     run = assert_matches(model, batch(model), TOL, length=T + 4, pinned=range(4), keep_ratio=0.5)
     assert (run.indices[:, :4] == torch.arange(4)).all()
@@ -163,8 +165,11 @@ def test_prompt_tuning_keeps_the_prompt():
 
 
 def test_dropout_of_lora_has_the_distribution_of_the_definition():
-    """Every stream draws masks of its own, so single steps can't be compared. In one layer the kept rows' masks are independent
-    of all others in the definition as well: there the gradients have the same distribution, and so the same mean."""
+    """Each stream draws its own masks, so single steps can't be compared.
+
+    In one layer the masks of the kept rows are independent of all others in the definition as well, so the gradients
+    have the same distribution and the same mean.
+    """
     model = lora(llama(layers=1), lora_dropout=0.5)
     inputs, count = batch(model), 400
     step = torch.compile(
@@ -281,7 +286,7 @@ def test_rows_of_a_4_bit_product_stay_apart(nested):
 
 
 def test_weights_that_are_tensor_subclasses_are_refused_with_a_reason():
-    """Those of torchao, say; one of torch's own tests stands for them."""
+    """For example those of torchao; a subclass of torch's own tests stands in for them."""
     model = llama()
     weight = model.model.layers[0].mlp.up_proj.weight
     wrapped = TwoTensor(weight.detach(), weight.detach())
@@ -301,8 +306,10 @@ def in_autocast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """Selected attention adds up in float32 and rounds its results, PyTorch's attention rounds in other places: they differ by a
-    rounding or two of half precision. In float32 and float64 they are compared tightly."""
+    """Selected attention accumulates in float32 and rounds its results; PyTorch's attention rounds at other places.
+
+    They differ by a rounding or two of half precision. In float32 and float64 the tolerance is tight.
+    """
     return 2 * torch.finfo(dtype).eps
 
 
@@ -332,7 +339,7 @@ def test_autocast_inside_the_model(dtype):
 
 
 def test_float16_with_a_gradient_scaler():
-    """Scaled gradients come out as the reference's; where they overflow, the step is left out and the scale halved."""
+    """Scaled gradients equal the reference's; if they overflow, the step is skipped and the scale halved."""
     model = llama(torch.float32)
     before, inputs = copy.deepcopy(model), batch(model)
     optimizer, scaler = torch.optim.SGD(model.parameters(), 0.1), torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -410,7 +417,7 @@ def process_group() -> Iterator[None]:
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("outside", [False, True])
 def test_ddp(outside):
-    """The module inside is compiled, or DDP itself."""
+    """Either the module inside is compiled, or DDP itself."""
     model = llama()
     inputs, before = batch(model), copy.deepcopy(model)
     if not outside:
@@ -423,8 +430,8 @@ def test_ddp(outside):
 
 
 @pytest.mark.usefixtures("process_group")
-def test_ddp_in_several_buckets_splits_the_graph_unless_told_not_to():
-    """Dynamo's own optimizer for DDP, which also looks at a module that is compiled inside."""
+def test_ddp_in_several_buckets_splits_the_graph_by_default():
+    """Dynamo's own optimizer for DDP, which also applies to a module compiled inside."""
     model = zoo.build("llama", vocab=9001, layers=1)
     inputs, before = batch(model), copy.deepcopy(model)
     model.compile(backend="tokenseek", options={**OPTIONS, "strict": False, "inner": "eager"})
@@ -484,7 +491,7 @@ def test_a_loss_outside_gets_the_gradient_of_the_kept_rows_at_the_scale_of_all(k
     expected = shifted_loss(eager, output, labels) if kind == "hidden rows" else smoothed_loss(output, labels)
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-    # the head stands outside of the hidden rows' graph: it learns from all of them
+    # the head is outside the graph of the hidden rows: it learns from all of them
     assert error(grads_of(ours), grads_of(eager)) < TOL
 
 
@@ -506,7 +513,7 @@ def test_rows_that_are_not_kept_are_detached_in_an_output_without_a_loss():
 
 
 def test_packed_batches():
-    """Two documents in every sequence, told by positions that start again; no document sees the other."""
+    """Two documents in every sequence, marked by positions that restart; neither sees the other."""
     model = llama()
     positions = torch.cat([torch.arange(6), torch.arange(T - 6)]).expand(3, T)
     inputs = batch(model, padding=None, position_ids=positions)
@@ -517,7 +524,7 @@ def test_packed_batches():
 
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_4_d_masks(kind):
-    """A mask of the user's own, another one for every sequence: here a prefix that sees itself."""
+    """A mask of the user, different for every sequence: here a prefix that sees itself."""
     model = llama()
     query, key = torch.arange(T)[:, None], torch.arange(T)
     allowed = torch.stack([(key <= query) | (key < prefix) for prefix in (0, 3, 5)])[:, None]

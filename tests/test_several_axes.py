@@ -35,11 +35,13 @@ def test_every_axis_has_its_own_ratio(name):
     reason="Dynamo of PyTorch 2.11 can't trace copy.deepcopy, which a new cache calls: T5 is refused there",
 )
 def test_inductor_with_the_cache_that_is_on_by_default():
-    """The first keys are joined to an empty cache: what Inductor makes of that is laid out as the keys are. The gradient of the
-    position bias is added up by several threads."""
+    """The first keys are concatenated with an empty cache; Inductor lays out the result like the keys.
+
+    Several threads add up the gradient of the position bias.
+    """
     model, batch = build("t5", "sdpa", T)
     options = {"keep_ratio": [0.5, 0.2], "inner": "inductor", "inductor_options": {"cpp.threads": 2}}
-    with fresh_cache():  # a kernel that is found there would hide what makes it wrong now
+    with fresh_cache():  # a cached kernel would hide an error in compiling it now
         assert_matches(model, {**batch, "use_cache": True}, 1e-5, length=T, **options)  # its norms are float32
 
 
@@ -95,8 +97,8 @@ def test_encoder_tokens_are_scored_by_their_gradient_through_the_last_block(scor
 
 def test_noise_is_drawn_for_every_axis():
     model, batch = build("bart", "sdpa", T)
-    first, again = (executed(model, batch, seed=3).selection for _ in range(2))
-    assert first.indices.equal(again.indices) and first.others[0].indices.equal(again.others[0].indices)
+    first, second = (executed(model, batch, seed=3).selection for _ in range(2))
+    assert first.indices.equal(second.indices) and first.others[0].indices.equal(second.others[0].indices)
     other = executed(model, batch, seed=4).selection
     assert not other.others[0].indices.equal(first.others[0].indices)
 
@@ -109,8 +111,8 @@ def test_rows_given_for_one_axis_are_refused():
         run(**batch)
 
 
-def test_explain_tells_of_every_axis(capsys):
+def test_explain_reports_every_axis(capsys):
     model, batch = build("bart", "sdpa", T)
-    told = tokenseek_fx.explain(model, **batch, options={"keep_ratio": [0.5, 0.2]})
-    assert (told.tokens, told.kept, told.others) == (T, 7, ((S, 4),))
+    report = tokenseek_fx.explain(model, **batch, options={"keep_ratio": [0.5, 0.2]})
+    assert (report.tokens, report.kept, report.others) == (T, 7, ((S, 4),))
     assert "and 4 of 17 on a further token axis" in capsys.readouterr().out

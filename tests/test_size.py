@@ -1,4 +1,4 @@
-"""What the compiled graphs hold: no logits of all tokens, no attention map, nothing that the scorer has no use for."""
+"""What the compiled graphs hold: no logits of all tokens, no attention weights, nothing that the scorer doesn't use."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def train(layers: int = LAYERS, mask: Tensor | None = None, tokens: int = TOKENS
 
 
 def shapes(graphs: list[fx.GraphModule]) -> Iterator[torch.Size]:
-    """Of every tensor in the graphs and in what they call."""
+    """The shape of every tensor in the graphs and in the graphs that they call."""
     modules = [module for graph in graphs for module in graph.modules() if isinstance(module, fx.GraphModule)]
     for module in modules:
         for node in module.graph.nodes:
@@ -66,13 +66,13 @@ def shapes(graphs: list[fx.GraphModule]) -> Iterator[torch.Size]:
 
 
 def of_size(graphs: list[fx.GraphModule], size: int, rows: int) -> list[torch.Size]:
-    """The tensors with a dim of this size and at least so many rows."""
+    """The tensors with a dim of this size and at least this many rows."""
     return [shape for shape in shapes(graphs) if size in shape and shape.numel() >= rows * size]
 
 
 @pytest.mark.parametrize(("kv_grad", "report"), [("selected", "full"), slow("all", "kept")])
 @pytest.mark.parametrize("scorer", ["tokenseek", "loss", "attention", "random"])
-def test_no_logits_of_all_tokens_and_no_attention_map(graphs, scorer, kv_grad, report):
+def test_no_logits_of_all_tokens_and_no_attention_weights(graphs, scorer, kv_grad, report):
     layers = {} if scorer == "random" else {"attention_layers": "all"}
     train(scorer=scorer, kv_grad=kv_grad, report_loss=report, select="sample", **layers)
     assert len(graphs) == 1 + 2 * (LAYERS + 2), "the seek stream; forward and backward of blocks, embedding and head"
@@ -81,7 +81,7 @@ def test_no_logits_of_all_tokens_and_no_attention_map(graphs, scorer, kv_grad, r
     assert all(shape.numel() <= BATCH * TOKENS * TOKENS for shape in maps)
 
 
-def test_the_logits_that_are_kept_are_seen_here(graphs):
+def test_kept_logits_are_detected(graphs):
     """The comparison can fail."""
     train(scorer="random", logits="keep")
     assert of_size(graphs, VOCAB, BATCH * TOKENS)
@@ -101,7 +101,7 @@ def test_random_rows_run_no_head_in_full(graphs):
 
 @pytest.mark.parametrize(("shape", "dtype"), [slow((TOKENS, TOKENS), "float32"), ((52, TOKENS), "bool")])
 def test_attentions_share_one_mask(shape, dtype):
-    """What a mask that says more than positions adds to the scores of all tokens, and its rows: Inductor writes each once."""
+    """Inductor writes what a mask that isn't positional adds to the scores of all tokens once, and its rows once."""
     mask = torch.rand(BATCH, 1, TOKENS, TOKENS, generator=torch.Generator().manual_seed(0)) < 0.9
     _, codes = run_and_get_code(train, layers=4, mask=mask, scorer="random")
     buffers = re.findall(r"empty_strided_cpu\(\((.+?)\), \(.+?\), torch\.(\w+)\)", "".join(codes))
@@ -110,7 +110,7 @@ def test_attentions_share_one_mask(shape, dtype):
 
 @pytest.mark.parametrize("scorer", ["random", "loss", "attention", "tokenseek"])
 def test_no_value_has_both_queries_and_keys(graphs, scorer):
-    """Neither a mask nor scores of all tokens, nor of the kept rows."""
+    """Neither a mask nor scores, of all tokens or of the kept rows."""
     train(scorer=scorer)
     found = {*shapes(graphs)}
     assert any(TOKENS in shape for shape in found)
@@ -123,8 +123,10 @@ def test_no_value_has_both_queries_and_keys(graphs, scorer):
     [("tokenseek", False, None), ("tokenseek", True, None), ("loss", False, 2**20), ("attention", False, None)],
 )
 def test_nothing_of_a_long_sequence_is_wider_than_the_model(graphs, scorer, padded, chunk_bytes):
-    """No mask, no scores and no logits of 8192 tokens: neither [k, T], nor [T, T], nor [T, V], in whatever shape; inside of chunks
-    nothing of all tokens."""
+    """No mask, scores or logits of 8192 tokens in any shape: neither [k, T], nor [T, T], nor [T, V].
+
+    Inside chunks, nothing of all tokens.
+    """
     tokens, kept = 8192, 820
     mask = (torch.arange(tokens) < torch.tensor([[tokens], [5000]])).long() if padded else None
     train(tokens=tokens, mask=mask, scorer=scorer, chunk_bytes=chunk_bytes)

@@ -1,4 +1,4 @@
-"""The ditch stream compiled block by block: equal to the reference, and its gradients leave the backward block by block."""
+"""The ditch stream compiled block by block: exact, and its gradients leave the backward block by block."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ class Autocast(Model):
 
 @pytest.mark.parametrize(("layers", "count"), [(1, 3), (2, 5), (4, 7)])
 def test_the_seek_stream_the_embedding_every_block_and_the_head_are_segments(layers, count):
-    """Where a single block ends is not known: the head stays with it."""
+    """The end of a single block is unknown, so the head stays with it."""
     assert len(split(Model(layers=layers)).segments) == count
 
 
 @pytest.mark.parametrize("options", [{}, {"kv_grad": "all"}, {"logits": "drop"}])
-def test_blocks_that_are_alike_are_equal_graphs(options):
+def test_identical_blocks_are_equal_graphs(options):
     blocks = split(Model(layers=4), **options).segments[2:-1]
     assert len(blocks) == 4 and len({part.run.code for part in blocks}) == 1
     assert not any(BLOCK in node.meta.get("custom", {}) for part in blocks for node in part.run.graph.nodes)
@@ -73,7 +73,7 @@ def test_the_first_segment_carries_no_gradient_and_all_others_do(model):
 
 
 class OneProduct(Model):
-    """An attention whose keys and values are all of one product, or ``whole``: this has the queries too and is returned."""
+    """Attention whose keys and values are all of one product; if ``whole``, it has the queries too and is returned."""
 
     def __init__(self, whole: bool) -> None:
         super().__init__(layers=0)
@@ -92,13 +92,13 @@ def copies(model: nn.Module) -> int:
     return sum(node.target is aten.clone.default for node in split(model).segments[0].gives)
 
 
-def test_keys_and_values_that_are_parts_of_a_larger_product_are_copied_where_nothing_else_keeps_it():
+def test_keys_and_values_that_are_slices_of_a_larger_product_are_copied_if_nothing_else_keeps_it():
     first = split(Model()).segments[0]
     assert all(node.meta["val"].untyped_storage().nbytes() == node.meta["val"].nbytes for node in first.gives)
     assert copies(Model()) == 4 and not copies(OneProduct(whole=False)) and not copies(OneProduct(whole=True))
 
 
-def test_a_value_is_let_go_after_the_last_segment_that_takes_it():
+def test_a_value_is_freed_after_the_last_segment_that_reads_it():
     segments = split(Model(layers=3))
     let_go = [key for part in segments.segments for key in part.last]
     taken = {key for part in segments.segments for key in part.takes}
@@ -111,8 +111,8 @@ def layouts(segments: Segments) -> list[tuple[int, ...]]:
     return found
 
 
-def test_what_a_compiled_segment_gives_has_the_layout_that_the_next_ones_are_compiled_for():
-    """Whatever the compiler chose: here all dims in reverse order, and of the last one every second place."""
+def test_outputs_of_a_compiled_segment_have_the_layout_that_later_ones_are_compiled_for():
+    """Whatever layout the compiler chose: here all dims in reverse order, and a stride of two in the last."""
 
     def compile(number, part, taken):
         return lambda *args: [x.mT.repeat_interleave(2, -1)[..., ::2].mT if x.ndim > 1 else x for x in part(*args)]
@@ -121,8 +121,8 @@ def test_what_a_compiled_segment_gives_has_the_layout_that_the_next_ones_are_com
     assert len({*layouts(segments)}) > 3 and layouts(segments.compiled(compile)) == layouts(segments)
 
 
-def test_bodies_of_higher_order_operators_come_along():
-    """In the first segment and in a block, which take the same one."""
+def test_segments_include_bodies_of_higher_order_operators():
+    """In the first segment and in a block, which call the same one."""
     root = nn.Module()
     root.body = fx.symbolic_trace(lambda x: (x.sin(),))
     graph = fx.Graph()
@@ -146,8 +146,8 @@ def test_bodies_of_higher_order_operators_come_along():
     assert segments(*inputs)[0].equal(module(*inputs)[0])
 
 
-def test_a_segment_never_takes_what_a_later_one_gives():
-    """A node that was traced earlier than what it gets belongs to the later block."""
+def test_a_segment_never_reads_an_output_of_a_later_one():
+    """A node that was traced before its inputs belongs to the later block."""
     graph = fx.Graph()
     x = graph.placeholder("x")
     late = graph.call_function(aten.sin.default, (x,))
@@ -243,8 +243,8 @@ class Kept:
         known.add(self)
 
 
-def test_gradients_come_block_by_block_and_keys_and_values_go_with_them():
-    """With two gradients at hand: those of a block are added, and its keys and values freed, before the next block's."""
+def test_gradients_come_block_by_block_and_keys_and_values_are_freed_with_them():
+    """With existing gradients: a block's new ones are added, and its keys and values freed, before the next block's."""
     model, batch, seen = Model(layers=3), data(), []
     step = compile_eager(model, inner="aot_eager", strict=True)
     step(**batch).backward()
@@ -275,7 +275,7 @@ def test_gradients_come_block_by_block_and_keys_and_values_go_with_them():
 
 @dataclass
 class Step:
-    """What compiling and running a step with Inductor told: graphs that it compiled, bytes that autograd saved."""
+    """Compiling and running a step with Inductor: the graphs that it compiled, the bytes that autograd saved."""
 
     compiled: int
     saved: int
@@ -305,8 +305,8 @@ def step() -> Step:
     return Step(count, saved, tokenseek_fx.explain(model, **batch, options=options).rewritten.bytes)
 
 
-def test_inductor_compiles_one_of_several_blocks_that_are_alike(step):
-    """Of three blocks one; forward and backward of block, embedding and head, and the seek stream."""
+def test_inductor_compiles_one_of_several_identical_blocks(step):
+    """One of three blocks; forward and backward of block, embedding and head, and the seek stream."""
     assert step.compiled == 7
 
 

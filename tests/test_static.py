@@ -13,13 +13,14 @@ from marks import needs_new_triton
 from tokenseek_fx.ops.static import SHARED
 
 SPILLED = {"loss_kernel": 128, "gradient_kernel": 128}
-#: Of 65536 on a multiprocessor: two blocks of 8 warps at a time; the others have tiles that fill it.
+#: Registers per thread, so that the 65536 of a multiprocessor suffice for two blocks of 8 warps; other kernels' tiles
+#: fill a multiprocessor.
 REGISTERS = {"lse_kernel": 128, "received_kernel": 128}
 KERNELS = {*REGISTERS, *SPILLED, "forward_kernel", "grad_query_kernel", "grad_keys_kernel"}
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess:
-    """Another Python, that does not interpret kernels."""
+    """Another Python process, which does not interpret kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False)
 
@@ -27,7 +28,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 @needs_new_triton
 def test_every_kernel_fits():
-    """Of the head's, whose blocks are larger than spill nothing, a few registers are spilled (docs/design/0013)."""
+    """Those of the head spill a few registers: their blocks are larger than would spill none (docs/design/0013)."""
     done = python("-m", "tokenseek_fx.ops.static")
     rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:]]
     assert rows, done.stderr
@@ -55,7 +56,7 @@ print(found.spills > 0, found.fits)
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="the report needs triton")
-def test_spills_are_seen(tmp_path):
+def test_spills_are_detected(tmp_path):
     """The bound can fail."""
     (tmp_path / "spilling.py").write_text(SPILLING)
     done = python(str(tmp_path / "spilling.py"))
@@ -84,6 +85,6 @@ print("trained", sys.modules["triton"])
 """
 
 
-def test_without_triton_a_model_trains_as_ever():
+def test_a_model_trains_without_triton():
     done = python("-c", WITHOUT_TRITON)
     assert done.stdout.split() == ["trained", "None"], done.stderr

@@ -1,4 +1,4 @@
-"""The figures of ``tokenseek_fx.stats``, computed a second time with lists and sets, by hand, and on a real recording."""
+"""The figures of ``tokenseek_fx.stats``, recomputed with lists and sets, by hand, and on a real recording."""
 
 from __future__ import annotations
 
@@ -128,15 +128,15 @@ def test_overlap_of_visits(recording):
 # ---- by hand
 
 
-def test_steps_count_by_what_they_hold():
-    """Of 1 + 5 labelled tokens 1 + 2 are kept: the mean over steps would say otherwise."""
+def test_steps_are_weighted_by_their_tokens():
+    """Of 1 + 5 labelled tokens 1 + 2 are kept: the mean over steps would differ."""
     one = selection([[0]], 4, labelled=[[True, False, False, False]])
     five = selection([[0, 1, 2]], 8, labelled=[[True, True, False, True, True, True, False, False]])
     assert stats.labelled_kept([one, five]) == 0.5
 
 
 def test_visits_in_turns():
-    """Sequence 7 keeps {0, 1}, {1, 2}, {1, 2}; 8 keeps {3, 4} once; 9 keeps {0, 2} in one row and {0, 3} in the next."""
+    """Sequence 7 keeps {0, 1}, {1, 2}, {1, 2}; 8 keeps {3, 4} once; 9 keeps {0, 2} in one row, {0, 3} in the next."""
     recording = [
         selection([[0, 1], [3, 4]], 5, instances=[7, 8]),
         selection([[1, 2], [0, 2], [0, 3]], 5, instances=[7, 9, 9]),
@@ -196,7 +196,7 @@ def test_what_was_not_recorded(figure, name, remedy):
 
 
 @pytest.mark.parametrize("name", ["labelled", "gradient", "loss"])
-def test_a_share_of_nothing(name):
+def test_a_share_of_a_figure_that_is_0(name):
     with pytest.raises(ValueError, match=f"`{name}` is 0 for every token.* Record steps that have labels."):
         getattr(stats, f"{name}_kept")([selection([[0]], 4, **{name: torch.zeros(1, 4)})])
 
@@ -276,7 +276,7 @@ def test_two_epochs_of_a_decoder():
     assert None not in (found.labelled_kept, found.gradient_kept, found.loss_kept, found.visit_overlap)
 
 
-def test_sequences_are_known_again_in_another_order():
+def test_sequences_are_recognised_in_another_order():
     first, second = epochs("strided", [[0, 1, 2], [2, 0, 1]])
     assert stats.visit_overlap([*first, *second]) == 1
     with pytest.raises(ValueError, match="saw different sequences in step 0, row 0"):

@@ -1,4 +1,4 @@
-"""The structure of passes/: folders in order of processing that import downward only, one assembly of passes, short files."""
+"""The structure of passes/: folders in order that import downward only, one assembly of passes, short files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def room_of(module: str) -> int:
     return ROOMS.index(parts[1]) if len(parts) > 1 and parts[1] in ROOMS else len(ROOMS)
 
 
-def test_every_folder_is_a_room():
+def test_every_folder_is_in_the_order():
     assert {file.parent.name for file in FILES if file.parent.name != "passes"} == {*ROOMS}
 
 
@@ -56,7 +56,7 @@ def test_a_folder_imports_from_those_before_it(file):
     assert not upward
 
 
-def test_no_circle_of_imports():
+def test_no_circular_imports():
     graph = nx.DiGraph((module_of(file), other) for file in FILES for other in imported(file))
     assert [c for c in nx.strongly_connected_components(graph) if len(c) > 1] == []
 
@@ -67,7 +67,7 @@ def test_files_are_short(file):
 
 
 def test_passes_are_assembled_on_one_page():
-    """Nothing but ``pipeline.py`` makes a pipeline or names several passes; others add one or stop early."""
+    """Only ``pipeline.py`` makes a pipeline or names several passes; others add one or stop early."""
     found = {}
     for file in [*FILES, *(ROOT / "tokenseek_fx").rglob("*.py")]:
         if "tokenseek_fx/passes/" in str(file) or file.name == "__init__.py":
@@ -85,7 +85,7 @@ def test_passes_are_assembled_on_one_page():
 
 
 def test_importing_the_passes_needs_no_backend():
-    """Nothing in passes/ imports from the package above but operators, version differences and the category of warnings."""
+    """From the package above, passes/ imports only operators, version differences and the category of warnings."""
     allowed = {"ops", "compat", "warnings"}
     for file in FILES:
         depth = len(file.relative_to(ROOT).parts) - 1
@@ -97,8 +97,8 @@ def test_importing_the_passes_needs_no_backend():
 def test_importing_the_package_loads_neither_torch_nor_itself():
     """Its names are imported where they are first used, so the import costs next to nothing beside that of torch."""
     code = "import sys, tokenseek_fx; print(sorted(m for m in sys.modules if m.startswith(('torch', 'tokenseek_fx'))))"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert told.strip() == "['tokenseek_fx']"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert loaded.strip() == "['tokenseek_fx']"
 
 
 # -- registries -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Tables of the pages are those of the committed runs, and what they claim holds in them."""
+"""The tables of the pages are those of the committed runs, and their claims hold."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_no_more_than_15_percent_above_the_lower_bound_is_saved():
     assert not lower_bound.above(BOUND["results"])
 
 
-def test_what_is_above_is_seen():
+def test_excess_over_the_lower_bound_is_detected():
     more = [{**result, "saved": 2 * result["lower_bound"]} for result in BOUND["results"]]
     assert len(lower_bound.above(more)) == len(more)
 

@@ -1,4 +1,4 @@
-"""The traced graph equals the executed two streams, once for every option; other tests only execute them."""
+"""The traced graph equals the two executed streams, once for every option; other tests only execute them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_loss_of_all_settings():
     assert_equal(summed(), batch, scorer="tokenseek", select="sample")
 
 
-def test_written_out_attention():
+def test_eager_attention():
     assert_equal(decoder(attention="eager"), packed(), scorer="tokenseek")
 
 
@@ -83,13 +83,13 @@ def test_two_token_axes():
     assert_equal(model, batch, tol=1e-6, scorer="tokenseek", keep_ratio=[0.5, 0.3])
 
 
-def test_a_graph_is_captured_again_for_another_form_of_the_batch():
-    """And for the same form, other values give what they give."""
+def test_another_form_of_the_batch_has_its_own_graph():
+    """With the same form, other values give other results."""
     model = Decoder()
-    first, again, other = (executed(model, tokens(seed), scorer="strided") for seed in (0, 0, 1))
+    first, second, other = (executed(model, tokens(seed), scorer="strided") for seed in (0, 0, 1))
     short = executed(model, {name: x[:, :11] for name, x in tokens().items()}, scorer="strided")
-    assert first.loss == again.loss != other.loss
-    assert error(first.grads, again.grads) == 0 and short.selection.scores.shape == (3, 11)
+    assert first.loss == second.loss != other.loss
+    assert error(first.grads, second.grads) == 0 and short.selection.scores.shape == (3, 11)
     with torch.no_grad():
         model.head.weight.mul_(2)
     assert executed(model, tokens(), scorer="strided").loss != first.loss
@@ -103,7 +103,7 @@ def test_what_needs_a_compiled_graph_is_refused():
 def assert_equal(
     model: nn.Module, batch: dict[str, Any], tol: float = 1e-12, run: Callable[..., Run] = compiled, **options: Any
 ) -> None:
-    """All that a step gives is the same, with the same noise."""
+    """All results of a step are the same, with the same noise."""
     one, other = (each(model, batch, **{"seed": 1, **options}) for each in (run, executed))
     assert torch.equal(one.indices, other.indices)
     assert error(one.grads, other.grads) <= tol

@@ -1,4 +1,4 @@
-"""transformers' Trainer with TokenSeekCallback: what is added to it, and that nothing else changes."""
+"""transformers' Trainer with TokenSeekCallback: what the callback adds, and that nothing else changes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ T, STEPS = 12, 4
 
 
 class Tracker(TrainerCallback):
-    """Stands for those of ``report_to``, which Trainer calls before the callbacks of the user."""
+    """Stands in for those of ``report_to``, which Trainer calls before the callbacks of the user."""
 
     def __init__(self) -> None:
         self.seen: list[dict] = []
@@ -53,7 +53,7 @@ class Kill(TrainerCallback):
 
 
 class Take(TrainerCallback):
-    """Has so many bytes for a moment, in one step."""
+    """Briefly allocates this many bytes, in one step."""
 
     def __init__(self, bytes_: int, step: int) -> None:
         self.bytes, self.step = bytes_, step
@@ -81,8 +81,9 @@ def examples(count: int = 16) -> list[dict]:
 
 def trainer(where: Path, *callbacks: TrainerCallback, model: Any = None, **settings: Any) -> Trainer:
     settings = {
-        "max_steps": STEPS, "per_device_train_batch_size": 2, "logging_steps": 1, "save_steps": 2, "eval_strategy": "steps",
-        "eval_steps": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True, "learning_rate": 1e-2, **settings,
+        "max_steps": STEPS, "per_device_train_batch_size": 2, "logging_steps": 1, "save_steps": 2,
+        "eval_strategy": "steps", "eval_steps": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True,
+        "learning_rate": 1e-2, **settings,
     }  # fmt: skip
     return Trainer(
         model if model is not None else zoo.build("llama", dtype=torch.float32),
@@ -104,7 +105,7 @@ def files(where: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> tuple[Trainer, Trainer, Tracker]:
-    """Without ours and with it (and a tracker before it). A Trainer seeds what is drawn when it is made."""
+    """Without our callback and with it (after a tracker). A Trainer seeds random generators when it is created."""
     torch._dynamo.reset()
     (plain := trainer(tmp_path_factory.mktemp("plain"))).train()
     (ours := trainer(tmp_path_factory.mktemp("ours"), tracker := Tracker(), TokenSeekCallback(**KEEP))).train()
@@ -130,15 +131,15 @@ def test_a_tracker_of_report_to_gets_our_figures(tmp_path):
     board = EventAccumulator(str(tmp_path / "board")).Reload()
     for name in FIGURES:
         expected = [log[f"tokenseek_{name}"] for log in run.state.log_history if "loss" in log]
-        told = board.Scalars(f"train/tokenseek_{name}")
-        assert [event.step for event in told] == [1, 2, 3, 4]
-        assert [event.value for event in told] == pytest.approx(expected)
+        events = board.Scalars(f"train/tokenseek_{name}")
+        assert [event.step for event in events] == [1, 2, 3, 4]
+        assert [event.value for event in events] == pytest.approx(expected)
 
 
 @pytest.mark.skipif(not forget_peak(torch.device("cpu")), reason="this system can't reset the peak of a process")
 def test_the_peak_is_that_of_the_steps_since_the_last_log(tmp_path):
     much = 2**29  # far above what a step of the model takes, or the allocator keeps
-    torch.ones(2 * much, dtype=torch.uint8)  # before the run: not of it
+    torch.ones(2 * much, dtype=torch.uint8)  # before the run, so not counted
     run = trainer(tmp_path, TokenSeekCallback(**KEEP), Take(much, step=2), eval_strategy="no", save_strategy="no")
     run.train()
     first, taken, *after = [log["tokenseek_peak_mib"] * 2**20 for log in run.state.log_history if "loss" in log]
@@ -168,9 +169,9 @@ def test_checkpoints_have_the_files_and_tensors_of_the_trainer(runs):
 def test_evaluation_is_plain(runs):
     """While training and after it: loss and metrics are those of the weights without a compiler, bit by bit."""
     _, ours, _ = runs
-    again = trainer(Path(ours.args.output_dir), model=type(ours.model)(ours.model.config))
-    again.model.load_state_dict(ours.model.state_dict())
-    expected = again.evaluate()
+    fresh = trainer(Path(ours.args.output_dir), model=type(ours.model)(ours.model.config))
+    fresh.model.load_state_dict(ours.model.state_dict())
+    expected = fresh.evaluate()
     assert ours.model._compiled_call_impl is None
     last = [log for log in ours.state.log_history if "eval_loss" in log][-1]
     for found in (last, ours.evaluate()):
@@ -192,7 +193,7 @@ def test_a_killed_run_resumes_to_the_same_losses(runs, tmp_path):
 
 
 def in_a_process(where: Path, killed_at: int = 0) -> subprocess.CompletedProcess[str]:
-    """``killed.py``, with the modules that this process finds."""
+    """Run ``killed.py`` with the module path of this process."""
     line = [sys.executable, str(Path(__file__).parent / "killed.py"), str(where), str(killed_at)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300)
@@ -245,7 +246,10 @@ class Watch(TrainerCallback):
     [({"gradient_accumulation_steps": 2}, 1e-5), ({"bf16": True}, 2 * torch.finfo(torch.bfloat16).eps)],
 )
 def test_accumulated_and_mixed_gradients_are_those_of_the_definition(tmp_path, settings, tol):
-    """The loss divides by the labelled tokens of all batches of the step. bfloat16: tests/test_setups.py says why so loose."""
+    """The loss divides by the labelled tokens of all batches of the step.
+
+    bfloat16: tests/test_setups.py explains the wide tolerance.
+    """
     model, ours = zoo.build("llama", dtype=torch.float32), TokenSeekCallback(**KEEP)
     before = {name: x.clone() for name, x in model.state_dict().items()}
     watch, batches = Watch(ours), []
@@ -267,7 +271,7 @@ def test_accumulated_and_mixed_gradients_are_those_of_the_definition(tmp_path, s
     assert error(watch.grads, expected) < tol
 
 
-def test_what_is_compiled_otherwise_is_refused(tmp_path):
+def test_models_compiled_otherwise_are_refused(tmp_path):
     compiled = zoo.build("llama", dtype=torch.float32)
     compiled.compile(backend="eager")
     with pytest.raises(ConfigError, match=r"already compiled\. Remove model\.compile"):
@@ -288,7 +292,7 @@ def test_data_parallel_is_refused(tmp_path):
 
 
 def test_the_name_of_the_backend_in_training_arguments_is_refused_by_accelerate(tmp_path):
-    """Its list of backends is closed; should it open, docs/setups.md can name a shorter way."""
+    """Its list of backends is closed; if it opens, docs/setups.md can name a shorter way."""
     with pytest.raises(ValueError, match="'TOKENSEEK' is not a valid DynamoBackend"):
         trainer(tmp_path, torch_compile=True, torch_compile_backend="tokenseek")
     page = (Path(__file__).parents[1] / "docs" / "setups.md").read_text()
@@ -314,4 +318,4 @@ def test_the_scoring_share_is_known_where_the_model_runs_in_chunks(tmp_path):
         run.train()
         shares.append(run.state.log_history[0]["tokenseek_scoring_share"])
     assert 0 < shares[0] == pytest.approx(shares[1])
-    assert shares[2] > shares[0], "the step is shorter where no block is computed again"
+    assert shares[2] > shares[0], "the step is shorter if no block is recomputed"

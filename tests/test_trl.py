@@ -1,4 +1,4 @@
-"""TRL: its head is off in training forwards, and what its trainers compute of the outputs has the gradient of the definition."""
+"""TRL: training forwards skip the head, and what trainers compute from outputs has the gradient of the definition."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def fused(summed: bool, **options: Any) -> nn.Module:
 
 
 def packed() -> dict[str, Tensor]:
-    """Documents behind one another, told by their positions, as ``packing`` makes them."""
+    """Concatenated documents, marked by their positions, as ``packing`` makes them."""
     batch = zoo.batch(zoo.build("llama"), 1, T)
     return {**batch, "position_ids": torch.cat([torch.arange(6), torch.arange(T - 6)])[None]}
 
 
 @pytest.mark.parametrize("kind", ["padded", "packed", "without logits"])
 def test_a_sum_of_log_probabilities_is_a_loss_that_tokens_are_drawn_by(kind):
-    """What SFTTrainer does with them, under gradient accumulation."""
+    """As SFTTrainer uses them, under gradient accumulation."""
     logits = "drop" if kind == "without logits" else "keep"
     model, batch = (
         fused(summed=True, logits=logits),
@@ -85,7 +85,7 @@ def test_a_sum_of_log_probabilities_is_a_loss_that_tokens_are_drawn_by(kind):
 
 
 def test_any_other_use_of_log_probabilities_has_the_gradient_of_the_kept_rows():
-    """What DPOTrainer does with them: no linear function of all of them. Labelled tokens are known, and kept first."""
+    """As DPOTrainer uses them: not a linear function of all. Labelled tokens are known, and kept first."""
     model, batch = (
         fused(summed=False, scorer="random", labelled_first=1.0),
         zoo.batch(zoo.build("llama"), 2, T, "right"),
@@ -133,8 +133,9 @@ def sft(where: Path, *callbacks: TrainerCallback, **settings: Any) -> SFTTrainer
     documents = [torch.randint(2, 97, (length,), generator=generator).tolist() for length in lengths]
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1}, "<end>"))
     settings = {
-        "max_steps": 3, "per_device_train_batch_size": 2, "max_length": 20, "logging_steps": 1, "learning_rate": 1e-2, "bf16": False,
-        "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True, **settings,
+        "max_steps": 3, "per_device_train_batch_size": 2, "max_length": 20, "logging_steps": 1,
+        "learning_rate": 1e-2, "bf16": False, "save_strategy": "no", "report_to": [], "use_cpu": True,
+        "disable_tqdm": True, **settings,
     }  # fmt: skip
     return SFTTrainer(
         zoo.build("llama", dtype=torch.float32),
@@ -168,7 +169,7 @@ def test_gradients_of_a_packed_run_are_those_of_the_definition(tmp_path):
     run.data_collator = lambda rows: batches.append(made := collate(rows)) or made
     run.train()
     batch, (rows,) = batches[0], watch.rows
-    assert batch["input_ids"].shape[0] == 1 and (batch["position_ids"] == 0).sum() > 2, "documents behind one another"
+    assert batch["input_ids"].shape[0] == 1 and (batch["position_ids"] == 0).sum() > 2, "concatenated documents"
     assert rows.indices.shape[1] == -(-batch["input_ids"].shape[1] // 2)
     count = (batch["labels"][:, 1:] != -100).sum()
     fresh = zoo.build("llama", dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""Visibility: its conditions, one pair of query and key at a time, and that its parts agree."""
+"""Visibility: its conditions, for one pair of query and key at a time, and the agreement of its methods."""
 
 from __future__ import annotations
 

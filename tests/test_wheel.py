@@ -1,4 +1,4 @@
-"""The wheel: it holds all that a model needs to be compiled, and that needs no more than its base dependencies."""
+"""The wheel: it holds all that a model needs to be compiled, and needs only its base dependencies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
-# without what is installed for other extras, as in an environment that has none
+# without the packages of other extras, as in an environment that has none
 USE = """
 import sys
 sys.modules |= dict.fromkeys(sys.argv[2].split(","))

@@ -1,4 +1,4 @@
-"""Writes in a forward: those that autograd sees are as in eager PyTorch, what it does not see carries no gradient or is refused."""
+"""Writes in a forward: those that autograd sees are as in eager PyTorch, others carry no gradient or are refused."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_what_is_computed_in_inference_mode_carries_no_gradient():
 
 
 class Sharing(Model):
-    """Two attributes, one memory, one of them written to."""
+    """Two attributes share memory, and one of them is written to."""
 
     def __init__(self, alike: bool) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ def test_buffers_that_share_memory_are_refused_where_one_is_written_to():
 
 
 class ByFrequency(Model):
-    """The gradient of an embedding is divided by how often its id is there."""
+    """The gradient of an embedding is divided by how often its id occurs."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """Every architecture of the zoo: exact against the reference, or refused with a reason. ``docs/support.md`` says which.
 
-They are slow tests: ``make test ALL=1`` and continuous integration run them. ``EXPECTTEST_ACCEPT=1`` writes their rows anew. The page is
-that of PyTorch 2.13: another version's partitioner saves other values, and transformers makes other masks for it, so that the verdict alone
-is compared.
+They are slow tests: ``make test ALL=1`` and continuous integration run them. ``EXPECTTEST_ACCEPT=1`` regenerates their
+rows. The page is that of PyTorch 2.13: with another version the partitioner saves other values and transformers makes
+other masks, so only the verdict is compared.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tokenseek_fx import GraphNotSupported
 PAGE = Path(__file__).parents[1] / "docs" / "support.md"
 SHORT, LONG, KEEP = 13, 256, 0.1
 CASES = [(name, attn) for name in ARCHITECTURES for attn in forms(name)]
-#: The product of groups of rows has no float64 on CPUs.
+#: Grouped matrix products have no float64 on CPUs.
 SINGLE = {"gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"}
 
 
@@ -45,11 +45,15 @@ def quiet() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "attn"), CASES)
 def test_what_the_page_says_of_an_architecture(name, attn):
-    """And keys and values of all tokens are live as defined (``kv_grad="all"``), by the same graph. In DPT the input of a layer is no value
-    of the residual stream: the neck reads the layers before it too."""
+    """Also keys and values of all tokens are live as defined (``kv_grad="all"``), in the same graph.
+
+    In DPT the input of a layer is not the residual stream alone: the neck reads the layers before it too.
+    """
     if name == "jamba" and PYTORCH == (2, 11):
-        pytest.skip("Dynamo of PyTorch 2.11 takes itself for an export: the scan is a loop, of whose states the reference can't say whose rows "
-                    "they are")  # fmt: skip
+        pytest.skip(
+            "Dynamo of PyTorch 2.11 behaves as in an export: the scan is a loop, "
+            "and the reference can't say whose rows its states are"
+        )
     case = build(name, attn, SHORT, torch.float32 if name in SINGLE else torch.float64)
     row = f"| {' | '.join((name, attn, *result(name, attn, case)))} |"
     if PYTORCH == (2, 13) and os.environ.get("EXPECTTEST_ACCEPT"):
@@ -73,7 +77,7 @@ class Half(nn.Module):
 
 
 def halved(layer: Any) -> Half:
-    """The first half of a layer, which then runs it."""
+    """The first half of a layer; the layer then calls it."""
     half = Half(layer)
 
     def run(x: Tensor, height: int, width: int, **asked: Any) -> Tensor:
@@ -97,7 +101,7 @@ def attending(model: nn.Module) -> list[nn.Module]:
 
 
 class Recurrence(nn.Module):
-    """Attention, then a state that goes from token to token in a loop. ``only``: what is done to every value with a token axis."""
+    """Attention, then a state passed from token to token in a loop. ``only``: applied to values with a token axis."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,8 +123,10 @@ class Recurrence(nn.Module):
 
 
 def test_a_recurrence_in_a_loop_is_exact():
-    """A state has no token axis: gradient passes through it to the kept rows before. So is Jamba's scan with PyTorch 2.11, where the
-    reference can't tell."""
+    """A state has no token axis: gradient passes through it to the kept rows before.
+
+    The same holds for Jamba's scan with PyTorch 2.11, which the reference can't check.
+    """
     model, batch = Recurrence(), {"x": torch.randn(3, SHORT, 8).double(), "target": torch.randn(3, SHORT).double()}
     run, by_hand = compiled(model, batch, report_loss="kept", inner="eager"), copy.deepcopy(model)
     kept = torch.zeros(3, SHORT, dtype=torch.bool).scatter(1, run.indices, True)
@@ -132,9 +138,9 @@ def test_a_recurrence_in_a_loop_is_exact():
 
 
 @pytest.mark.slow
-def test_inductor_reads_what_experts_add_up_after_it_is_added_up():
-    """Wrong in PyTorch alone where the sum is fused with what reads it (``compat``)."""
-    with fresh_cache():  # a kernel that is found there would hide what makes it wrong now
+def test_inductor_reads_the_sum_of_experts_after_it_is_complete():
+    """PyTorch alone is wrong if the sum is fused with its reader (``compat``)."""
+    with fresh_cache():  # a cached kernel would hide an error in compiling it now
         check_exact(*build("deepseek_v3", "sdpa", SHORT, torch.float32), compiled, inner="inductor")
 
 
@@ -176,7 +182,7 @@ def check_exact(model: nn.Module, batch: dict[str, Any], train: Callable[..., Ru
 
 
 def graph_refusal(run):
-    """What ``run`` returns; a refusal is raised as it is, without what Dynamo wraps it in."""
+    """What ``run`` returns; a refusal is raised without Dynamo's wrapping error."""
     try:
         return run()
     except torch._dynamo.exc.BackendCompilerFailed as failed:
@@ -189,11 +195,11 @@ def sizes(name: str, attn: str) -> tuple[str, ...]:
     model, batch = build(name, attn, LONG, torch.float32)
     options = {"keep_ratio": KEEP, "logits": "drop", "scorer": "random", "select": "topk"}
     with contextlib.redirect_stdout(io.StringIO()):
-        told = tokenseek_fx.explain(model, **batch, options=options)
-    assert told.refusal is None
-    plain, rewritten = told.plain.bytes, told.rewritten.bytes
+        report = tokenseek_fx.explain(model, **batch, options=options)
+    assert report.refusal is None
+    plain, rewritten = report.plain.bytes, report.rewritten.bytes
     saved = f"{plain / 1024:.0f} -> {rewritten / 1024:.0f}"
-    return saved, f"{rewritten / plain:.2f}", str(len(told.barriers)), f"{told.forwards:.2f}"
+    return saved, f"{rewritten / plain:.2f}", str(len(report.barriers)), f"{report.forwards:.2f}"
 
 
 def write(name: str, attn: str, row: str) -> None:
