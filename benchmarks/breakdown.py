@@ -29,9 +29,9 @@ def measure(setting: Setting, row: str, count: int) -> str:
     for _ in range(3):
         step(model, inputs, True)
     found = on_cuda(model, inputs, True, 5)
-    with profile(activities=[ProfilerActivity.CUDA]) as told:
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         step(model, inputs, True)
-    events = [event for event in told.key_averages() if event.device_type is DeviceType.CUDA]
+    events = [event for event in profiled.key_averages() if event.device_type is DeviceType.CUDA]
     events.sort(key=lambda event: -event.self_device_time_total)
     times = ", ".join(f"{name} {statistics.median(found[name]):.3f} s" for name in ("step", "forward"))
     lines = [

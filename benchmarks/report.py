@@ -19,7 +19,8 @@ Rows = dict[str, Result]
 
 LOSS = (
     "The loss is that of the first step at random weights: it shows that the rows compute the same model, not how well "
-    "they learn. [The quality study](../../../docs/when-to-use.md#what-a-selection-learns) measures training on a part of the tokens."
+    "they learn. [The quality study](../../../docs/when-to-use.md#what-a-selection-learns) measures training on a part "
+    "of the tokens."
 )
 
 
@@ -154,8 +155,8 @@ def gpu_claims(base: Setting) -> list[Claim]:
 
 def machines(records: list[Result]) -> list[str]:
     """The machines and versions behind the figures, each once."""
-    told = [{key: value for key, value in record["machine"].items() if key != "load"} for record in records]
-    return list(dict.fromkeys(json.dumps(where) for where in told))
+    found = [{key: value for key, value in record["machine"].items() if key != "load"} for record in records]
+    return list(dict.fromkeys(json.dumps(where) for where in found))
 
 
 def section(setting: Setting, rows: Rows, columns: Columns) -> str:

@@ -201,7 +201,8 @@ pairs: {described}
 batch {options.batch}, length {options.length}, {options.steps} steps, AdamW lr {options.lr:g}, float32
 CPU, {torch.get_num_threads()} threads, torch {torch.__version__}
 step: median of forward + backward + update, without the first step (which compiles). peak: resident memory beyond
-model, gradients and optimizer state. saved: bytes that one forward saves for backward; activations include keys and values.
+model, gradients and optimizer state. saved: bytes that one forward saves for backward; activations include keys and
+values.
 {verdict(results, options)}"""
 
 
