@@ -173,7 +173,10 @@ def _places(alike: fx.GraphModule, module: fx.GraphModule) -> dict[str, str]:
 
 
 def _edge(node: fx.Node, places: Mapping[str, str] = MappingProxyType({})) -> Edge:
-    """The edge of a saved node; a view keeps its whole base. ``places``: the places of an equal graph, by those of this one."""
+    """The edge of a saved node; a view keeps its whole base.
+
+    ``places``: the places of an equal graph, by those of this one.
+    """
     value, place = _base(node).meta["val"], where(node)
     return Edge(node.name, kind_of_saved(node), tuple(value.shape), value.dtype, places.get(place, place))
 
