@@ -265,8 +265,8 @@ def test_vmap_is_refused_loudly():
         torch.compile(Vmapped(), backend="tokenseek", options={"inner": "eager"})(**data()).backward()
 
 
-def test_segments_that_are_alike_are_partitioned_once(monkeypatch):
-    """And what they save is told as if each were partitioned, at its own place."""
+def test_identical_segments_are_partitioned_once(monkeypatch):
+    """Each reports what it saves at its own place, as if it were partitioned."""
     program = rewritten(captured(Model(layers=4), data()), until="recompute plan", recompute="none")
     partitioned, calls = saved.partitioned, []
     monkeypatch.setattr(saved, "partitioned", lambda *args: (calls.append(args), partitioned(*args))[1])
