@@ -166,7 +166,7 @@ def _rows(m, rows, GROUP: tl.constexpr):
 
 @triton.jit
 def _block_of_rows(key_heads, rows, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
-    """(first of the program's BLOCK_M rows, instance, key head, *_rows of them); rows with the most keys start first."""
+    """(first of the program's BLOCK_M rows, instance, key head, *_rows of them); rows with most keys start first."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     b, h = (tl.program_id(1) // key_heads).to(tl.int64), (tl.program_id(1) % key_heads).to(tl.int64)
     i, g, inside = _rows(first + tl.arange(0, BLOCK_M), rows, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
