@@ -245,7 +245,7 @@ def _described(plain: Program, rewritten: Program, plan: Plan) -> Explanation:
             + (1 - recomputed) * lower_bound(plain, shares, plan.kv, everything)
         ),
         recomputed_kv=len(rewritten[KVRecompute].attentions) if plan.kv.recomputes else None,
-        forwards=_forwards(plain, rewritten, recomputed),
+        forwards=predicted_forwards(plain, rewritten, recomputed),
         graphs=tuple(show_blocks(rewritten)),
     )
 
@@ -258,12 +258,11 @@ def _counted(lines: Sequence[str]) -> list[str]:
     return [f"{n} x {line}" if n > 1 else line for line, n in Counter(lines).items()]
 
 
-def _forwards(plain: Program, rewritten: Program, recomputed_share: float) -> float:
+def predicted_forwards(plain: Program, rewritten: Program, recomputed_share: float) -> float:
     """(seek stream + 3 x ditch stream + recomputation) / forward, in FLOPs of matrix products.
 
     Attention by position is excluded from both.
     """
-    assert rewritten[Rewrite]
     forward = _flops(plain.module, plain.inputs, _for_scores(plain)).total()
     step = flops_of_step(rewritten[Rewrite].module, rewritten[Rewrite].inputs, recomputed_share)
     return step.total() / forward if forward else 3.0
