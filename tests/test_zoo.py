@@ -52,7 +52,7 @@ def quiet() -> Iterator[None]:
 def test_what_the_page_says_of_an_architecture(name, attn):
     """Also keys and values of all tokens are live as defined (``kv_grad="all"``), in the same graph.
 
-    Saved bytes are measured for the first form of attention of every architecture. For the others the bytes of the page are
+    Saved bytes are measured for the first form of attention of every architecture. For the others the page's bytes are
     taken: eager attention by position saves the same, and ``test_size`` and ``test_saving`` compare the forms.
 
     In DPT the input of a layer is not the residual stream alone: the neck reads the layers before it too.
