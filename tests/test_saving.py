@@ -107,7 +107,7 @@ def test_some_recomputed_blocks_equal_the_reference(scorer):
 
 @needs_float64_attention
 @pytest.mark.slow
-@settings(max_examples=4, **RELAXED)
+@settings(max_examples=2, **RELAXED)
 @given(configurations(), batches(), RATIOS)
 def test_rows_recomputed_by_inductor_equal_the_reference(configuration, batch, ratio):
     assert_matches(Transformer(configuration), batch, 1e-6, keep_ratio=ratio, recompute="rows", inner="inductor")
