@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 
 import architectures
@@ -163,10 +164,16 @@ def explained(model: nn.Module, **options) -> tokenseek_fx.Explanation:
     return tokenseek_fx.explain(model, input_ids=ids, labels=ids, options={"logits": "drop", **options})
 
 
+@functools.cache
+def explained_with(name: str, recompute: str) -> tokenseek_fx.Explanation:
+    """The explanation of one of ``MODELS``, which several tests compare with."""
+    return explained(MODELS[name](), recompute=recompute)
+
+
 @pytest.mark.parametrize("recompute", ["none", "rows"])
 @pytest.mark.parametrize("name", MODELS)
 def test_saved_bytes_are_near_the_lower_bound(name, recompute):
-    report = explained(MODELS[name](), recompute=recompute)
+    report = explained_with(name, recompute)
     heads = 2 if name == "grouped heads" else 4
     assert report.rewritten.by_kind()["keys/values"] == 3 * 2 * B * LENGTH * heads * 32 * 4
     assert report.rewritten.bytes <= 1.15 * report.lower_bound
@@ -187,7 +194,7 @@ def test_no_block_holds_terms_of_the_scores_of_all_tokens_that_only_keys_give():
 
 @pytest.mark.parametrize("blocks", [slow(0), 1, slow(2), slow(3)])
 def test_by_default_as_many_last_blocks_are_kept_as_fit_into_the_forward_of_all_tokens(blocks):
-    none, rows = (explained(llama(2), recompute=way) for way in ("none", "rows"))
+    none, rows = (explained_with("grouped heads", way) for way in ("none", "rows"))
     # per row: query, attention and its log-sum-exps, three projections of the width, gate and up; key and value
     products = B * none.kept * (5 * WIDTH + 4 + 2 * INNER + 2 * 64) * 4
     gradient = INNER * WIDTH * 4  # the largest after the last attention
@@ -202,14 +209,14 @@ def test_by_default_as_many_last_blocks_are_kept_as_fit_into_the_forward_of_all_
 
 @pytest.mark.parametrize("blocks", [slow(0), 1, slow(2), slow(3)])
 def test_a_number_of_bytes_recomputes_as_few_blocks_as_possible(blocks):
-    none, rows = (explained(llama(2), recompute=way).rewritten.bytes for way in ("none", "rows"))
+    none, rows = (explained_with("grouped heads", way).rewritten.bytes for way in ("none", "rows"))
     budget = int(none - (blocks - 0.5) * (none - rows) / 3) if blocks else none
     saved = explained(llama(2), recompute=budget).rewritten.bytes
     assert saved <= budget and saved == pytest.approx(none - blocks * (none - rows) / 3, rel=0.02)
 
 
 def test_without_chunks_every_block_is_recomputed_by_default():
-    assert explained(llama(2)).rewritten == explained(llama(2), recompute="rows").rewritten
+    assert explained(llama(2)).rewritten == explained_with("grouped heads", "rows").rewritten
 
 
 # -- other ways to keep keys and values -------------------------------------------------------------------------------
