@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tokenseek_fx.ops import head
 from tokenseek_fx.ops.head import head_loss
-from tokenseek_fx.passes.streams import token_loss as tail
+from tokenseek_fx.passes.streams import scoring_tail as tail
 from tokenseek_fx.passes.streams.linear_head import Head, find_head
 
 IGNORED = -100
