@@ -25,6 +25,7 @@ from tokenseek_fx.compilation import backend
 from tokenseek_fx.config import Config
 from tokenseek_fx.passes.lower import chunks
 from tokenseek_fx.passes.lower.chunks import Chunk
+from tokenseek_fx.passes.lower.regions import Region
 from tokenseek_fx.passes.streams.trace import Rewrite
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 31}
@@ -178,7 +179,7 @@ def test_experts_of_all_tokens_are_not_in_memory_at_once(small):
 def test_a_view_of_a_value_of_concatenated_chunks_may_be_a_copy(small, monkeypatch):
     """Attention within a window has the layout of its queries; here the region after it is not cut."""
     can_stand = property(lambda region: region.nodes[0].target is not torch.ops.aten.view.default)
-    monkeypatch.setattr(chunks._Region, "can_stand", can_stand)
+    monkeypatch.setattr(Region, "can_stand", can_stand)
     model, batch = built("modernbert tag", "sdpa", 13, torch.float64)
     assert_matches(model, batch, 1e-6, inner="eager")
     assert calls(small[-1])
