@@ -18,6 +18,7 @@ from ...ops.received import HIDDEN, received, sees_nothing
 from ...ops.visibility import Visibility
 from ..analysis.row_index import RowIndex
 from ..analysis.token_axes import Attention
+from ..graph.errors import GraphNotSupported
 from ..rules.attention import attention_op
 from .positional import PositionalAttention
 
@@ -32,6 +33,12 @@ def received_in(
         return row_index.by_token(positional.received(values), labels, len(labels) - 1)
     given = attention_op(node)
     if given is not None:
+        if given.sinks is not None:
+            raise GraphNotSupported(
+                "An attention with sinks can't mask by position, so the attention that its tokens receive is unknown.",
+                'Choose scorer="loss" or scorer="random".',
+                node,
+            )
         mask = None if given.mask is None else values[given.mask]
         visibility = Visibility(mask=mask, causal=given.is_causal)
         total = received(values[given.query], values[given.key], visibility, given.scale, given.softcap)
