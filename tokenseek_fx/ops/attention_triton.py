@@ -165,7 +165,7 @@ def _rows(m, rows, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _block_of_rows(key_heads, rows, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
+def _row_block(key_heads, rows, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
     """(first of the program's BLOCK_M rows, instance, key head, *_rows of them); rows with most keys start first."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     b, h = (tl.program_id(1) // key_heads).to(tl.int64), (tl.program_id(1) % key_heads).to(tl.int64)
@@ -190,7 +190,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Output and log-sum-exp of BLOCK_M rows of one instance and key head; rows with the most keys start first."""
     scale, softcap = tl.cast(scale, tl.float32), tl.cast(softcap, tl.float32)
-    first, b, h, i, g, inside = _block_of_rows(key_heads, rows, BLOCK_M, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
+    first, b, h, i, g, inside = _row_block(key_heads, rows, BLOCK_M, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
     positions += b * rows
     segments += b * keys
     p = _positions(positions, i, inside, CAUSAL or WINDOW or SEGMENTS)
@@ -268,7 +268,7 @@ def grad_query_kernel(
 ):  # fmt: skip
     """dq of BLOCK_M rows of one instance and key head, over all keys."""
     scale, softcap = tl.cast(scale, tl.float32), tl.cast(softcap, tl.float32)
-    first, b, h, i, g, inside = _block_of_rows(key_heads, rows, BLOCK_M, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
+    first, b, h, i, g, inside = _row_block(key_heads, rows, BLOCK_M, GROUP)  # pyright: ignore[reportGeneralTypeIssues]
     positions += b * rows
     segments += b * keys
     p = _positions(positions, i, inside, CAUSAL or WINDOW or SEGMENTS)
