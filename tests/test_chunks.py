@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from test_random import RATIOS, Transformer, batches, configurations
 from test_routing import experts
 from test_routing import model_and_batch as experts_model
 from torch import nn
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import batch as batch_of
 from zoo import build
@@ -26,6 +29,7 @@ from tokenseek_fx.config import Config
 from tokenseek_fx.passes.lower import chunks
 from tokenseek_fx.passes.lower.chunks import Chunk
 from tokenseek_fx.passes.lower.regions import Region
+from tokenseek_fx.passes.lower.unalias import UnaliasOutputs
 from tokenseek_fx.passes.streams.trace import Rewrite
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 31}
@@ -226,3 +230,26 @@ def test_lengths_that_change_are_cut(small, name, inner, tol):
     for count, length in [(3, 13), (3, 19), (5, 23), (2, 17)]:
         assert_exact(step, model, batch_of(model, count, length, "right"), tol)
     assert [len(calls(module)) > 2 for module in small] == 3 * [True]  # of this size; of any length; of any batch
+
+
+def test_a_subgraph_that_several_chunks_call_copies_its_results_once():
+    """A view of an input is copied; the calls of one body share it."""
+    model, batch = built("gpt2", "sdpa", 13, torch.float64)
+    bodies = []
+    run = UnaliasOutputs.run
+
+    def recorded(self, program):
+        program = run(self, program)
+        module = program[Rewrite].module
+        calls_by_name = Counter(node.args[0].target for node in module.graph.nodes if node.target is invoke_subgraph)
+        bodies.extend((count, getattr(module, name).graph) for name, count in calls_by_name.items())
+        return program
+
+    with mock.patch.object(UnaliasOutputs, "run", recorded), mock.patch.dict(chunks.CHUNK_BYTES, cpu=1500):
+        assert_matches(model, batch, 1e-6, inner="eager")
+    shared = [graph for count, graph in bodies if count > 1]
+    copies = [[node for node in graph.nodes if "tokenseek_fx.copied" in str(node.target)] for graph in shared]
+    assert any(copies)
+    for graph, made in zip(shared, copies, strict=True):
+        assert len(made) <= len(graph.output_node().args[0])
+        assert not any(node in made for copy in made for node in copy.all_input_nodes)

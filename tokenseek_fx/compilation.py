@@ -155,9 +155,10 @@ def _compile_own(
     try:
         if split is not None:
             raise split
-        program = training(config.plan()).run(Program(gm, tuple(inputs)), until=ANALYSED)
+        plan = config.plan()
+        program = training(plan).run(Program(gm, tuple(inputs)), until=ANALYSED)
         refuse_fragment(program, inputs)
-        if config.plan().keeps_all(program):
+        if plan.keeps_all(program):
             return KeepAll(compile_inner(gm, inputs), program)
         config = within_budget(gm, inputs, config)
         program = training(config.plan()).run(program)

@@ -209,7 +209,8 @@ def held(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> int:
 def _steps(
     gm: fx.GraphModule, inputs: Sequence[Any], config: Config, plain: bool, set_to_none: bool
 ) -> tuple[StepMemory, StepMemory | None]:
-    pipeline = training(config.plan())
+    plan = config.plan()
+    pipeline = training(plan)
     program = pipeline.run(Program(gm, tuple(inputs)), until=ANALYSED)
 
     def unchanged() -> Any:
@@ -219,7 +220,7 @@ def _steps(
         rewritten = pipeline.run(program)
         return Rewritten(compile_segments(rewritten, config), rewritten, None)
 
-    step = step_memory(unchanged if config.plan().keeps_all(program) else rewritten, inputs, set_to_none)
+    step = step_memory(unchanged if plan.keeps_all(program) else rewritten, inputs, set_to_none)
     return step, step_memory(unchanged, inputs, set_to_none) if plain else None
 
 

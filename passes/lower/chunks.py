@@ -68,8 +68,8 @@ class Chunk:
         chunk_bytes = self.chunk_bytes or default_bytes(rewrite.inputs)
         number = Numbers(module.graph, rewrite.inputs)
         regions = regions_of(program, chunk_bytes)
-        spare_bytes = _spare_bytes(program, regions, chunk_bytes)
         large = are_large(regions, chunk_bytes)
+        spare_bytes = _spare_bytes(program, chunk_bytes) if large else 0
         cut = cut_alike(regions, chunk_bytes)
         bodies = _Bodies(module, {node for region, sizes in cut if len(sizes) > 1 for node in region.inside})
         for region, sizes in cut:
@@ -87,14 +87,12 @@ class Chunk:
         program[Rewrite].module.graph.lint()
 
 
-def _spare_bytes(program: Program, regions: Sequence[Region], chunk_bytes: int) -> int:
+def _spare_bytes(program: Program, chunk_bytes: int) -> int:
     """Spare bytes: how much the kept rows may save without raising the peak that chunked prefill sets.
 
     Beside keys and values, the prefill briefly holds three chunks: two inside (gate and up), and the input and output
     of the region. Backward begins with the gradient of the head's weight; its bytes beyond one chunk are not spare.
     """
-    if not are_large(regions, chunk_bytes):
-        return 0
     return min(3 * chunk_bytes, max(0, 4 * chunk_bytes - _gradient_of_head(program)))
 
 

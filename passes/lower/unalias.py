@@ -33,12 +33,12 @@ class UnaliasOutputs:
 
     def run(self, program: Program) -> Program:
         rewrite = program[Rewrite].copied()
-        for node in rewrite.module.graph.find_nodes(op="call_function", target=invoke_subgraph):
-            get_body = node.args[0]
-            body, _ = copied_graph(getattr(rewrite.module, get_body.target))
+        calls = rewrite.module.graph.find_nodes(op="call_function", target=invoke_subgraph)
+        for name in dict.fromkeys(call.args[0].target for call in calls):  # chunks and identical layers share a body
+            body, _ = copied_graph(getattr(rewrite.module, name))
             unalias_outputs(body.graph)
             body.recompile()
-            setattr(rewrite.module, get_body.target, body)
+            setattr(rewrite.module, name, body)
         return program.with_(rewrite)
 
     def check(self, program: Program) -> None:
