@@ -15,7 +15,8 @@ from torch import fx
 from ..graph.nodes import is_tensor
 from ..graph.program import Program
 from .activity import Activity
-from .token_axes import Attention, TokenAxes, TokenAxis
+from .attentions import Attention
+from .token_axes import TokenAxes, TokenAxis
 
 aten = torch.ops.aten
 _ROOT, _SINK = "root", "sink"

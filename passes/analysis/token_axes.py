@@ -8,7 +8,6 @@ since no operation equates them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,41 +16,19 @@ from torch import fx
 from ..graph.errors import GraphNotSupported, InvariantBroken, NoAttention, NothingToSelect, located
 from ..graph.factors import Axes, Dim, Space, same_size
 from ..graph.nodes import is_tensor, operands_of
-from ..graph.op_sets import CONTRACTIONS, LABEL_LOSSES, SOFTMAX
+from ..graph.op_sets import LABEL_LOSSES
 from ..graph.program import Program
 from ..rules.attention import attention_op
 from ..rules.axes import flow_of
 from ..rules.op import Flow
+from .attentions import Attention, attentions_in, scores_of
 
-aten = torch.ops.aten
 _WANTED = (
     "Token selection needs a transformer whose attention can be traced: scaled_dot_product_attention, or matmul and "
     'softmax (transformers: attn_implementation="sdpa" or "eager").'
 )
 #: The batch dim (``None``: one instance) and the token dim of a value.
 RowPlace = tuple[int | None, int]
-
-
-@dataclass(frozen=True)
-class Attention:
-    """One attention.
-
-    Args:
-        node: the attention operation, or the softmax of an eager attention.
-        leading: the axes before query and key (batch, heads).
-        query: the axis of the query positions.
-        key: the axis of the key positions.
-        weights: the attention weights [*leading, query, key] without the columns of attention sinks; for an attention
-            operation, ``node`` itself.
-        out: the product of the attention weights and the values.
-    """
-
-    node: fx.Node
-    leading: Axes
-    query: Dim
-    key: Dim
-    weights: fx.Node
-    out: fx.Node
 
 
 @dataclass(frozen=True)
@@ -202,11 +179,11 @@ def inferred(program: Program) -> TokenAxes:
             flow = flow_of(node, space, axes)
         axes[node], flows[node] = flow.outputs, flow
     found = TokenAxes(space, axes, flows, ())
-    every = tuple(_attentions(program.graph, found))
+    every = tuple(attentions_in(program.graph, found))
     single = [a for a in every if not space.resolve(a.query) and space.resolve(a.key)]
     queries = {space.resolve(a.query) for a in every}
     pooling = [a for a in single if space.resolve(a.key) in queries and attention_op(a.node) is None]
-    scores = (node for a in pooling for node in _scores(a, found))
+    scores = (node for a in pooling for node in scores_of(a, found))
     between_tokens = tuple(a for a in every if a not in single)
     return replace(found, attentions=between_tokens or every, pooling=frozenset(scores))
 
@@ -240,56 +217,6 @@ def find(needle: Dim, dim: Dim) -> int | None:
     """The index in ``dim`` of the factors ``needle``, adjacent and in order; ``None`` if they are not there."""
     n = len(needle)
     return next((i for i in range(len(dim) - n + 1) if n and dim[i : i + n] == needle), None)
-
-
-def _attentions(graph: fx.Graph, found: TokenAxes) -> Iterator[Attention]:
-    for node in graph.nodes:
-        operation = attention_op(node)
-        if operation is not None:
-            query, key = found.axes[operation.query][0], found.axes[operation.key][0]
-            yield Attention(node, query[:-2], query[-2], key[-2], node, node)
-        elif node.target in SOFTMAX and (reached := _contracted_with_values(node, found)) is not None:
-            weights, out = reached
-            dims = found.axes[weights][0]
-            yield Attention(node, dims[:-2], dims[-2], dims[-1], weights, out)
-
-
-def _contracted_with_values(node: fx.Node, found: TokenAxes) -> tuple[fx.Node, fx.Node] | None:
-    """(attention weights, product with the values) of a softmax over the last dim; ``None`` if it is no attention."""
-    rank = node.meta["val"].ndim
-    return _contracted(node, node, found) if rank >= 3 and node.args[1] % rank == rank - 1 else None
-
-
-def _contracted(node: fx.Node, weights: fx.Node, found: TokenAxes) -> tuple[fx.Node, fx.Node] | None:
-    """Follow the softmax to its product with the values; return (attention weights, product).
-
-    Operations on the way keep the last two dims, or slice the last dim (which removes the columns of sinks).
-    """
-    for user in node.users:
-        if user.target in CONTRACTIONS and _left_operand(user) is node:
-            return weights, user
-        kept = is_tensor(user) and len(operands_of(user)) == 1 and found.of(user)[-2:] == found.of(node)[-2:]
-        cut = user.target is aten.slice.Tensor and found.of(user)[:-1] == found.of(node)[:-1]
-        reached = _contracted(user, weights if kept else user, found) if kept or cut else None
-        if reached is not None:
-            return reached
-    return None
-
-
-def _scores(attention: Attention, found: TokenAxes) -> set[fx.Node]:
-    """The values between the product with the keys and the product with the values."""
-    key, scores, pending = found.space.resolve(attention.key), set(), [attention.node]
-    while pending:
-        node = pending.pop()
-        scores.add(node)
-        near = [user for user in node.users if user.target not in CONTRACTIONS]
-        near += [] if node.target in CONTRACTIONS else operands_of(node)
-        pending += [other for other in near if is_tensor(other) and other not in scores and key in found.of(other)]
-    return scores
-
-
-def _left_operand(node: fx.Node) -> fx.Node:
-    return operands_of(node)[0]
 
 
 def _tokens(program: Program, found: TokenAxes) -> tuple[TokenAxis, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..analysis.token_axes import Attention
+from ..analysis.attentions import Attention
 from ..graph.factors import same_size
 from ..graph.nodes import bind, is_tensor
 from ..graph.op_sets import CASTS, DIVISIONS, MULTIPLICATIONS

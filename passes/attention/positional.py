@@ -18,7 +18,8 @@ from torch import Tensor, fx
 from ...ops.attention import selected_attention
 from ...ops.received import received
 from ..analysis.activity import Activity
-from ..analysis.token_axes import Attention, TokenAxes
+from ..analysis.attentions import Attention
+from ..analysis.token_axes import TokenAxes
 from ..graph.factors import same_size
 from ..graph.nodes import is_tensor
 from ..graph.op_sets import COPIES, VIEWS

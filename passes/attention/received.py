@@ -16,8 +16,8 @@ from torch import Tensor, fx
 
 from ...ops.received import HIDDEN, received, sees_nothing
 from ...ops.visibility import Visibility
+from ..analysis.attentions import Attention
 from ..analysis.row_index import RowIndex
-from ..analysis.token_axes import Attention
 from ..graph.errors import GraphNotSupported
 from ..rules.attention import attention_op
 from .positional import PositionalAttention

@@ -14,9 +14,10 @@ from typing import Any
 from torch import Tensor, fx
 
 from ..analysis.activity import Activity, FindActivity
+from ..analysis.attentions import Attention
 from ..analysis.blocks import Blocks, FindBlocks
 from ..analysis.row_index import RowIndex
-from ..analysis.token_axes import Attention, TokenAxes, TokenAxis
+from ..analysis.token_axes import TokenAxes, TokenAxis
 from ..attention.positional import PositionalAttentions
 from ..attention.received import received_in
 from ..graph.errors import GraphNotSupported
