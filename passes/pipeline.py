@@ -12,6 +12,7 @@ from typing import Protocol
 
 from .analysis.activity import FindActivity
 from .analysis.blocks import FindBlocks
+from .analysis.moved_rows import FindMovedRows
 from .analysis.routing import FindRoutes
 from .analysis.token_axes import FindTokenAxes
 from .attention.positional import FindPositionalAttention
@@ -44,6 +45,7 @@ def training(plan: Plan) -> Pipeline:
             UnshiftLabels(),  # before the token axes: it removes an axis that is a slice of the token axis
             FindActivity(),
             FindTokenAxes(plan.passed),
+            FindMovedRows(),
             FindRoutes(),
             FindBlocks(),
             FindPositionalAttention(),

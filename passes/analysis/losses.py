@@ -9,6 +9,7 @@ from ..graph.nodes import operands_of
 from ..graph.op_sets import LABEL_LOSSES, LOSSES
 from ..graph.program import Program
 from .activity import Activity
+from .moved_rows import MovedRows
 from .token_axes import TokenAxes
 
 
@@ -30,8 +31,9 @@ def label_losses(program: Program) -> list[fx.Node]:
 
 def weighted_losses(program: Program) -> list[fx.Node]:
     """The live losses over tokens, where drawn tokens are weighted; not losses over whole sequences."""
-    axes = program[TokenAxes]
-    return [node for node in known_losses(program) if axes.axis_of(operands_of(node)[0]) == axes.main]
+    axes, moved = program[TokenAxes], program[MovedRows].rows
+    over = {node: operands_of(node)[0] for node in known_losses(program)}
+    return [n for n, x in over.items() if (moved[x].axis if x in moved else axes.axis_of(x)) == axes.main]
 
 
 def refuse_unweighted(program: Program) -> None:

@@ -94,4 +94,6 @@ def is_parallel(program: Program, node: fx.Node) -> bool:
         return True
     if attention_op(operation) is not None or is_random(operation) or target in LOSSES:
         return False
-    return all(carried or not axes.token_dims(x) for x, carried in reads(program, node))
+    read = list(reads(program, node))
+    carries = any(carried for _, carried in read) or not read  # rows of nothing that is carried are mixed positions
+    return carries and all(carried or not axes.token_dims(x) for x, carried in read)

@@ -24,7 +24,7 @@ def label_loss(call: RowOp) -> Any:
         return elementwise_loss(call)
     if call.row_index.weights is not None:
         return _weighted_label_loss(call)
-    target, total, dtype = call.own_rows(1), _total_loss(call), call.node.meta["val"].dtype
+    target, total, dtype = _own_labels(call), _total_loss(call), call.node.meta["val"].dtype
     if call["reduction"] == MEAN:
         return (total / divisor(target, call["ignore_index"], call["weight"])).to(dtype)
     kept, labelled = (_labelled(t, call["ignore_index"], None) for t in (target, call.full(1)))
@@ -38,12 +38,21 @@ def _total_loss(call: RowOp) -> Any:
         return head.losses(call.streams).sum()
     options = call.arguments_but("self", "target", "reduction")
     logits = _no_narrower_than_float(call.own_rows(0))
-    return call.target(self=logits, target=call.own_rows(1), reduction=SUM, **options)
+    return call.target(self=logits, target=_own_labels(call), reduction=SUM, **options)
+
+
+def _own_labels(call: RowOp) -> Any:
+    """The labels of the rows; of moved rows all labels, ignored where the token is not kept."""
+    if call.moved is None:
+        return call.own_rows(1)
+    labels = call.streams.axes.of(call.operands[0])
+    positions = labels[:1] + labels[2:] if len(labels) > 1 else ()
+    return torch.where(call.kept(positions), call.full(1), call["ignore_index"])
 
 
 def _weighted_label_loss(call: RowOp) -> Any:
     """Sum of w_i l_i over the kept labelled positions; a mean divides it by all labelled positions, kept or not."""
-    if call.streams.axes.row_dim(call.operands[1]) is None:
+    if call.moved is None and call.streams.axes.row_dim(call.operands[1]) is None:
         return NotImplemented
     losses = token_losses(call)
     total, dtype = (losses * _weights(call, 1)).sum(), call.node.meta["val"].dtype
@@ -58,9 +67,8 @@ def token_losses(call: RowOp) -> Any:
     if head is not None:
         return head.losses(call.streams)
     options = call.arguments_but("self", "target", "reduction")
-    return call.target(
-        self=_no_narrower_than_float(call.own_rows(0)), target=call.own_rows(1), reduction=NONE, **options
-    )
+    logits = _no_narrower_than_float(call.own_rows(0))
+    return call.target(self=logits, target=_own_labels(call), reduction=NONE, **options)
 
 
 def divisor(target: torch.Tensor, ignore_index: int, weight: torch.Tensor | None) -> torch.Tensor:
@@ -72,6 +80,8 @@ def divisor(target: torch.Tensor, ignore_index: int, weight: torch.Tensor | None
 def _weights(call: RowOp, operand: int) -> torch.Tensor:
     """The weights of the rows, laid out as the rows of an operand."""
     axes, node = call.streams.axes, call.operands[operand]
+    if call.moved is not None:
+        return call.streams.row_numbers.weights(call.moved, axes.of(node))
     dim = axes.row_dim(node)
     assert dim is not None
     return call.row_index.weights_of(call.streams.seek[node].shape, axes.of(node), dim)
@@ -92,15 +102,19 @@ def _labelled(target: torch.Tensor, ignore_index: int, weight: torch.Tensor | No
 def elementwise_loss(call: RowOp) -> Any:
     """A loss without labels: every kept position counts."""
     if call["reduction"] not in (MEAN, SUM):
-        return _refuse_weights(call) or rerun(call)
+        _refuse_weights(call)
+        return rerun(call) if call.moved is None else call.target(*call.in_full[0], **call.in_full[1])
     if any(_is_by_token(call, weight) for weight in call.operands[2:]):
         raise GraphNotSupported(
             "A loss is weighted by token inside its own call.",
             'Use reduction="none", multiply by the weights and reduce.',
             call.node,
         )
-    if call.row_index.weights is not None and call.streams.axes.row_dim(call.operands[0]) is not None:
+    has_rows = call.moved is not None or call.streams.axes.row_dim(call.operands[0]) is not None
+    if call.row_index.weights is not None and has_rows:
         return _weighted_elementwise_loss(call)
+    if call.moved is not None:
+        return _moved_elementwise_loss(call)
     options = call.arguments_but("self", "target")
     scale = 1 if call["reduction"] == MEAN else call.row_index.tokens / call.row_index.kept
     return call.target(self=call.own_rows(0), target=call.own_rows(1), **options) * scale
@@ -108,9 +122,21 @@ def elementwise_loss(call: RowOp) -> Any:
 
 def _is_by_token(call: RowOp, weight: fx.Node) -> bool:
     """True if a weight of a loss has more than one entry along the tokens of its input."""
-    dim, shape = call.streams.axes.row_dim(call.operands[0]), weight.meta["val"].shape
-    at = -1 if dim is None else dim - call.rank(0) + len(shape)
-    return at >= 0 and not same_size(shape[at], 1)
+    labels, shape = call.streams.axes.of(call.operands[0]), weight.meta["val"].shape
+    dim = call.streams.axes.row_dim(call.operands[0])
+    dims = [i for i, label in enumerate(labels) if {*label} & {*call.moved.token}] if call.moved else [dim]
+    places = [i - len(labels) + len(shape) for i in dims if i is not None]
+    return any(at >= 0 and not same_size(shape[at], 1) for at in places)
+
+
+def _moved_elementwise_loss(call: RowOp) -> Any:
+    """The loss of the entries of kept tokens: their mean, or their sum at the scale of all entries."""
+    options = call.arguments_but("self", "target", "reduction")
+    losses = call.target(self=call.full(0), target=call.full(1), reduction=NONE, **options)
+    kept = call.kept(call.streams.axes.of(call.operands[0])).expand(losses.shape)
+    count = kept.sum()
+    mean = torch.where(kept, losses, 0).sum() / torch.where(count > 0, count, 1)
+    return (mean if call["reduction"] == MEAN else mean * losses.numel()).to(losses.dtype)
 
 
 def _weighted_elementwise_loss(call: RowOp) -> Any:
@@ -123,7 +149,7 @@ def _weighted_elementwise_loss(call: RowOp) -> Any:
 
 
 def _refuse_weights(call: RowOp) -> None:
-    if call.row_index.weights is not None and call.carries_rows:
+    if call.row_index.weights is not None and (call.moved is not None or call.carries_rows):
         raise GraphNotSupported(
             "The losses of tokens are reduced outside the loss call, so drawn tokens have no place for a weight.",
             'Let the loss reduce them (reduction="mean" or "sum"), or use select="topk".',

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from ..analysis.moved_rows import MovedRows, Rows
 from ..analysis.row_index import RowIndex
+from ..analysis.row_numbers import RowNumbers
 from ..analysis.token_axes import TokenAxes
 from ..graph.factors import Axes, Dim
 from ..graph.nodes import bind, is_tensor, operands_of
@@ -39,6 +41,10 @@ class Streams(Protocol):
     """Values of all tokens that attentions by position read."""
     first_alike: Mapping[fx.Node, fx.Node]
     """The first node that computes the same value, for every node."""
+    moved: MovedRows
+    """Values whose rows are not k rows along one dim; their full values are cut."""
+    row_numbers: RowNumbers
+    """The row numbers of moved rows."""
 
     def full(self, node: fx.Node) -> Any:
         """The value for all tokens."""
@@ -94,8 +100,21 @@ class RowOp:
     @cached_property
     def row_index(self) -> RowIndex:
         """The row index of its token axis; for a result without rows, that of its first operand with rows."""
+        if self.moved is not None:
+            return self.streams.row_numbers.row_index(self.moved.axis)
         having = (node for node in (self.node, *self.operands) if self.streams.axes.axis_of(node) is not None)
         return self.streams.row_index_of(next(having))
+
+    @property
+    def moved(self) -> Rows | None:
+        """The rows of its first operand if they are moved: that operand is in full, and cut."""
+        rows = self.streams.moved.rows.get(self.operands[0])
+        return rows if self.dim is None and rows is not None and rows.token else None
+
+    def kept(self, labels: Axes) -> Tensor:
+        """For moved rows: True where a value with these axes belongs to kept tokens; bool, broadcasts to the value."""
+        assert self.moved is not None
+        return self.streams.row_numbers.kept(self.moved, labels)
 
     @cached_property
     def operands(self) -> list[fx.Node]:
@@ -138,7 +157,7 @@ class RowOp:
     def own_rows(self, operand: int) -> Tensor:
         """The operand restricted along its own row dim, for results without rows (losses)."""
         node = self.operands[operand]
-        dim = self.streams.axes.row_dim(node)
+        dim = None if self.moved is not None else self.streams.axes.row_dim(node)
         return self.streams.full(node) if dim is None else self.streams.rows(node, dim)
 
     @property

@@ -20,15 +20,17 @@ from torch.utils import _pytree as pytree
 from ..analysis.activity import Activity
 from ..analysis.blocks import Blocks
 from ..analysis.losses import class_factors
+from ..analysis.moved_rows import MOVES, MovedRows, Rows
 from ..analysis.routing import Routes
 from ..analysis.row_index import RowIndex
+from ..analysis.row_numbers import RowNumbers
 from ..analysis.token_axes import TokenAxes
 from ..analysis.values import feeds_attention, kind_of_value
 from ..capture.retrace import ENTER_AUTOCAST, EXIT_AUTOCAST, Retrace, is_autocast, record_opaque
 from ..graph.errors import GraphNotSupported, InvariantBroken, located
 from ..graph.factors import Axes
 from ..graph.kinds import Kind, Mark, in_block, tagged
-from ..graph.nodes import first_alike, is_tensor, operands_of
+from ..graph.nodes import first_alike, is_tensor, made_by, operands_of
 from ..graph.op_sets import LAYOUT, LOSSES
 from ..graph.program import Program, attribute, where
 from ..keep.frozen_rows import FrozenRows
@@ -69,6 +71,9 @@ class DitchStream:
         self.live = program[Activity].live | program[Activity].drawn
         self.seek, self.barriers = seek, list[Barrier]()
         self._row_indices = {row_index.axis: row_index for row_index in row_indices}
+        #: Values whose rows are not k rows along one dim: computed for all tokens, and cut.
+        self.moved = program[MovedRows]
+        self.row_numbers = RowNumbers(self.axes.space, self._row_indices.__getitem__, seek)
         self._inputs = dict(zip(program.placeholders, inputs, strict=True))
         self._rows: dict[fx.Node, Any] = {}
         self._whole: dict[fx.Node, Any] = {}
@@ -250,12 +255,28 @@ class DitchStream:
     # -- one node -----------------------------------------------------------------------------------------------------
 
     def _compute(self, node: fx.Node) -> None:
-        if node.op != "call_function":
+        if node in self.moved.rows:
+            self._whole[node] = self._moved(node, self.moved.rows[node])
+        elif node.op != "call_function":
             self._source(node)
         elif node.target is operator.getitem:
             self._getitem(node)
         else:
             self._operation(node)
+
+    def _moved(self, node: fx.Node, rows: Rows) -> Any:
+        """A value for all tokens, without gradient in the rows outside the selection."""
+        call, in_context = RowOp(node, self, None), node in self._in_context
+        if node.target is operator.getitem:
+            value = self._whole[node.args[0]][node.args[1]]
+        elif node.target in LOSSES:
+            value = row_rule_for(node)(call)
+        else:
+            value = _applied(node, *(call.in_context if in_context else call.in_full))
+        if in_context or made_by(node).target in MOVES:
+            return value
+        self.barriers.append(barrier_at(node, self.live, self.axes))
+        return torch.where(self.row_numbers.kept(rows, self.axes.of(node)), value, self.seek[node].detach())
 
     def _source(self, node: fx.Node) -> None:
         value = self._inputs[node] if node.op == "placeholder" else attribute(self.program.module, str(node.target))
@@ -285,6 +306,13 @@ class DitchStream:
         (self._rows if self.axes.has_rows(node) else self._whole)[node] = results[index]
 
     def _operation(self, node: fx.Node) -> None:
+        if node in self.moved.lost:
+            raise GraphNotSupported(
+                f"{node.target} combines rows of different tokens into a value with neither one row per token nor one "
+                "per sequence, so a row belongs to no single token.",
+                "Slice or move the values of all tokens in the same way, or mask them instead.",
+                node,
+            )
         has_rows = self.axes.has_rows(node)
         call = RowOp(node, self, self.axes.row_dim(node) if has_rows else None)
         result = self._restricted(call) if self._meets_rows(node) else NotImplemented
@@ -298,7 +326,8 @@ class DitchStream:
 
     def _meets_rows(self, node: fx.Node) -> bool:
         """False for an operation on parameters and values without rows only, which runs unchanged."""
-        return self.axes.has_rows(node) or any(self.axes.has_rows(arg) for arg in operands_of(node) if arg in self.live)
+        having = (arg in self.moved.rows or self.axes.has_rows(arg) for arg in operands_of(node) if arg in self.live)
+        return self.axes.has_rows(node) or any(having)
 
     def _restricted(self, call: RowOp) -> Any:
         rule = row_rule_for(call.node)

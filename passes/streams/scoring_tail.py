@@ -18,6 +18,7 @@ from ..analysis.activity import Activity
 from ..analysis.blocks import Blocks
 from ..analysis.losses import class_factors, label_losses
 from ..analysis.routing import Route, Routes
+from ..analysis.moved_rows import MovedRows
 from ..analysis.row_index import example_sizes
 from ..analysis.token_axes import TokenAxes
 from ..graph.nodes import bind, bytes_hint, hint, is_tensor, operands_of
@@ -181,6 +182,7 @@ def _has_token_losses(program: Program, node: fx.Node) -> bool:
         and axes.has_rows_of(axes.main, logits)
         and axes.has_rows_of(axes.main, target)
         and axes.row_dim(logits) != classes
+        and logits not in program[MovedRows].rows
     )
 
 
@@ -210,7 +212,7 @@ def _token_parallel(
 
 def _is_token_parallel(program: Program, node: fx.Node, inside: set[fx.Node]) -> bool:
     axes = program[TokenAxes]
-    if not axes.has_rows_of(axes.main, node) or isinstance(node.target, torch._ops.HigherOrderOperator):
+    if node in program[MovedRows].rows or not axes.has_rows_of(axes.main, node) or isinstance(node.target, torch._ops.HigherOrderOperator):
         return False
     dim = axes.row_dim(node)
     carried = [axes.carried(node, i, dim) for i, arg in enumerate(operands_of(node)) if arg in inside]

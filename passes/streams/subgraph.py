@@ -12,6 +12,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..analysis.activity import Activity
+from ..analysis.moved_rows import MovedRows
 from ..analysis.row_index import RowIndex
 from ..graph.errors import GraphNotSupported
 from ..graph.fake import fake_mode_of
@@ -49,7 +50,7 @@ class RowSubgraph(DitchStream):
         rows: Mapping[fx.Node, Tensor],
     ) -> None:
         activity = replace(program[Activity], live=frozenset((*nodes, *rows)))
-        program = program.with_(activity, FrozenRows(), KVRecompute())
+        program = program.with_(activity, FrozenRows(), KVRecompute(), MovedRows())
         super().__init__(program, _Shapes(known), [row_index], program.inputs)
         self._rows.update(rows)
         self._switches = fx.Interpreter(program.module)  # executes autocast switches without recording them

@@ -206,6 +206,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, spe
 def _forward_fused(query: Tensor, key: Tensor, value: Tensor, spec: ScoreSpec) -> tuple[Tensor, Tensor]:
     """PyTorch's flash attention for CPU, which supports grouped heads and needs bounded memory."""
     flash = partial(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, scale=spec.scale)
+    # it reads the head dim as adjacent numbers without a check
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     start = spec.start
     if start == 0 or (start and query.dtype == wide(query.dtype)):  # two parts are added only if neither is rounded
         return _forward_consecutive(query, key, value, start, flash)
