@@ -111,8 +111,12 @@ class FindMovedRows:
             resolved = (map(axes.space.resolve, (axis.token, axis.batch)) for axis in axes.tokens)
             axes = replace(axes, tokens=tuple(TokenAxis(*dims) for dims in resolved))
         moved = follower.moved()
-        of_losses = {moved[x].axis for node in live if node.target in LOSSES for x in operands_of(node)[:1] if x in moved}
-        if of_losses and not any(axes.axis_of(x) == axes.main for n in live if n.target in LOSSES for x in operands_of(n)):
+        of_losses = {
+            moved[x].axis for node in live if node.target in LOSSES for x in operands_of(node)[:1] if x in moved
+        }
+        if of_losses and not any(
+            axes.axis_of(x) == axes.main for n in live if n.target in LOSSES for x in operands_of(n)
+        ):
             axes = replace(axes, tokens=tuple(sorted(axes.tokens, key=lambda axis: axis not in of_losses)))
         return program.with_(axes, MovedRows(moved, frozenset(follower.lost)))
 

@@ -69,7 +69,9 @@ class RowNumbers:
         return (size // prod(inner), *inner) if dim else ()
 
     def _moved(self, rows: Rows, move: Move) -> Tensor:
-        sources = [self._laid_out(x, at) for x, at in zip(move.sources, move.before, strict=True) if isinstance(x, Rows)]
+        sources = [
+            self._laid_out(x, at) for x, at in zip(move.sources, move.before, strict=True) if isinstance(x, Rows)
+        ]
         lengths = [self._values[x].shape for x in move.sources if isinstance(x, fx.Node)]
         given = pytree.tree_map_only(fx.Node, self._values.__getitem__, dict(move.arguments))
         arguments = {name: list(x) if isinstance(x, tuple) else x for name, x in given.items()}

@@ -212,7 +212,11 @@ def _token_parallel(
 
 def _is_token_parallel(program: Program, node: fx.Node, inside: set[fx.Node]) -> bool:
     axes = program[TokenAxes]
-    if node in program[MovedRows].rows or not axes.has_rows_of(axes.main, node) or isinstance(node.target, torch._ops.HigherOrderOperator):
+    if (
+        node in program[MovedRows].rows
+        or not axes.has_rows_of(axes.main, node)
+        or isinstance(node.target, torch._ops.HigherOrderOperator)
+    ):
         return False
     dim = axes.row_dim(node)
     carried = [axes.carried(node, i, dim) for i, arg in enumerate(operands_of(node)) if arg in inside]
