@@ -111,12 +111,9 @@ class FindMovedRows:
             resolved = (map(axes.space.resolve, (axis.token, axis.batch)) for axis in axes.tokens)
             axes = replace(axes, tokens=tuple(TokenAxis(*dims) for dims in resolved))
         moved = follower.moved()
-        of_losses = {
-            moved[x].axis for node in live if node.target in LOSSES for x in operands_of(node)[:1] if x in moved
-        }
-        if of_losses and not any(
-            axes.axis_of(x) == axes.main for n in live if n.target in LOSSES for x in operands_of(n)
-        ):
+        over = [operands_of(node)[0] for node in live if node.target in LOSSES]
+        of_losses = {moved[x].axis for x in over if x in moved}
+        if of_losses and not any(axes.axis_of(x) == axes.main for x in over):
             axes = replace(axes, tokens=tuple(sorted(axes.tokens, key=lambda axis: axis not in of_losses)))
         return program.with_(axes, MovedRows(moved, frozenset(follower.lost)))
 
@@ -161,7 +158,7 @@ class _Follower:
             return self._behind(node, operation, dict(known))
         first = min(dim for dim, _ in carried)
         found = {rows for dim, rows in carried if dim == first}
-        return found.pop() if len(found) == 1 else self._joined(node, [rows for rows in found])
+        return found.pop() if len(found) == 1 else self._joined(node, list(found))
 
     def _of(self, node: fx.Node) -> Rows | None:
         """The rows of an operand."""
@@ -220,7 +217,7 @@ class _Follower:
         return self._moved(node, operation, [known.get(i, x) for i, x in enumerate(operands_of(operation))])
 
     def _mixed(self, node: fx.Node, operation: fx.Node, known: dict[int, Rows]) -> Rows | None:
-        """Positions that combine several tokens."""
+        """The rows of positions that combine several tokens."""
         if (rows := self._by_label(node)) is not None:
             return rows
         for i, rows in known.items():

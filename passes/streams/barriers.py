@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import NoReturn
 
 from torch import fx
 
@@ -38,6 +39,20 @@ def barrier_at(node: fx.Node, live: Collection[fx.Node], axes: TokenAxes) -> Bar
     reason = "it mixes tokens" if rule_for(node.target) else "the operation has no rule"
     merged = [arg for arg in dict.fromkeys(operands_of(node)) if arg in live and axes.has_rows(arg)]
     return Barrier(node, reason, sum(bytes_hint(arg) for arg in merged))
+
+
+def refuse_lost_rows(node: fx.Node) -> NoReturn:
+    """Refuse a value whose rows belong to no single token.
+
+    Raises:
+        GraphNotSupported: always.
+    """
+    raise GraphNotSupported(
+        f"{node.target} combines rows of different tokens, and its result has neither a row for every token nor one "
+        "per sequence, so its rows belong to no single token.",
+        "Combine values of all tokens, and mask positions instead of dropping them.",
+        node,
+    )
 
 
 def refuse_partial_loss(program: Program, node: fx.Node) -> None:

@@ -20,13 +20,13 @@ from torch.utils import _pytree as pytree
 from ..analysis.activity import Activity
 from ..analysis.blocks import Blocks
 from ..analysis.losses import class_factors
-from ..analysis.moved_rows import MOVES, MovedRows, Rows
+from ..analysis.moved_rows import MOVES, MovedRows
 from ..analysis.routing import Routes
 from ..analysis.row_index import RowIndex
 from ..analysis.row_numbers import RowNumbers
 from ..analysis.token_axes import TokenAxes
 from ..analysis.values import feeds_attention, kind_of_value
-from ..capture.retrace import ENTER_AUTOCAST, EXIT_AUTOCAST, Retrace, is_autocast, record_opaque
+from ..capture.retrace import Retrace, is_autocast, record_opaque
 from ..graph.errors import GraphNotSupported, InvariantBroken, located
 from ..graph.factors import Axes
 from ..graph.kinds import Kind, Mark, in_block, tagged
@@ -39,7 +39,8 @@ from ..keep.recompute_kv import KVRecompute, Value, cast_by
 from ..rows import row_rule_for
 from ..rows.row_op import RowOp, pad_left
 from ..rows.rules import rerun
-from .barriers import Barrier, barrier_at, refuse_partial_loss
+from .autocast import Autocast
+from .barriers import Barrier, barrier_at, refuse_lost_rows, refuse_partial_loss
 from .linear_head import Head, find_head
 
 aten = torch.ops.aten
@@ -87,7 +88,7 @@ class DitchStream:
         self._recomputed, self._cast = dict[fx.Node, Any](), cast or {}
         #: Values that attentions by position read: recomputed keys and values, else those of the seek stream.
         self.looked_at = ChainMap(self._recomputed, seek)  # type: ignore[arg-type]
-        self._switches = Retrace(program.module)
+        self._autocast = Autocast(Retrace(program.module))
 
     def run(self) -> None:
         classes = class_factors(self.program)
@@ -98,7 +99,7 @@ class DitchStream:
             with in_block(block):
                 self._run_node(node, classes, routed)
             if node in ends:
-                self._reenter_autocast(block)
+                self._autocast.reenter(block)
                 block += 1
 
     def _run_node(self, node: fx.Node, classes: set[int], routed: Collection[fx.Node]) -> None:
@@ -106,8 +107,7 @@ class DitchStream:
             with tagged(Kind.RECOMPUTED, node, Mark.RECOMPUTED):
                 self._recomputed[node] = self._recompute(node)
         if is_autocast(node):
-            args, kwargs = self._switches.fetch_args_kwargs_from_env(node)
-            self._switches.env[node] = self._switches.call_function(node.target, args, kwargs)
+            self._autocast.run(node)
         elif node in routed:
             with tagged(Kind.ROWS, node), located(node):
                 self._rows[node] = self._in_route(node, routed)
@@ -118,18 +118,6 @@ class DitchStream:
                 self._compute(node)
                 if node in self._in_context and self.axes.has_rows(node):
                     self._context[node] = self._for_all_tokens(node)
-
-    def _reenter_autocast(self, block: int) -> None:
-        """Exit open autocast regions at the end of a block and enter them again in the next one."""
-        switch, known = self._switches.call_function, self._switches.env
-        entered = [
-            node for node in known if node.target is ENTER_AUTOCAST and not any(map(known.__contains__, node.users))
-        ]
-        with in_block(block):
-            for node in reversed(entered):
-                switch(EXIT_AUTOCAST, (known[node],), {})
-        with in_block(block + 1):
-            known.update({node: switch(ENTER_AUTOCAST, node.args, {}) for node in entered})
 
     def context(self, node: fx.Node) -> Any:
         """The value as rows read it at all positions: the full value, or the one recomputed for all tokens."""
@@ -256,7 +244,7 @@ class DitchStream:
 
     def _compute(self, node: fx.Node) -> None:
         if node in self.moved.rows:
-            self._whole[node] = self._moved(node, self.moved.rows[node])
+            self._whole[node] = self._moved(node)
         elif node.op != "call_function":
             self._source(node)
         elif node.target is operator.getitem:
@@ -264,19 +252,21 @@ class DitchStream:
         else:
             self._operation(node)
 
-    def _moved(self, node: fx.Node, rows: Rows) -> Any:
-        """A value for all tokens, without gradient in the rows outside the selection."""
-        call, in_context = RowOp(node, self, None), node in self._in_context
+    def _moved(self, node: fx.Node) -> Any:
+        """A value whose rows are moved, for all tokens: without gradient in the rows outside the selection."""
+        in_context = node in self._in_context
         if node.target is operator.getitem:
-            value = self._whole[node.args[0]][node.args[1]]
+            value = self._whole[node.args[0]][node.args[1]]  # type: ignore[index]
         elif node.target in LOSSES:
-            value = row_rule_for(node)(call)
+            value = self._restricted(RowOp(node, self, None))
         else:
+            call = RowOp(node, self, None)
             value = _applied(node, *(call.in_context if in_context else call.in_full))
         if in_context or made_by(node).target in MOVES:
             return value
         self.barriers.append(barrier_at(node, self.live, self.axes))
-        return torch.where(self.row_numbers.kept(rows, self.axes.of(node)), value, self.seek[node].detach())
+        kept = self.row_numbers.kept(self.moved.rows[node], self.axes.of(node))
+        return torch.where(kept, value, self.seek[node].detach())
 
     def _source(self, node: fx.Node) -> None:
         value = self._inputs[node] if node.op == "placeholder" else attribute(self.program.module, str(node.target))
@@ -307,12 +297,7 @@ class DitchStream:
 
     def _operation(self, node: fx.Node) -> None:
         if node in self.moved.lost:
-            raise GraphNotSupported(
-                f"{node.target} combines rows of different tokens into a value with neither one row per token nor one "
-                "per sequence, so a row belongs to no single token.",
-                "Slice or move the values of all tokens in the same way, or mask them instead.",
-                node,
-            )
+            refuse_lost_rows(node)
         has_rows = self.axes.has_rows(node)
         call = RowOp(node, self, self.axes.row_dim(node) if has_rows else None)
         result = self._restricted(call) if self._meets_rows(node) else NotImplemented

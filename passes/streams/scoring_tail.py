@@ -17,8 +17,8 @@ from torch import fx
 from ..analysis.activity import Activity
 from ..analysis.blocks import Blocks
 from ..analysis.losses import class_factors, label_losses
-from ..analysis.routing import Route, Routes
 from ..analysis.moved_rows import MovedRows
+from ..analysis.routing import Route, Routes
 from ..analysis.row_index import example_sizes
 from ..analysis.token_axes import TokenAxes
 from ..graph.nodes import bind, bytes_hint, hint, is_tensor, operands_of

@@ -19,6 +19,7 @@ from ..graph.fake import fake_mode_of
 from ..graph.program import Program
 from ..keep.frozen_rows import FrozenRows
 from ..keep.recompute_kv import KVRecompute
+from .autocast import Autocast
 from .ditch_stream import DitchStream
 
 
@@ -53,7 +54,7 @@ class RowSubgraph(DitchStream):
         program = program.with_(activity, FrozenRows(), KVRecompute(), MovedRows())
         super().__init__(program, _Shapes(known), [row_index], program.inputs)
         self._rows.update(rows)
-        self._switches = fx.Interpreter(program.module)  # executes autocast switches without recording them
+        self._autocast = Autocast(fx.Interpreter(program.module))  # executes autocast switches without recording them
 
     def _compute(self, node: fx.Node) -> None:
         if node not in self._rows:
