@@ -99,8 +99,8 @@ class MovedRows:
 class FindMovedRows:
     """Follow the rows of tokens through slices, moves and operations that mix tokens.
 
-    Reads ``Activity``, ``TokenAxes``; writes ``MovedRows``, and ``TokenAxes`` with the positions behind mixing operations
-    as tokens and the axis of a loss over moved rows first.
+    Reads ``Activity``, ``TokenAxes``; writes ``MovedRows``, and ``TokenAxes`` with the positions behind mixing
+    operations as tokens and the axis of a loss over moved rows first.
     """
 
     name: str = "moved rows"

@@ -165,3 +165,12 @@ def unwrap(tensor: FunctionalTensor) -> torch.Tensor:
 
 def is_autocast(node: fx.Node) -> bool:
     return node.target in (ENTER_AUTOCAST, EXIT_AUTOCAST)
+
+
+def applied(node: fx.Node, args: tuple, kwargs: dict) -> Any:
+    """Apply a node's operation to other values of all tokens; a higher-order operation stays one node."""
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return record_opaque(node.target, args, kwargs, node.meta["val"])
+    if node.target is torch.ops.aten.view.default:  # strides may differ from the model's, so a copy may be needed
+        return args[0].reshape(args[1])
+    return node.target(*args, **kwargs)

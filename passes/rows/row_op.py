@@ -15,9 +15,10 @@ from ..analysis.moved_rows import MovedRows, Rows
 from ..analysis.row_index import RowIndex
 from ..analysis.row_numbers import RowNumbers
 from ..analysis.token_axes import TokenAxes
+from ..graph.errors import InvariantBroken
 from ..graph.factors import Axes, Dim
 from ..graph.nodes import bind, is_tensor, operands_of
-from ..graph.program import Program
+from ..graph.program import Program, where
 
 
 class LabelHead(Protocol):
@@ -136,6 +137,14 @@ class RowOp:
         """The shape of the result restricted to the kept rows."""
         assert self.dim is not None
         return self.row_index.row_shape(self.streams.seek[self.node].shape, self.dim)
+
+    def check(self, result: Any) -> None:
+        """The result has the shape of its rows; a wrong axes rule would otherwise broadcast silently."""
+        if isinstance(result, Tensor) and list(result.shape) != self.shape:
+            raise InvariantBroken(
+                f"{self.target} on the kept rows returned shape {list(result.shape)}, but its axes give {self.shape} "
+                f"(at {where(self.node)})."
+            )
 
     @property
     def carries_rows(self) -> bool:

@@ -26,13 +26,13 @@ from ..analysis.row_index import RowIndex
 from ..analysis.row_numbers import RowNumbers
 from ..analysis.token_axes import TokenAxes
 from ..analysis.values import feeds_attention, kind_of_value
-from ..capture.retrace import Retrace, is_autocast, record_opaque
-from ..graph.errors import GraphNotSupported, InvariantBroken, located
+from ..capture.retrace import Retrace, applied, is_autocast
+from ..graph.errors import GraphNotSupported, located
 from ..graph.factors import Axes
 from ..graph.kinds import Kind, Mark, in_block, tagged
 from ..graph.nodes import first_alike, is_tensor, made_by, operands_of
 from ..graph.op_sets import LAYOUT, LOSSES
-from ..graph.program import Program, attribute, where
+from ..graph.program import Program, attribute
 from ..keep.frozen_rows import FrozenRows
 from ..keep.live_kv import live_kv
 from ..keep.recompute_kv import KVRecompute, Value, cast_by
@@ -238,7 +238,7 @@ class DitchStream:
     def _for_all_tokens(self, node: fx.Node) -> Any:
         if node.target is operator.getitem:
             return self._context[node.args[0]][node.args[1]]
-        return _applied(node, *RowOp(node, self, None).in_context)
+        return applied(node, *RowOp(node, self, None).in_context)
 
     # -- one node -----------------------------------------------------------------------------------------------------
 
@@ -261,7 +261,7 @@ class DitchStream:
             value = self._restricted(RowOp(node, self, None))
         else:
             call = RowOp(node, self, None)
-            value = _applied(node, *(call.in_context if in_context else call.in_full))
+            value = applied(node, *(call.in_context if in_context else call.in_full))
         if in_context or made_by(node).target in MOVES:
             return value
         self.barriers.append(barrier_at(node, self.live, self.axes))
@@ -306,7 +306,7 @@ class DitchStream:
             if has_rows:
                 result = self._take_each(node, result)
         elif has_rows:
-            self._check_shape(call, result)
+            call.check(result)
         (self._rows if has_rows else self._whole)[node] = result
 
     def _meets_rows(self, node: fx.Node) -> bool:
@@ -326,7 +326,7 @@ class DitchStream:
             refuse_partial_loss(self.program, node)
         if self._meets_rows(node):
             self.barriers.append(barrier_at(node, self.live, self.axes))
-        return _applied(node, *(call.in_context if node in self._in_context else call.in_full))
+        return applied(node, *(call.in_context if node in self._in_context else call.in_full))
 
     def _take_each(self, node: fx.Node, result: Any) -> Any:
         if isinstance(result, torch.Tensor):
@@ -340,25 +340,8 @@ class DitchStream:
         dim = next((i for i, label in enumerate(labels) if self.axes.axis_at(label) is not None), None)
         return value if dim is None or not isinstance(value, torch.Tensor) else self.take(value, labels, dim)
 
-    def _check_shape(self, call: RowOp, result: Any) -> None:
-        """The result has the shape of its rows; a wrong axes rule would otherwise broadcast silently."""
-        if isinstance(result, torch.Tensor) and list(result.shape) != call.shape:
-            raise InvariantBroken(
-                f"{call.node.target} on the kept rows returned shape {list(result.shape)}, but its axes give "
-                f"{call.shape} (at {where(call.node)})."
-            )
-
     def _merge(self, node: fx.Node) -> torch.Tensor:
         if node.target in LAYOUT and len(operands_of(node)) == 1:
-            return _applied(node, *RowOp(node, self, None).in_full)
+            return applied(node, *RowOp(node, self, None).in_full)
         dim = self.axes.row_dim(node)
         return self.row_index_of(node).put(self.seek[node], self._rows[node], self.axes.of(node), dim)
-
-
-def _applied(node: fx.Node, args: tuple, kwargs: dict) -> Any:
-    """Apply a node's operation to other values of all tokens; a higher-order operation stays one node."""
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
-        return record_opaque(node.target, args, kwargs, node.meta["val"])
-    if node.target is torch.ops.aten.view.default:  # strides may differ from the model's, so a copy may be needed
-        return args[0].reshape(args[1])
-    return node.target(*args, **kwargs)
