@@ -45,7 +45,7 @@ def training(plan: Plan) -> Pipeline:
             UnshiftLabels(),  # before the token axes: it removes an axis that is a slice of the token axis
             FindActivity(),
             FindTokenAxes(plan.passed),
-            FindMovedRows(),
+            FindMovedRows(given),
             FindRoutes(),
             FindBlocks(),
             FindPositionalAttention(),

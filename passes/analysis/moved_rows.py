@@ -32,8 +32,9 @@ _PICKS = aten_overloads(
     "slice.Tensor select.int split.Tensor split_with_sizes.default chunk.default tensor_split.sections unbind.int "
     "index_select.default index.Tensor flip.default roll.default pad.default constant_pad_nd.default"
 )
+_SCATTERS = (aten.slice_scatter.default, aten.select_scatter.default)
 #: Operations that join several operands along a dim.
-_JOINS = (aten.cat.default, aten.slice_scatter.default, aten.select_scatter.default)
+_JOINS = (aten.cat.default, aten.stack.default, *_SCATTERS)
 #: Operations whose results are positions of their operands: what is cut there is cut in the result.
 MOVES = frozenset((*_PICKS, *_JOINS, *LAYOUT))
 
@@ -101,8 +102,13 @@ class FindMovedRows:
 
     Reads ``Activity``, ``TokenAxes``; writes ``MovedRows``, and ``TokenAxes`` with the positions behind mixing
     operations as tokens and the axis of a loss over moved rows first.
+
+    Args:
+        given: the rows are given. Otherwise a single token that the model picks from a sequence is always kept, so that
+            its row need not be cut.
     """
 
+    given: bool = False
     name: str = "moved rows"
 
     def run(self, program: Program) -> Program:
@@ -110,7 +116,7 @@ class FindMovedRows:
         while (follower := _followed(program, live, axes)).joined:
             resolved = (map(axes.space.resolve, (axis.token, axis.batch)) for axis in axes.tokens)
             axes = replace(axes, tokens=tuple(TokenAxis(*dims) for dims in resolved))
-        moved = follower.moved()
+        moved = {node: rows for node, rows in follower.moved().items() if rows.token or self.given}
         over = [operands_of(node)[0] for node in live if node.target in LOSSES]
         of_losses = {moved[x].axis for x in over if x in moved}
         if of_losses and not any(axes.axis_of(x) == axes.main for x in over):
@@ -144,7 +150,9 @@ class _Follower:
         return {n: r for n, r in found.items() if r.move is not None or not self.axes.has_rows(n)}
 
     def visit(self, node: fx.Node) -> None:
-        rows = self._rows(node, made_by(node))
+        rows, labelled = self._rows(node, made_by(node)), self._by_label(node)
+        if labelled is not None and (rows is None or rows.axis != labelled.axis):  # another axis with its own selection
+            rows = labelled
         if rows is not None:
             self.known[node] = rows
 
@@ -154,7 +162,7 @@ class _Follower:
         carried = [(dim, rows) for i, rows in known if (dim := self._carried(node, operation, i, rows)) is not None]
         if not known:
             return self._by_label(node)
-        if not carried:
+        if not carried or self._joins_rows(operation, known):
             return self._behind(node, operation, dict(known))
         first = min(dim for dim, _ in carried)
         found = {rows for dim, rows in carried if dim == first}
@@ -202,14 +210,28 @@ class _Follower:
         token = tuple(f for f in found if f not in first.batch)
         if first.mixed or not found:
             return self._standing(node, first, token)
-        layout = tuple(tuple(tuple(f for f in dim if f in first.factors) for dim in labels) for labels in before)
+        layout = tuple(_layout(x, labels) for x, labels in zip(sources, before, strict=True))
         item = node.args[1] if node.target is operator.getitem else None
         move = Move(operation.target, _others(operation), item, tuple(sources), layout, after)  # type: ignore[arg-type]
         return Rows(first.axis, batch, token, move)
 
+    def _joins_rows(self, operation: fx.Node, known: list[tuple[int, Rows]]) -> bool:
+        """True for an operation that joins its operands along a dim that numbers their rows."""
+        if operation.target is aten.stack.default:
+            return len({rows for _, rows in known}) > 1
+        if operation.target not in _JOINS:
+            return False
+        (dim,), operands = _acted_dims(operation, self.axes.of(operation)), operands_of(operation)
+        labels = [
+            (rows, self.axes.of(operands[i]))
+            for i, rows in known
+            if operands[i].meta["val"].ndim == operation.meta["val"].ndim
+        ]
+        return any({*of[dim]} & {*rows.factors} or not (of[dim] or rows.token) for rows, of in labels)
+
     def _concatenated(self, node: fx.Node, operation: fx.Node, known: dict[int, Rows]) -> Rows | None:
         """The rows of joined operands, if they are of one token axis; else ``None``."""
-        scatters = operation.target is not aten.cat.default
+        scatters = operation.target in _SCATTERS
         if scatters and not (1 in known and known[1].move is not None):
             return None
         if len({rows.axis for rows in known.values()}) > 1 or any(rows.mixed for rows in known.values()):
@@ -221,9 +243,18 @@ class _Follower:
         if (rows := self._by_label(node)) is not None:
             return rows
         for i, rows in known.items():
+            if self.axes.flows[operation].unknown:
+                self._keep_batch(node, operands_of(operation)[i], rows.axis)
             if label := self._new_label(node, operation, i, rows, known):
                 return self._standing(node, rows, label)
         return None
+
+    def _keep_batch(self, node: fx.Node, operand: fx.Node, axis: TokenAxis) -> None:
+        """An unknown operation keeps the batch where it is, if the sizes are equal."""
+        before, after, space = self.axes.of(operand), self.axes.of(node), self.axes.space
+        dim = axis.batch_dim_of(before)
+        if dim is not None and len(before) == len(after) and same_size(space.size(before[dim]), space.size(after[dim])):
+            self._equate(before[dim], after[dim])
 
     def _new_label(self, node: fx.Node, operation: fx.Node, operand: int, rows: Rows, known: dict[int, Rows]) -> Dim:
         """The label of the result in place of the tokens of an operand; ``()`` if there is none."""
@@ -241,11 +272,14 @@ class _Follower:
             return None
         has_batch = {*axis.batch} <= {*sum(self.axes.of(node), ())}
         if has_batch and same_size(space.size(label), space.size(axis.token)):
-            if space.resolve(label) != space.resolve(axis.token):
-                space.equate(axis.token, label)
-                self.joined = True
+            self._equate(axis.token, label)
             return self._by_label(node)
         return Rows(axis, axis.batch, label, mixed=True)
+
+    def _equate(self, known: Dim, label: Dim) -> None:
+        if self.axes.space.resolve(label) != self.axes.space.resolve(known):
+            self.axes.space.equate(known, label)
+            self.joined = True
 
     def _joined(self, node: fx.Node, found: list[Rows]) -> Rows | None:
         """The rows of a value that combines different rows: mixed tokens."""
@@ -255,6 +289,12 @@ class _Follower:
         if rows is not None and rows.mixed and not any(x.mixed for x in found):
             self.lost.add(node)
         return rows
+
+
+def _layout(source: Rows | fx.Node, labels: Axes) -> Axes:
+    """The factors of rows in every dim of an operand."""
+    factors = source.factors if isinstance(source, Rows) else ()
+    return tuple(tuple(f for f in dim if f in factors) for dim in labels)
 
 
 def _rows_after(before: Axes, after: Axes, rows: Rows, operation: fx.Node) -> Axes | None:
@@ -277,6 +317,8 @@ def _acted_dims(operation: fx.Node, before: Axes) -> list[int] | None:
         constant = given.get("mode", "constant") == "constant"
         padded = {rank - 1 - i // 2 for i, n in enumerate(given["pad"]) if not same_size(n, 0)}
         return sorted(padded) if constant else None
+    if operation.target is aten.stack.default:
+        return []
     dims = given.get("dims", given.get("dim"))
     dims = [dims] if isinstance(dims, int) else dims
     return [d % rank for d in dims] or None

@@ -118,11 +118,14 @@ def _joined(move: Move, sources: list[Tensor], lengths: list, arguments: dict[st
         if move.target is not aten.select_scatter.default or source is move.sources[0]:
             shape[dim] = next(shapes)[dim]
         parts.append(left.new_full(shape, -1))
-    return move.target(parts, dim) if move.target is aten.cat.default else move.target(*parts, **arguments)
+    joins = move.target in (aten.cat.default, aten.stack.default)
+    return move.target(parts, dim) if joins else move.target(*parts, **arguments)
 
 
 _APPLIED = {
     aten.pad.default: _padded,
     aten.constant_pad_nd.default: _padded,
-    **dict.fromkeys((aten.cat.default, aten.slice_scatter.default, aten.select_scatter.default), _joined),
+    **dict.fromkeys(
+        (aten.cat.default, aten.stack.default, aten.slice_scatter.default, aten.select_scatter.default), _joined
+    ),
 }

@@ -29,11 +29,13 @@ class Flow:
         carries: one ``Carry`` per tensor operand, in the order of ``op.operands``. A result dim that an operand does
             not carry is broadcast from that operand, or mixed by the operation.
         regrouped: True for a view: dims correspond by the position of their factors instead of by ``carries``.
+        unknown: True for an operation without a rule.
     """
 
     outputs: tuple[Axes, ...]
     carries: tuple[Carry, ...] = ()
     regrouped: bool = False
+    unknown: bool = False
 
 
 AxesRule = Callable[["Op"], Flow]
@@ -84,7 +86,8 @@ class Op:
 
     def unknown(self) -> Flow:
         """Nothing is known: fresh axes, every dim mixed."""
-        return Flow(tuple(self.space.fresh_axes(out.shape) for out in self.results), tuple({} for _ in self.operands))
+        outputs = tuple(self.space.fresh_axes(out.shape) for out in self.results)
+        return Flow(outputs, tuple({} for _ in self.operands), unknown=True)
 
     def elementwise(self, operands: Sequence[fx.Node] | None = None) -> Flow:
         """Operands broadcast from the right; every dim is carried. Only ``operands`` count, if given."""

@@ -34,10 +34,14 @@ class Barrier:
         return f"{self.node.target} at {where(self.node)}: {self.reason} ({self.bytes / 2**20:.1f} MiB in full)"
 
 
-def barrier_at(node: fx.Node, live: Collection[fx.Node], axes: TokenAxes) -> Barrier:
-    """The barrier at ``node``, with the bytes of the live operands that are needed in full."""
+def barrier_at(node: fx.Node, live: Collection[fx.Node], axes: TokenAxes, moved: bool = False) -> Barrier:
+    """The barrier at ``node``, with the bytes of the live operands that are needed in full.
+
+    ``moved``: the rows of ``node`` are moved.
+    """
     reason = "it mixes tokens" if rule_for(node.target) else "the operation has no rule"
-    merged = [arg for arg in dict.fromkeys(operands_of(node)) if arg in live and axes.has_rows(arg)]
+    reason = "its tokens were sliced, moved or split over dims" if moved else reason
+    merged = [arg for arg in dict.fromkeys(operands_of(node)) if arg in live and (moved or axes.has_rows(arg))]
     return Barrier(node, reason, sum(bytes_hint(arg) for arg in merged))
 
 

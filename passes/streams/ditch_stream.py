@@ -264,7 +264,7 @@ class DitchStream:
             value = applied(node, *(call.in_context if in_context else call.in_full))
         if in_context or made_by(node).target in MOVES:
             return value
-        self.barriers.append(barrier_at(node, self.live, self.axes))
+        self.barriers.append(barrier_at(node, self.live, self.axes, moved=True))
         kept = self.row_numbers.kept(self.moved.rows[node], self.axes.of(node))
         return torch.where(kept, value, self.seek[node].detach())
 
