@@ -260,11 +260,16 @@ def _batch(program: Program, found: TokenAxes, token: Dim, attention: Attention)
     """The batch: the leading factors of attention that also belong to the data.
 
     Data are the inputs that are not parameters: the dims of those that have the token axis, or, if none has it
-    (images), the first dim of the others.
+    (images), the first dim of the others. If none of these is a leading dim (two inputs joined along the batch), the
+    batch is the leading factors that no parameter has (heads are features).
     """
     leading = [f for dim in attention.leading for f in found.space.resolve(dim)]
-    inputs = zip(program.placeholders, program.inputs, strict=True)
-    given = [found.of(node) for node, value in inputs if not isinstance(value, torch.nn.Parameter)]
+    given, parameters = [], set[int]()
+    for node, value in zip(program.placeholders, program.inputs, strict=True):
+        if isinstance(value, torch.nn.Parameter):
+            parameters |= {*sum(found.of(node), ())}
+        else:
+            given.append(found.of(node))
     having = [dim for axes in given if any(find(token, dim) is not None for dim in axes) for dim in axes]
     first = [axes[0] for axes in given if len(axes) > 1]
     for dims in (having, first):
@@ -272,4 +277,4 @@ def _batch(program: Program, found: TokenAxes, token: Dim, attention: Attention)
         pure = {f for dim in dims if set(dim) <= {*leading, *token} for f in dim}
         if batch := tuple(f for f in leading if f in pure and f not in token):
             return batch
-    return ()
+    return tuple(f for f in leading if f not in parameters and f not in token)

@@ -19,6 +19,7 @@ from ...ops.attention import selected_attention
 from ...ops.received import received
 from ..analysis.activity import Activity
 from ..analysis.attentions import Attention
+from ..analysis.moved_rows import MovedRows
 from ..analysis.token_axes import TokenAxes
 from ..graph.factors import same_size
 from ..graph.nodes import is_tensor
@@ -117,7 +118,7 @@ class PositionalAttentions(dict[fx.Node, PositionalAttention]):
 class FindPositionalAttention:
     """Find the attentions that can mask by position.
 
-    Reads ``TokenAxes``, ``Activity``; writes ``PositionalAttentions``.
+    Reads ``TokenAxes``, ``MovedRows``, ``Activity``; writes ``PositionalAttentions``.
     """
 
     name: str = "positional attention"
@@ -165,12 +166,14 @@ def _read_eager(program: Program, attention: Attention) -> PositionalAttention |
 def _qualified(program: Program, attention: PositionalAttention, is_repeated: bool) -> PositionalAttention | None:
     """``attention`` with its key and value before heads are repeated.
 
-    None if the tokens are not one dim of query, key and value, or the mask is trained.
+    None if the tokens are not one dim of query, key and value, in order, or the mask is trained.
     """
     axes, (query, key, value) = program[TokenAxes], (attention.query, attention.key, attention.value)
     if attention.mask.added in program[Activity].live or not all(_is_by_token(axes, x) for x in (query, key, value)):
         return None
     key, value = map(_before_groups, (key, value)) if is_repeated else (key, value)
+    if {query, key, value} & program[MovedRows].rows.keys():
+        return None
     heads, groups = query.meta["val"].shape[1], key.meta["val"].shape[1]
     if not same_size(groups, value.meta["val"].shape[1]) or not isinstance(heads, int) or heads % groups:
         return None
