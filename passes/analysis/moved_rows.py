@@ -23,6 +23,7 @@ from ..graph.nodes import bind, is_tensor, made_by, operands_of
 from ..graph.op_sets import LAYOUT, LOSSES
 from ..graph.program import Program
 from ..graph.registry import aten_overloads
+from ..rules.attention import attention_op
 from .activity import Activity
 from .token_axes import TokenAxes, TokenAxis
 
@@ -115,7 +116,7 @@ class FindMovedRows:
         axes, live = program[TokenAxes], program[Activity].live
         while (follower := _followed(program, live, axes)).joined:
             resolved = (map(axes.space.resolve, (axis.token, axis.batch)) for axis in axes.tokens)
-            axes = replace(axes, tokens=tuple(TokenAxis(*dims) for dims in resolved))
+            axes = replace(axes, tokens=tuple(dict.fromkeys(TokenAxis(*dims) for dims in resolved)))
         moved = {node: rows for node, rows in follower.moved().items() if rows.token or self.given}
         over = [operands_of(node)[0] for node in live if node.target in LOSSES]
         of_losses = {moved[x].axis for x in over if x in moved}
@@ -212,6 +213,8 @@ class _Follower:
             return self._standing(node, first, token)
         layout = tuple(_layout(x, labels) for x, labels in zip(sources, before, strict=True))
         item = node.args[1] if node.target is operator.getitem else None
+        if (other := self._by_label(node)) is not None and other.axis != first.axis:
+            return self._standing(node, first, token)
         move = Move(operation.target, _others(operation), item, tuple(sources), layout, after)  # type: ignore[arg-type]
         return Rows(first.axis, batch, token, move)
 
@@ -240,14 +243,14 @@ class _Follower:
 
     def _mixed(self, node: fx.Node, operation: fx.Node, known: dict[int, Rows]) -> Rows | None:
         """The rows of positions that combine several tokens."""
-        if (rows := self._by_label(node)) is not None:
-            return rows
+        if attention_op(operation) is not None:  # its queries have no rows of these axes
+            return self._by_label(node)
         for i, rows in known.items():
             if self.axes.flows[operation].unknown:
                 self._keep_batch(node, operands_of(operation)[i], rows.axis)
             if label := self._new_label(node, operation, i, rows, known):
                 return self._standing(node, rows, label)
-        return None
+        return self._by_label(node)
 
     def _keep_batch(self, node: fx.Node, operand: fx.Node, axis: TokenAxis) -> None:
         """An unknown operation keeps the batch where it is, if the sizes are equal."""
