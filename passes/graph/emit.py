@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.utils import _pytree as pytree
 
 from .fake import fake_mode_of
@@ -17,6 +18,6 @@ def emit(like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """
     values = pytree.tree_map_only(fx.Node, lambda node: node.meta["val"], (args, kwargs))
     node = like.graph.call_function(target, args, kwargs)
-    with fake_mode_of(values):
+    with fake_mode_of(values), enable_python_dispatcher():  # some operations accept symbolic sizes only in Python
         node.meta = {**like.meta, "val": target(*values[0], **values[1])}
     return node
