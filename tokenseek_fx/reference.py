@@ -466,7 +466,7 @@ class _Ditching(TorchFunctionMode):
         return self._class_loss(func, given) if func in _CLASS_LOSSES else self._element_loss(func, given)
 
     def _losses_of_tokens(self, func: Function, given: dict) -> Tensor:
-        """A loss with reduction="none". Its rows are those of the logits, also where labels are those of other tokens."""
+        """A loss with reduction="none". Its rows are those of the logits; the labels may be those of other tokens."""
         rows = self.rows.get(given["input"])
         if func not in _CLASS_LOSSES or rows is None:
             return self._see_inside(func, (), given)
@@ -630,7 +630,7 @@ def _scaled(
         return _estimated(terms, kept, factors, reduction, torch.ones_like(terms) if weight is None else weight)
     total = torch.where(kept, terms, torch.zeros_like(terms)).sum()
     if reduction == "sum":
-        return total * (terms.numel() / kept.sum().clamp(min=1)).to(total.dtype)
+        return total * (terms.numel() / max(1, int(kept.sum())))
     divisor = kept.sum() if weight is None else torch.where(kept, weight, torch.zeros_like(weight)).sum()
     return total / divisor if divisor != 0 else total * 0
 

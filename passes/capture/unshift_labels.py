@@ -83,7 +83,7 @@ def _unshift(loss: fx.Node, number: Numbers) -> bool:
     if cut is None or not number.knows(symbols_of(cut.node.meta["val"].shape)):
         return False
     with loss.graph.inserting_before(loss):
-        given |= {"target": _padded_labels(loss, cut, number), "self": _whole_logits(loss, cut)}
+        given |= {"target": _padded_labels(loss, cut, number), "self": _whole_logits(loss, cut, number)}
         whole = emit(loss, loss.target, *given.values())
         loss.replace_all_uses_with(whole if given["reduction"] != NONE else _of_slice(loss, whole, cut, number))
     loss.graph.erase_node(loss)
@@ -109,7 +109,7 @@ def _padded_labels(loss: fx.Node, cut: _Cut, number: Numbers) -> fx.Node:
     return emit(loss, aten.reshape.default, padded, [-1])
 
 
-def _whole_logits(loss: fx.Node, cut: _Cut) -> fx.Node:
+def _whole_logits(loss: fx.Node, cut: _Cut, number: Numbers) -> fx.Node:
     """The logits of all tokens, [N, C]."""
     whole: Any = cut.node.args[0]
     for step in cut.steps:
@@ -119,7 +119,7 @@ def _whole_logits(loss: fx.Node, cut: _Cut) -> fx.Node:
         whole = emit(step, step.target, *(whole if arg is operand else arg for arg in args), **step.kwargs)
     order = [*cut.rows, cut.classes]
     whole = whole if order == sorted(order) else emit(loss, aten.permute.default, whole, order)
-    return emit(loss, aten.reshape.default, whole, [-1, whole.meta["val"].shape[-1]])
+    return number.emit(loss, aten.reshape.default, whole, [-1, whole.meta["val"].shape[-1]])
 
 
 def _outside(cut: _Cut) -> list[Any]:
@@ -166,8 +166,8 @@ def _read(node: fx.Node, behind: Sequence[fx.Node]) -> _Cut | None:
 class _Way:
     """The axes of a value on the way from a slice to a loss.
 
-    ``own`` has the axis of every dim of the slice, ``axes`` those of the value. ``by_class``: the dims of the slice that
-    operations on the way process as a whole.
+    ``own`` has the axis of every dim of the slice, ``axes`` those of the value. ``by_class``: the dims of the slice
+    that operations on the way process as a whole.
     """
 
     def __init__(self, shape: Sequence[Any]) -> None:

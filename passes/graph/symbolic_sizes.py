@@ -17,7 +17,6 @@ from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from .emit import emit
 
-
 #: (position of an input, dim); the dim is ``None`` if the input is a number.
 Place = tuple[int, int | None]
 
@@ -75,8 +74,8 @@ class Numbers:
     """
 
     def __init__(self, graph: fx.Graph, inputs: Sequence[Any]) -> None:
-        self._inputs, self._places = graph.find_nodes(op="placeholder"), places_of_symbols(inputs)
-        self._first = next(node for node in graph.nodes if node.op != "placeholder")
+        self._graph, self._inputs = graph, graph.find_nodes(op="placeholder")
+        self._places = places_of_symbols(inputs)
         self._known: dict[sympy.Expr, Any] = {}
 
     def knows(self, symbols: Iterable[torch.SymInt]) -> bool:
@@ -89,7 +88,7 @@ class Numbers:
             return size
         expr = size.node.expr
         if expr not in self._known:
-            with self._first.graph.inserting_before(self._first):
+            with self._graph.inserting_before(next(node for node in self._graph.nodes if node.op != "placeholder")):
                 symbols = {symbol: self._symbol(symbol) for symbol in expr.free_symbols}
                 self._known[expr] = sympy_interp(_Emitted(self._inputs[0]), symbols, expr)
         return self._known[expr]
