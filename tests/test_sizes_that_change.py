@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from compare import by_reference, error, grads_of
-from marks import slow
 from torch import Tensor, fx, nn
+from torch._dynamo.source import ConstantSource
 from torch._dynamo.utils import counters
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import tokenseek_fx
 from tokenseek_fx.ops.head import head_loss
@@ -145,8 +146,8 @@ def batch_of(batch: int, length: int, density: float | None) -> dict[str, Tensor
     return {"ids": ids, "labels": labels.masked_fill(torch.rand(batch, length, generator=draw) >= density, -100)}
 
 
-def assert_exact(case: Case) -> None:
-    """Loss and gradients are those of the reference at every call; three graphs serve all sizes."""
+def assert_exact(case: Case) -> int:
+    """Loss and gradients are those of the reference at every call. Returns the number of graphs."""
     torch._dynamo.reset()
     counters.clear()
     model = Model(*case.forms, sliced=case.sliced)
@@ -166,7 +167,7 @@ def assert_exact(case: Case) -> None:
         expected = by_reference(model, batch, chosen.indices, length - case.sliced, chosen.weights)
         torch.testing.assert_close(loss.detach(), expected.loss.detach(), rtol=1e-9, atol=1e-12)
         assert error(found, expected.grads) < 1e-9, (size, length)
-    assert counters["stats"]["unique_graphs"] <= 3
+    return counters["stats"]["unique_graphs"]
 
 
 GROUPS = [tuple(FORMS)[i::4] for i in range(4)]
@@ -181,7 +182,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_size_has_the_gradient_of_the_reference(case):
-    assert_exact(case)
+    assert assert_exact(case) <= 3
 
 
 def drawn(seed: int) -> Case:
@@ -190,12 +191,12 @@ def drawn(seed: int) -> Case:
     forms = tuple(draw.sample(list(FORMS), draw.choice((1, 1, 2))))
     options = {
         "scorer": draw.choice(list(SCORERS)),
-        "keep_ratio": draw.choice((0.1, 0.4, 0.8)),
+        "keep_ratio": draw.choice((0.2, 0.4, 0.8)),
         "select": "topk" if "by token" in forms else draw.choice((None, "topk", "sample")),
         "chunk_bytes": draw.choice((None, 2_000)),
     }
     densities = (None,) if draw.random() < 0.2 else tuple(draw.sample(DENSITIES, 3))
-    sizes = draw.sample(SIZES, 4)
+    sizes = draw.sample(SIZES, 3)
     return Case(forms, options, draw.choice((None, True, "mark")), sizes, densities)
 
 
@@ -207,7 +208,7 @@ def test_random_cases(seed):
 
 @pytest.mark.slow
 def test_inductor():
-    assert_exact(Case(("reshape", "nll", "by token"), {"scorer": "attention", "inner": "inductor"}, True))
+    assert assert_exact(Case(("reshape", "nll", "by token"), {"scorer": "attention", "inner": "inductor"}, True)) == 1
 
 
 def test_a_shifted_loss_is_the_same_loss_over_all_tokens():
@@ -231,8 +232,7 @@ def test_a_shifted_loss_is_the_same_loss_over_all_tokens():
 
 def test_a_symbolic_length_has_no_chunk_of_one_token():
     """A size of 1 is a constant in PyTorch: the graph would serve one length."""
-    env = torch.fx.experimental.symbolic_shapes.ShapeEnv()
-    source = torch._dynamo.source.ConstantSource("tokens")
+    env, source = ShapeEnv(), ConstantSource("tokens")
     length = env.create_symintnode(env.create_symbol(13, source), hint=13, source=source)
     sizes = cut(length, 13)
     assert sum(map(hint, sizes)) == 13 and min(map(hint, sizes)) > 1

@@ -83,8 +83,9 @@ def _unshift(loss: fx.Node, number: Numbers) -> bool:
     if cut is None or not number.knows(symbols_of(cut.node.meta["val"].shape)):
         return False
     with loss.graph.inserting_before(loss):
-        given |= {"target": _padded_labels(loss, cut, number), "self": _whole_logits(loss, cut, number)}
-        whole = emit(loss, loss.target, *given.values())
+        new = {given["target"]: _padded_labels(loss, cut, number), given["self"]: _whole_logits(loss, cut, number)}
+        args, kwargs = fx.map_arg((loss.args, loss.kwargs), lambda x: new.get(x, x))
+        whole = emit(loss, loss.target, *args, **kwargs)
         loss.replace_all_uses_with(whole if given["reduction"] != NONE else _of_slice(loss, whole, cut, number))
     loss.graph.erase_node(loss)
     _unshift(whole, number)
