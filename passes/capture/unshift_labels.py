@@ -6,7 +6,7 @@ are ignored. So the logits of a hand-written next-token loss keep the token axis
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import fx
 from ..graph.copies import copied
 from ..graph.emit import emit
 from ..graph.factors import Space, guarded_same_size, same_size
-from ..graph.nodes import bind, operands_of
+from ..graph.nodes import bind, is_random, operands_of
 from ..graph.op_sets import CONVERSIONS, COPIES, LABEL_LOSSES, NONE, VIEWS
 from ..graph.program import Program
 from ..graph.symbolic_sizes import Numbers, symbols_of
@@ -84,8 +84,7 @@ def _unshift(loss: fx.Node, number: Numbers) -> bool:
         return False
     with loss.graph.inserting_before(loss):
         new = {given["target"]: _padded_labels(loss, cut, number), given["self"]: _whole_logits(loss, cut, number)}
-        args, kwargs = fx.map_arg((loss.args, loss.kwargs), lambda x: new.get(x, x))
-        whole = emit(loss, loss.target, *args, **kwargs)
+        whole = _repeated(loss, loss.args, new)
         loss.replace_all_uses_with(whole if given["reduction"] != NONE else _of_slice(loss, whole, cut, number))
     loss.graph.erase_node(loss)
     _unshift(whole, number)
@@ -114,13 +113,21 @@ def _whole_logits(loss: fx.Node, cut: _Cut, number: Numbers) -> fx.Node:
     """The logits of all tokens, [N, C]."""
     whole: Any = cut.node.args[0]
     for step in cut.steps:
-        operand, args = _source(step), list(step.args)
-        if step.target in _BY_CLASS:
-            args[1] = cut.classes
-        whole = emit(step, step.target, *(whole if arg is operand else arg for arg in args), **step.kwargs)
+        by_class = step.target in _BY_CLASS
+        args = (step.args[0], cut.classes, *step.args[2:]) if by_class else step.args
+        whole = _repeated(step, args, {_source(step): whole})
     order = [*cut.rows, cut.classes]
     whole = whole if order == sorted(order) else emit(loss, aten.permute.default, whole, order)
     return number.emit(loss, aten.reshape.default, whole, [-1, whole.meta["val"].shape[-1]])
+
+
+def _repeated(step: fx.Node, args: tuple[Any, ...], new: Mapping[Any, fx.Node]) -> fx.Node:
+    """``step`` in its place with ``args`` in which nodes are replaced; its dtype may be that of an autocast region."""
+    args, kwargs = fx.map_arg((args, step.kwargs), lambda node: new.get(node, node))
+    with step.graph.inserting_before(step):
+        node = emit(step, step.target, *args, **kwargs)
+    node.meta["val"] = node.meta["val"].to(step.meta["val"].dtype)
+    return node
 
 
 def _outside(cut: _Cut) -> list[Any]:
@@ -145,12 +152,10 @@ def _find_cut(logits: fx.Node) -> _Cut | None:
 
 def _source(node: fx.Node) -> fx.Node | None:
     """The operand of an operation that moves values, or processes each of them or its classes alone, else ``None``."""
-    tags = getattr(node.target, "tags", ())
-    alone = torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
     operands = {x for x in operands_of(node) if x.meta["val"].ndim}
-    return (
-        operands.pop() if len(operands) == 1 and (alone or node.target in (*_MOVES, *_BY_CLASS, *CONVERSIONS)) else None
-    )
+    is_pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ()) and not is_random(node)
+    known = is_pointwise or node.target in (*_MOVES, *_BY_CLASS, *CONVERSIONS)
+    return operands.pop() if known and len(operands) == 1 else None
 
 
 def _read(node: fx.Node, behind: Sequence[fx.Node]) -> _Cut | None:
