@@ -458,12 +458,21 @@ class _Ditching(TorchFunctionMode):
         if given.get("reduction", "mean") == "none":
             if self.weights is not None and any(x.requires_grad and x in self.rows for x in tensors):
                 raise ValueError(f"{func.__name__} with reduction='none' can't apply weights. Use mean or sum.")
-            return self._see_inside(func, (), given)
+            return self._losses_of_tokens(func, given)
         if not any(x.requires_grad for x in tensors):
             return func(**given)
         if func in _UNDEFINED_LOSSES:
             return self._undefined_loss(func, given, tensors)
         return self._class_loss(func, given) if func in _CLASS_LOSSES else self._element_loss(func, given)
+
+    def _losses_of_tokens(self, func: Function, given: dict) -> Tensor:
+        """A loss with reduction="none". Its rows are those of the logits; the labels may be those of other tokens."""
+        rows = self.rows.get(given["input"])
+        if func not in _CLASS_LOSSES or rows is None:
+            return self._see_inside(func, (), given)
+        losses = func(**given)
+        self._record(losses, self._agree(losses, self._without_classes(func, given["input"], rows)))
+        return losses
 
     def _undefined_loss(self, func: Function, given: dict, tensors: list[Tensor]) -> Tensor:
         if any(x in self.rows for x in tensors):
@@ -484,15 +493,10 @@ class _Ditching(TorchFunctionMode):
     def _class_loss(self, func: Function, given: dict) -> Tensor:
         """cross_entropy and nll_loss: input [N, C] or [B, C, ..], target class indices or (soft) probabilities."""
         logits, target = given["input"], given["target"]
-        class_dim = min(1, logits.ndim - 1)
         rows = self.rows.get(logits)
         if self._is_per_instance(func, logits, rows):
             return func(**given)
-        if _varies(rows, class_dim):
-            raise ValueError(
-                f"The class dim of {func.__name__}'s input {list(logits.shape)} holds tokens. Move classes to dim 1."
-            )
-        rows = rows.select(class_dim, 0)
+        rows = self._without_classes(func, logits, rows)
         kept, factors = self._kept(rows), self._factors(rows)
         if target.is_floating_point():
             return _scaled(func(**{**given, "reduction": "none"}), kept, given["reduction"], factors=factors)
@@ -506,6 +510,15 @@ class _Ditching(TorchFunctionMode):
         if given["reduction"] == "sum":
             return total * (labelled.sum() / live.sum().clamp(min=1)).to(total.dtype)
         return func(**given) if (class_weights * live).sum() != 0 else total * 0
+
+    def _without_classes(self, func: Function, logits: Tensor, rows: Tensor) -> Tensor:
+        """The rows of the losses, given those of the logits."""
+        class_dim = min(1, logits.ndim - 1)
+        if _varies(rows, class_dim):
+            raise ValueError(
+                f"The class dim of {func.__name__}'s input {list(logits.shape)} holds tokens. Move classes to dim 1."
+            )
+        return rows.select(class_dim, 0)
 
     def _element_loss(self, func: Function, given: dict) -> Tensor:
         """Regression and binary losses: one term per entry of the (broadcast) operands."""
@@ -617,7 +630,7 @@ def _scaled(
         return _estimated(terms, kept, factors, reduction, torch.ones_like(terms) if weight is None else weight)
     total = torch.where(kept, terms, torch.zeros_like(terms)).sum()
     if reduction == "sum":
-        return total * (terms.numel() / kept.sum().clamp(min=1)).to(total.dtype)
+        return total * (terms.numel() / max(1, int(kept.sum())))
     divisor = kept.sum() if weight is None else torch.where(kept, weight, torch.zeros_like(weight)).sum()
     return total / divisor if divisor != 0 else total * 0
 

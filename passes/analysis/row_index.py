@@ -13,6 +13,7 @@ from ..graph.errors import GraphNotSupported
 from ..graph.factors import Axes, Dim
 from ..graph.nodes import is_tensor
 from ..graph.program import Program
+from ..graph.symbolic_sizes import computed, places_of_symbols
 from .token_axes import TokenAxes, TokenAxis, find
 
 
@@ -162,16 +163,18 @@ def example_sizes(program: Program, axis: TokenAxis) -> tuple[Any, Any]:
 
 
 def runtime_sizes(program: Program, axis: TokenAxis) -> Callable[[Sequence[Any]], tuple[int, int]]:
-    """A function that reads the sizes (batch, tokens) from the inputs of a call.
+    """A function that computes the sizes (batch, tokens) from the inputs of a call.
 
     Raises:
-        GraphNotSupported: a dynamic size is not a dim of any input.
+        GraphNotSupported: a size depends on values.
     """
-    places = [_input_place(program, place) for place in _places(program, axis)]
-    example = example_sizes(program, axis)
-    return lambda args: tuple(  # type: ignore[return-value]
-        size if place is None else args[place[0]].shape[place[1]] for place, size in zip(places, example, strict=True)
-    )
+    places = places_of_symbols(program.inputs)
+    batch, tokens = (computed(size, places) for size in example_sizes(program, axis))
+    if batch is None or tokens is None:
+        raise GraphNotSupported(
+            "The batch size or the sequence length depends on values of the inputs.", "Compute it outside the model."
+        )
+    return lambda args: (batch(args), tokens(args))
 
 
 def device_of(program: Program) -> torch.device:
@@ -197,14 +200,3 @@ def _place(program: Program, label: Dim) -> _SizeSource:
 
 def _read(place: _SizeSource, values: Mapping[fx.Node, Any]) -> Any:
     return 1 if place is None else values[place[0]].shape[place[1]]
-
-
-def _input_place(program: Program, place: _SizeSource) -> tuple[int, int] | None:
-    """``place`` as (position of the input, dim); ``None`` if the size is a constant."""
-    if place is None or isinstance(_read(place, {place[0]: place[0].meta["val"]}), int):
-        return None
-    if place[0].op != "placeholder":
-        raise GraphNotSupported(
-            "A dynamic batch size or sequence length is not a dim of any input.", "Compile with dynamic=False."
-        )
-    return program.placeholders.index(place[0]), place[1]

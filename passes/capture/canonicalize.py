@@ -32,6 +32,7 @@ from ..graph.factors import same_size
 from ..graph.fake import fake_inputs, fake_mode_of
 from ..graph.nodes import is_random
 from ..graph.program import Program, attribute
+from ..graph.symbolic_sizes import Numbers
 from .retrace import ENTER_AUTOCAST, EXIT_AUTOCAST, Retrace, is_autocast, unwrap
 from .writes import refuse_aliases
 
@@ -64,7 +65,7 @@ class Canonicalize:
             warnings.filterwarnings("ignore", message=".*pre-dispatch.*")
             module = _traced(_functional(program.module, writes), fakes)
         refuse_aliases(program, writes)
-        _tidy(module)
+        _tidy(module, Numbers(module.graph, fakes))
         return replace(program, module=module, inputs=fakes, mutated=tuple(writes))
 
     def check(self, program: Program) -> None:
@@ -130,7 +131,7 @@ def _traced(function: Any, inputs: tuple) -> fx.GraphModule:
         raise refused from error
 
 
-def _tidy(module: fx.GraphModule) -> None:
+def _tidy(module: fx.GraphModule, number: Numbers) -> None:
     """Remove operations without effect (asserts, aliases, full slices, idle dropout and autocast); expand ``copy``."""
     for node in list(module.graph.nodes):
         if node.op != "call_function":
@@ -145,7 +146,7 @@ def _tidy(module: fx.GraphModule) -> None:
             node.replace_all_uses_with(rest[0])
             module.graph.erase_node(node)
         elif name == "copy":
-            _expand_copy(node)
+            _expand_copy(node, number)
         elif node.target is EXIT_AUTOCAST:
             _drop_idle_autocast(module.graph, node)
     module.graph.eliminate_dead_code(is_impure_node=lambda node: node.is_impure() or is_autocast(node))
@@ -165,12 +166,13 @@ def _is_whole(node: fx.Node) -> bool:
     return all(map(same_size, value.shape, whole.shape))
 
 
-def _expand_copy(node: fx.Node) -> None:
+def _expand_copy(node: fx.Node, number: Numbers) -> None:
     """Replace ``aten.copy``, which has no derivative, by ``src.to(dtype).expand(shape)``."""
     target, source = (arg.meta["val"] for arg in node.args[:2])
     with node.graph.inserting_before(node):
         cast = emit(node, aten._to_copy.default, node.args[1], dtype=target.dtype)
-        same = emit(node, aten.expand.default, cast, list(target.shape)) if source.shape != target.shape else cast
+        wider = source.shape != target.shape
+        same = number.emit(node, aten.expand.default, cast, list(target.shape)) if wider else cast
     node.replace_all_uses_with(same)
     node.graph.erase_node(node)
 

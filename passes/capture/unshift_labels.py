@@ -6,6 +6,7 @@ are ignored. So the logits of a hand-written next-token loss keep the token axis
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,12 +15,18 @@ from torch import fx
 
 from ..graph.copies import copied
 from ..graph.emit import emit
-from ..graph.factors import same_size
-from ..graph.nodes import bind
-from ..graph.op_sets import CASTS, LABEL_LOSSES, VIEWS
+from ..graph.factors import Space, guarded_same_size, same_size
+from ..graph.nodes import bind, is_random, operands_of
+from ..graph.op_sets import CONVERSIONS, COPIES, LABEL_LOSSES, NONE, VIEWS
 from ..graph.program import Program
+from ..graph.symbolic_sizes import Numbers, symbols_of
 
 aten = torch.ops.aten
+_PERMUTES = (aten.transpose.int, aten.permute.default, aten.t.default)
+#: Operations that keep all values.
+_MOVES = (*VIEWS, *_PERMUTES, *COPIES)
+#: Operations on a whole dim, that of the classes.
+_BY_CLASS = (aten.slice.Tensor, aten.log_softmax.int)
 
 
 @dataclass(frozen=True)
@@ -33,8 +40,9 @@ class UnshiftLabels:
 
     def run(self, program: Program) -> Program:
         module, _ = copied(program.module)
+        number = Numbers(module.graph, program.inputs)
         losses = [node for node in module.graph.nodes if node.target in LABEL_LOSSES]
-        unshifted = [_unshift(node) for node in losses]
+        unshifted = [_unshift(node, number) for node in losses]
         if not any(unshifted):
             return program
         module.graph.eliminate_dead_code()
@@ -45,75 +53,170 @@ class UnshiftLabels:
         program.graph.lint()
 
 
-def _unshift(loss: fx.Node) -> bool:
-    arguments = bind(loss)
-    logits, target = arguments["self"], arguments["target"]
-    chain, cut = _chain_to_slice(logits) if logits.meta["val"].ndim == 2 else ([], None)
-    if cut is None or arguments["reduction"] == 0 or target.meta["val"].is_floating_point():
+@dataclass(frozen=True)
+class _Cut:
+    """A slice of the tokens on the way from a head to a loss.
+
+    Args:
+        node: the slice.
+        steps: the operations behind it that change values or classes, in order.
+        rows: the dims of the slice that are not the classes, in the order in which the labels have them.
+        classes: the dim of the slice that becomes the classes of the loss.
+    """
+
+    node: fx.Node
+    steps: tuple[fx.Node, ...]
+    rows: tuple[int, ...]
+    classes: int
+
+    @property
+    def dim(self) -> int:
+        return bind(self.node)["dim"] % self.node.meta["val"].ndim
+
+
+def _unshift(loss: fx.Node, number: Numbers) -> bool:
+    """Move every slice of the tokens from the logits of ``loss`` to its labels; True if there is one."""
+    given = bind(loss)
+    if given["self"].meta["val"].ndim < 2 or given["target"].meta["val"].is_floating_point():
         return False
-    whole, (start, missing) = cut.args[0], _range(cut)
+    cut = _find_cut(given["self"])
+    if cut is None or not number.knows(symbols_of(cut.node.meta["val"].shape)):
+        return False
     with loss.graph.inserting_before(loss):
-        rows = emit(loss, aten.reshape.default, target, [-1, _size(loss, cut)])
-        padded = emit(loss, aten.constant_pad_nd.default, rows, [start, missing], arguments["ignore_index"])
-        labels = emit(loss, aten.reshape.default, padded, [-1])
-        for step in reversed(chain):
-            how = (-1, *step.args[2:]) if step.target is aten.slice.Tensor else step.args[1:]
-            whole = emit(step, step.target, whole, *how, **step.kwargs)
-        whole = emit(loss, aten.reshape.default, whole, [-1, logits.meta["val"].shape[-1]])
-        loss.replace_input_with(logits, whole)
-        loss.replace_input_with(target, labels)
+        new = {given["target"]: _padded_labels(loss, cut, number), given["self"]: _whole_logits(loss, cut, number)}
+        whole = _repeated(loss, loss.args, new)
+        loss.replace_all_uses_with(whole if given["reduction"] != NONE else _of_slice(loss, whole, cut, number))
+    loss.graph.erase_node(loss)
+    _unshift(whole, number)
     return True
 
 
-def _chain_to_slice(node: Any) -> tuple[list[fx.Node], fx.Node | None]:
-    """Follow the logits ``[B * T', C]`` of a loss back to a slice ``x[:, a:b]``.
+def _of_slice(loss: fx.Node, whole: fx.Node, cut: _Cut, number: Numbers) -> fx.Node:
+    """The losses of the tokens in the slice, in the shape of ``loss``, from those of all tokens [N]."""
+    shape, at, (start, _) = cut.node.args[0].meta["val"].shape, cut.rows.index(cut.dim), _outside(cut)
+    losses = number.emit(loss, aten.reshape.default, whole, [shape[dim] for dim in cut.rows])
+    end = start + cut.node.meta["val"].shape[cut.dim]
+    losses = number.emit(loss, aten.slice.Tensor, losses, at, start, end)
+    return number.emit(loss, aten.reshape.default, losses, [*loss.meta["val"].shape])
 
-    Returns:
-        The copies, casts and slices of the classes on the way, and the slice; ``None`` if there is no such slice.
+
+def _padded_labels(loss: fx.Node, cut: _Cut, number: Numbers) -> fx.Node:
+    """The labels of all tokens, [N]: those outside the slice are ignored."""
+    given, shape = bind(loss), cut.node.meta["val"].shape
+    labels = number.emit(loss, aten.reshape.default, given["target"], [shape[dim] for dim in cut.rows])
+    amounts = [0, 0] * (len(cut.rows) - 1 - cut.rows.index(cut.dim)) + _outside(cut)  # from the last dim on
+    padded = number.emit(loss, aten.constant_pad_nd.default, labels, amounts, given["ignore_index"])
+    return emit(loss, aten.reshape.default, padded, [-1])
+
+
+def _whole_logits(loss: fx.Node, cut: _Cut, number: Numbers) -> fx.Node:
+    """The logits of all tokens, [N, C]."""
+    whole: Any = cut.node.args[0]
+    for step in cut.steps:
+        by_class = step.target in _BY_CLASS
+        args = (step.args[0], cut.classes, *step.args[2:]) if by_class else step.args
+        whole = _repeated(step, args, {_source(step): whole})
+    order = [*cut.rows, cut.classes]
+    whole = whole if order == sorted(order) else emit(loss, aten.permute.default, whole, order)
+    return number.emit(loss, aten.reshape.default, whole, [-1, whole.meta["val"].shape[-1]])
+
+
+def _repeated(step: fx.Node, args: tuple[Any, ...], new: Mapping[Any, fx.Node]) -> fx.Node:
+    """``step`` in its place with ``args`` in which nodes are replaced; its dtype may be that of an autocast region."""
+    args, kwargs = fx.map_arg((args, step.kwargs), lambda node: new.get(node, node))
+    with step.graph.inserting_before(step):
+        node = emit(step, step.target, *args, **kwargs)
+    node.meta["val"] = node.meta["val"].to(step.meta["val"].dtype)
+    return node
+
+
+def _outside(cut: _Cut) -> list[Any]:
+    """The numbers of tokens before and after the slice."""
+    whole, part = (node.meta["val"].shape[cut.dim] for node in (cut.node.args[0], cut.node))
+    start = bind(cut.node)["start"] or 0
+    start = start.meta["val"] if isinstance(start, fx.Node) else start
+    start = max(start + whole, 0) if start < 0 else start
+    return [start, whole - part - start]
+
+
+def _find_cut(logits: fx.Node) -> _Cut | None:
+    """The last slice of the tokens on the way to the logits of a loss; ``None`` if there is none."""
+    node, behind = logits, list[fx.Node]()
+    while (source := _source(node)) is not None:
+        if node.target is aten.slice.Tensor and (cut := _read(node, behind)):
+            return cut
+        behind.insert(0, node)
+        node = source
+    return None
+
+
+def _source(node: fx.Node) -> fx.Node | None:
+    """The operand of an operation that moves values, or processes each of them or its classes alone, else ``None``."""
+    operands = {x for x in operands_of(node) if x.meta["val"].ndim}
+    is_pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ()) and not is_random(node)
+    known = is_pointwise or node.target in (*_MOVES, *_BY_CLASS, *CONVERSIONS)
+    return operands.pop() if known and len(operands) == 1 else None
+
+
+def _read(node: fx.Node, behind: Sequence[fx.Node]) -> _Cut | None:
+    """The slice ``node``; ``None`` if it cuts the classes, or the operations ``behind`` it are not by token."""
+    way = _Way(node.meta["val"].shape)
+    if not all(map(way.follow, behind)) or (found := way.rows_and_classes()) is None:
+        return None
+    cut = _Cut(node, tuple(step for step in behind if step.target not in _MOVES), *found)
+    part = node.meta["val"].shape[cut.dim]
+    known = bind(node)["step"] == 1 and not same_size(part, 0) and not guarded_same_size(part, 1)
+    return cut if known and cut.dim != cut.classes else None
+
+
+class _Way:
+    """The axes of a value on the way from a slice to a loss.
+
+    ``own`` has the axis of every dim of the slice, ``axes`` those of the value. ``by_class``: the dims of the slice
+    that operations on the way process as a whole.
     """
-    chain: list[fx.Node] = []
-    classes = node.meta["val"].shape[-1]
-    while isinstance(node, fx.Node) and node.op == "call_function":
-        if node.target in CASTS:
-            chain.append(node)
-        elif _is_class_slice(node):
-            chain.append(node)
-            classes = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
-        elif node.target is aten.slice.Tensor and not same_size(_rows(node), _rows(node.args[0])):
-            return chain, node if _is_token_slice(node) else None
-        elif node.target is not aten.slice.Tensor and not (
-            node.target in VIEWS and same_size(node.meta["val"].shape[-1], classes)
-        ):
-            break
-        node = node.args[0]
-    return chain, None
+
+    def __init__(self, shape: Sequence[Any]) -> None:
+        self.space, self.by_class = Space(), set[int]()
+        self.axes = self.own = self.space.fresh_axes(shape)
+
+    def follow(self, step: fx.Node) -> bool:
+        """Go on to the result of ``step``; False if it works along an axis that is no dim of the slice."""
+        if step.target in VIEWS:
+            self.axes = self.space.regroup(self.axes, step.meta["val"].shape)
+        elif step.target in _PERMUTES:
+            self.axes = tuple(self.axes[i] for i in _order(step))
+        elif step.target in _BY_CLASS and not self._follow_classes(step):
+            return False
+        self.axes, self.own = (tuple(map(self.space.resolve, axes)) for axes in (self.axes, self.own))
+        return True
+
+    def _follow_classes(self, step: fx.Node) -> bool:
+        dim = bind(step)["dim"]
+        before, after = self.axes[dim], self.space.fresh(step.meta["val"].shape[dim])
+        if before not in self.own:
+            return False
+        self.by_class.add(self.own.index(before))
+        self.axes, self.own = (tuple(after if x == before else x for x in axes) for axes in (self.axes, self.own))
+        return True
+
+    def rows_and_classes(self) -> tuple[tuple[int, ...], int] | None:
+        """The dims of the slice in the order of the labels, and its classes; ``None`` if the value has other axes."""
+        classes, order = self.axes[1], self.axes[0] + sum(self.axes[2:], ())
+        if not classes or classes not in self.own:
+            return None
+        at, place = self.own.index(classes), {factor: i for i, factor in enumerate(order)}
+        others = [dim for dim in range(len(self.own)) if dim != at]
+        rows = sorted(others, key=lambda dim: place.get(self.own[dim][0], 0) if self.own[dim] else -1)
+        is_known = sum((self.own[dim] for dim in rows), ()) == order and self.by_class <= {at}
+        return (tuple(rows), at) if is_known else None
 
 
-def _is_class_slice(node: fx.Node) -> bool:
-    """True for a slice of the last dim."""
-    return node.target is aten.slice.Tensor and bind(node)["dim"] in (-1, node.meta["val"].ndim - 1)
-
-
-def _rows(node: fx.Node) -> Any:
-    shape = node.meta["val"].shape
-    return shape[1] if len(shape) == 3 else shape[0]
-
-
-def _is_token_slice(cut: fx.Node) -> bool:
-    arguments = bind(cut)
-    return cut.meta["val"].ndim == 3 and arguments["dim"] in (1, -2) and arguments["step"] == 1
-
-
-def _range(cut: fx.Node) -> tuple[int, Any]:
-    """The numbers of positions before and after the slice."""
-    arguments = bind(cut)
-    whole, part = cut.args[0].meta["val"].shape[1], cut.meta["val"].shape[1]
-    start = arguments["start"] or 0
-    start = start + whole if start < 0 else start
-    return start, int(whole - part - start)
-
-
-def _size(loss: fx.Node, cut: fx.Node) -> Any:
-    """The length of the slice, as a number or a node."""
-    size = cut.meta["val"].shape[1]
-    return size if isinstance(size, int) else emit(loss, aten.sym_size.int, cut, 1)
+def _order(step: fx.Node) -> list[int]:
+    """The dims of the operand of a permutation, in the order of its result."""
+    dims = [*range(step.meta["val"].ndim)]
+    if step.target is aten.permute.default:
+        return [dims[dim] for dim in bind(step)["dims"]]
+    a, b = (dims[-1], dims[0]) if step.target is aten.t.default else (dims[bind(step)[f"dim{i}"]] for i in (0, 1))
+    dims[a], dims[b] = b, a
+    return dims

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,22 +13,39 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from .emit import emit
 
+#: (position of an input, dim); the dim is ``None`` if the input is a number.
+Place = tuple[int, int | None]
 
-def places_of_symbols(inputs: Sequence[Any]) -> dict[sympy.Symbol, tuple[int, int | None]]:
-    """The symbols of sizes, each with the first place where the inputs have it.
 
-    A place is (position of the input, dim); the dim is ``None`` if the input is a number.
-    """
-    found: dict[sympy.Symbol, tuple[int, int | None]] = {}
+def places_of_symbols(inputs: Sequence[Any]) -> dict[sympy.Symbol, Place]:
+    """The symbols of sizes, each with the first place where the inputs have it."""
+    found: dict[sympy.Symbol, Place] = {}
     for i, value in enumerate(inputs):
         dims = enumerate(value.shape) if isinstance(value, torch.Tensor) else [(None, value)]
         for dim, size in dims:
             if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Symbol):
                 found.setdefault(size.node.expr, (i, dim))
     return found
+
+
+def computed(size: Any, places: Mapping[sympy.Symbol, Place]) -> Callable[[Sequence[Any]], int] | None:
+    """A function that computes ``size`` from the inputs of a call; ``None`` if the inputs lack a symbol of it."""
+    if not isinstance(size, torch.SymInt):
+        return lambda args: size
+    expr = size.node.expr
+    if not expr.free_symbols <= places.keys():
+        return None
+    read = {symbol: places[symbol] for symbol in expr.free_symbols}
+
+    def compute(args: Sequence[Any]) -> int:
+        sizes = {symbol: args[i] if dim is None else args[i].shape[dim] for symbol, (i, dim) in read.items()}
+        return sympy_interp(PythonReferenceAnalysis, sizes, expr)
+
+    return compute
 
 
 def canonical_symint(value: Any) -> Any:
@@ -57,8 +74,8 @@ class Numbers:
     """
 
     def __init__(self, graph: fx.Graph, inputs: Sequence[Any]) -> None:
-        self._inputs, self._places = graph.find_nodes(op="placeholder"), places_of_symbols(inputs)
-        self._first = next(node for node in graph.nodes if node.op != "placeholder")
+        self._graph, self._inputs = graph, graph.find_nodes(op="placeholder")
+        self._places = places_of_symbols(inputs)
         self._known: dict[sympy.Expr, Any] = {}
 
     def knows(self, symbols: Iterable[torch.SymInt]) -> bool:
@@ -71,7 +88,7 @@ class Numbers:
             return size
         expr = size.node.expr
         if expr not in self._known:
-            with self._first.graph.inserting_before(self._first):
+            with self._graph.inserting_before(next(node for node in self._graph.nodes if node.op != "placeholder")):
                 symbols = {symbol: self._symbol(symbol) for symbol in expr.free_symbols}
                 self._known[expr] = sympy_interp(_Emitted(self._inputs[0]), symbols, expr)
         return self._known[expr]

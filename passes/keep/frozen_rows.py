@@ -56,16 +56,13 @@ class FindFrozenRows:
 
 def _computed(program: Program, node: fx.Node, gathered: set[fx.Node]) -> set[fx.Node] | None:
     """The operations from gathered rows to ``node``; ``None`` if they need other values."""
-    found, todo = set[fx.Node](), [node]
+    found, todo, others = set[fx.Node](), [node], {*program[Activity].live, *program[PositionalAttentions]}
     while todo:
         node = todo.pop()
         if node in found or node in gathered:
             continue
         sources = [x for x, carried in reads(program, node) if carried]
-        if (
-            not (sources and rule_for(node.target) and is_parallel(program, node))
-            or node in program[PositionalAttentions]
-        ):
+        if node in others or not (sources and rule_for(node.target) and is_parallel(program, node)):
             return None
         found.add(node)
         todo += sources

@@ -87,12 +87,14 @@ def cut_to(tokens: Any, largest: int, chunk_bytes: int) -> list[Any]:
 def cut(tokens: Any, count: int) -> list[Any]:
     """At most ``count`` sizes that add up to ``tokens``, equal except the last one.
 
-    A symbolic length is cut so that no size is negative at any length.
+    A symbolic length is cut so that no size is negative at any length, and none is 1 at that of the example, which
+    would be a constant.
 
     >>> cut(100, 64)[-2:], len(cut(100, 64)), cut(13, 5)
     ([2, 2], 50, [3, 3, 3, 3, 1])
     """
     if not isinstance(tokens, int):
+        count = min(count, max(1, hint(tokens) // 2))
         return [tokens // count] * (count - 1) + [tokens - (count - 1) * (tokens // count)]
     size = -(-tokens // count)
     return [size] * (tokens // size) + [tokens % size] * (tokens % size > 0)

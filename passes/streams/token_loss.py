@@ -115,19 +115,22 @@ def run_tail(traced: Traced, values: Mapping[fx.Node, Any], row_indices: Mapping
 def _run_chunks(traced: Traced, values: Mapping[fx.Node, Any], row_index: RowIndex) -> tuple[Tensor, list[Tensor]]:
     """Losses of tokens [B, T], and for every value of the frontier the gradient of their sum."""
     axes, frontier = row_index.axes, traced.tail.frontier
+    places = {n: (axes.of(n), axes.row_dim(n)) for n in frontier}
     captured = [values[node] for node in traced.captured]
     losses, gradients, start = [], [], 0
     whole = len(traced.chunks) == 1
     for size, chunk in traced.chunks:
         positions = torch.arange(start, start + size, device=row_index.indices.device)
         part = replace(row_index, indices=positions.expand(row_index.batch, size))
-        rows = [values[n] if whole else part.take(values[n], axes.of(n), axes.row_dim(n)) for n in frontier]
+        rows = [
+            values[n].contiguous() if whole else part.take(values[n], axes.of(n), axes.row_dim(n)) for n in frontier
+        ]
         loss, *of_rows = fx.Interpreter(chunk).run(part.indices, *rows, *captured)
         losses.append(loss)
         gradients.append(of_rows)
         start = start + size
     joined = [
-        row_index.join(parts, axes.of(node), axes.row_dim(node), values[node].shape)
+        row_index.join(parts, *places[node], values[node].shape)
         for node, parts in zip(frontier, zip(*gradients, strict=True), strict=False)
     ]
     return torch.cat(losses, -1), joined

@@ -82,7 +82,9 @@ def head_loss(
 
     Raises:
         IndexError: a target is neither a class nor ``ignore_index`` (on the CPU).
+        RuntimeError: there is not one target for each row of ``hidden``.
     """
+    check_rows(hidden, target)
     head, labelled = _Head(weight, bias, softcap, scale, dtype), target != ignore_index
     # raises for a label out of range, which no tile would contain
     weight[:, :1].gather(0, target.where(labelled, 0)[:, None])
@@ -98,6 +100,14 @@ def head_loss(
             by = labelled[part, None].to(dtype) * scale
             grad[part] = _back(tiles, rows, labels, by, total[part], head, None, None)
     return losses, grad, total
+
+
+def check_rows(hidden: Tensor, target: Tensor) -> None:
+    """Raise ``RuntimeError`` unless there is one target for each row; symbolic sizes get a guard if need be."""
+    torch._check(
+        hidden.ndim == 2 and target.ndim == 1 and hidden.shape[0] == target.shape[0],
+        lambda: f"head_loss: expected hidden [N, D] and target [N], got {[*hidden.shape]} and {[*target.shape]}.",
+    )
 
 
 def _parts(labelled: Tensor, count: int) -> Iterator[Tensor]:
@@ -216,6 +226,7 @@ def head_loss_backward(
     Those at weight and bias are empty, [0], if not trained. The logits are recomputed. ``total`` [N]: the log-sum-exp
     that ``head_loss`` returned.
     """
+    check_rows(hidden, target)
     head, labelled = _Head(weight, bias, softcap, scale, dtype), target != ignore_index
     grad, by = torch.zeros_like(hidden), (back * scale).where(labelled, 0).to(dtype)[:, None]
     parts = list(_parts(labelled, _side(hidden.device, dtype)))
@@ -263,6 +274,7 @@ def _logits(x: Tensor, softcap: float, scale: float) -> tuple[Tensor, Tensor | N
 
 @head_loss.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Any, target: Tensor, *how: Any) -> tuple[Tensor, Tensor, Tensor]:
+    check_rows(hidden, target)
     dtype, gradient = how[-2:]
     losses, total = (target.new_empty(target.shape, dtype=dtype) for _ in range(2))
     return losses, torch.empty_like(hidden) if gradient else hidden.new_empty(0), total

@@ -16,7 +16,7 @@ from torch.library import triton_op
 from torch.utils.flop_counter import register_flop_formula
 
 from ..compat import wrap_kernel
-from .head import flops_of_head
+from .head import check_rows, flops_of_head
 from .static import NUMBER, Variant
 
 WARPS, STAGES = 8, 3
@@ -133,6 +133,7 @@ def head_loss_triton(
     gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """(losses [N] in float32, gradient [N, D] or [0]) of ``head_loss``; arguments as there, at most float32."""
+    check_rows(hidden, target)
     (rows, width), classes = hidden.shape, weight.shape[0]
     flags = {"BIAS": bias is not None, "SOFTCAP": softcap != 0, "num_warps": WARPS, "num_stages": STAGES}
     options = blocks(width, "loss") | flags
