@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 import sys
+import types
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import fx
 
 _TORCH = os.path.dirname(torch.__file__)
+_DYNAMO = os.path.join(_TORCH, "_dynamo")
 _RESUME_PREFIX = "torch_dynamo_resume_in_"
 
 
@@ -45,34 +47,76 @@ def graph_break(gm: fx.GraphModule) -> tuple[str, str, int] | None:
     why = getattr(gm, "compile_subgraph_reason", None)
     if why is None or not why.graph_break:
         return None
-    frame = why.user_stack[-1] if why.user_stack else None
-    first_line = next((line.strip() for line in str(why.reason).splitlines() if line.strip()), "")
-    return first_line, frame.filename if frame else "", (frame.lineno or 0) if frame else 0
+    frames = [*reversed(why.user_stack)]
+    frame = next((frame for frame in frames if not frame.filename.startswith(_TORCH)), next(iter(frames), None))
+    return _first_line(why.reason), frame.filename if frame else "", (frame.lineno or 0) if frame else 0
 
 
-def continues_a_split_model() -> bool:
-    """True during the compilation of a resume function: the rest of a function that Dynamo split."""
+def resumed_at() -> tuple[str, int] | None:
+    """``(file, line)`` where Dynamo split a function whose rest it compiles; None if it compiles a whole function."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
-        return InstructionTranslator.current_tx().f_code.co_name.startswith(_RESUME_PREFIX)
+        code = InstructionTranslator.current_tx().f_code
     except AttributeError:
-        return False
+        return None
+    name, _, line = code.co_name.rpartition("_at_")
+    return (code.co_filename, int(line)) if name.startswith(_RESUME_PREFIX) else None
 
 
-def module_outside() -> torch.nn.Module | None:
-    """A module whose code runs as plain Python around the frame that Dynamo compiles, so Dynamo split the model there.
+def modules_outside() -> list[tuple[types.CodeType, torch.nn.Module]]:
+    """Modules whose code runs around the frame that Dynamo compiles, innermost first, with that code.
 
-    It is searched on the stack, from here up to the call of the compiled function. torch's own modules (DDP) don't
-    count.
+    It runs as plain Python, or Dynamo split it. The modules are searched on the stack, from here up to the call of the
+    compiled function. torch's own modules (DDP) don't count.
     """
-    frame, outside = sys._getframe(1), None
+    frame, outside = sys._getframe(1), list[tuple[types.CodeType, torch.nn.Module]]()
     while frame is not None and frame.f_code.co_name != "compile_wrapper":
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, torch.nn.Module) and not frame.f_code.co_filename.startswith(_TORCH):
-            outside = owner
+        code = frame.f_code
+        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if code.co_filename.startswith(_DYNAMO):
+            outside.clear()  # what it compiles for
+        elif isinstance(owner, torch.nn.Module) and _is_method(code, owner):
+            outside.append((code, owner))
         frame = frame.f_back
-    return outside if frame is not None else None
+    return outside if frame is not None else []
+
+
+def _is_method(code: types.CodeType, owner: torch.nn.Module) -> bool:
+    """True for code of a method of ``owner``, by its names; methods of torch don't count."""
+    classes = [base.__name__ for base in type(owner).__mro__]
+    named = code.co_varnames[0] == "self" or code.co_qualname.rpartition(".")[0] in classes
+    return named and not code.co_filename.startswith(_TORCH)
+
+
+def is_split(code: types.CodeType) -> bool:
+    """True for code that Dynamo wrote, which calls the parts of a function that it split."""
+    return any(name.startswith(("__compiled_fn", "__resume_at")) for name in code.co_names)
+
+
+def compiled_call() -> Any:
+    """The ``torch.compile`` whose call is running, innermost on the stack; None outside of one."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "compile_wrapper":
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["self"]
+
+
+def skipped_at(code: types.CodeType) -> tuple[str, str, int] | None:
+    """``(reason, file, line)`` of the graph break at which Dynamo left a function to Python; None if it did not.
+
+    For a break inside of torch, the place is that of the function.
+    """
+    place = (code.co_filename, code.co_firstlineno)
+    for told in reversed(torch._dynamo.utils.get_compilation_metrics()):
+        if (told.co_filename, told.co_firstlineno) == place and told.fail_reason:
+            found = (told.fail_user_frame_filename or _TORCH, told.fail_user_frame_lineno or 0)
+            return _first_line(told.fail_reason), *(place if found[0].startswith(_TORCH) else found)
+    return None
+
+
+def _first_line(text: Any) -> str:
+    return next((line.strip() for line in str(text).splitlines() if line.strip()), "")
 
 
 def is_sharded(module: torch.nn.Module) -> bool:
@@ -206,3 +250,53 @@ def called_in_place(module: torch.nn.Module) -> Callable[..., Any] | None:
 def call_in_place(module: torch.nn.Module, call: Callable[..., Any] | None) -> None:
     """Let ``module(...)`` run ``call``, or with None its forward. Class, signature and ``state_dict`` don't change."""
     module._compiled_call_impl = call  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _CopiedCall:
+    """Carries the context of ``torch.compile`` from a module compiled in place to its copy; it is pickled as False."""
+
+    def __init__(self, context: Any) -> None:
+        self.context = context
+
+    def __deepcopy__(self, memo: Any) -> _CopiedCall:
+        return self
+
+    def __reduce__(self) -> Any:
+        return bool, ()
+
+
+def compile_copies_of(package: str) -> None:
+    """Let ``copy.deepcopy`` of a module that is compiled in place by a backend of ``package`` give a compiled module.
+
+    PyTorch drops the compiled call, so a copy would train on all tokens without a word: its forward never reaches the
+    backend. Pickles have no compiled call, as in PyTorch.
+    """
+    name, get_state, set_state = "_tokenseek_compiled", torch.nn.Module.__getstate__, torch.nn.Module.__setstate__
+
+    def state_with_call(self: torch.nn.Module) -> dict[str, Any]:
+        state, context = get_state(self), _context_of(self._compiled_call_impl)
+        if getattr(_backend_of(context), "__module__", "").partition(".")[0] == package:
+            state[name] = _CopiedCall(context)
+        return state
+
+    def set_state_and_call(self: torch.nn.Module, state: dict[str, Any]) -> None:
+        copied = state.pop(name, None)
+        set_state(self, state)
+        if copied:
+            call_in_place(self, copied.context(self._call_impl))
+
+    torch.nn.Module.__getstate__, torch.nn.Module.__setstate__ = state_with_call, set_state_and_call
+
+
+def _context_of(call: Any) -> Any:
+    """The context of ``torch.compile`` that a compiled function runs in; None for any other function."""
+    names = getattr(getattr(call, "__code__", None), "co_freevars", ())
+    return call.__closure__[names.index("self")].cell_contents if "self" in names else None
+
+
+def _backend_of(context: Any) -> Any:
+    """The backend that the user named, behind Dynamo's wrappers."""
+    found = getattr(context, "callback", None)
+    while hasattr(found, "_torchdynamo_orig_backend"):
+        found = found._torchdynamo_orig_backend
+    return getattr(found, "compiler_fn", found)

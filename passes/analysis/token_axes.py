@@ -229,6 +229,8 @@ def _tokens(program: Program, found: TokenAxes) -> tuple[TokenAxis, ...]:
     queries = {found.space.resolve(a.query): a for a in reversed(found.attentions)}
     queries.pop((), None)
     if not queries:
+        if many := [a.node for a in found.attentions if found.space.resolve(a.key)]:
+            raise GraphNotSupported("Every attention has a single query.", "Let one have a query per token.", many[0])
         raise NothingToSelect("The sequence has a single token.")
     axes = [TokenAxis(token, _batch(program, found, token, attention)) for token, attention in queries.items()]
     for axis in axes:

@@ -38,6 +38,8 @@ from .writes import refuse_aliases
 
 aten = torch.ops.aten
 _LARGEST_LITERAL = 64
+#: What to use instead of a tensor subclass.
+_REMEDIES = {"DTensor": "Shard the model by fully_shard(model), which gathers plain parameters before the forward."}
 _ASSERTS = {
     "_assert_tensor_metadata",
     "_assert_async",
@@ -114,7 +116,7 @@ def _refuse_wrapped_tensors(program: Program) -> None:
             raise GraphNotSupported(
                 f"The input {node.name} is a {type(value).__name__}, a tensor made of other tensors, which can't be "
                 "traced to ATen yet.",
-                "For a 4-bit base model, use bitsandbytes.",
+                _REMEDIES.get(type(value).__name__, "For a quantised base model, use bitsandbytes (4 or 8 bits)."),
                 node,
             )
 
