@@ -54,6 +54,8 @@ axes_rule(
     rule=elementwise,
 )
 
+axes_rule("tokenseek_fx::mark_tokens", rule=elementwise)
+
 # Only the dtype and device of the second operand are read.
 axes_rule(*aten_overloads("to.other type_as.default"), rule=lambda op: op.elementwise(op.operands[:1]))
 
