@@ -116,6 +116,10 @@ CONVOLUTIONS = [
         lambda n, x, w: (x, w, None, [1], [n.t], [1], False, [0], 1),
     ),
     *each("conv1d.default", "c t, o c t", ""),
+    *each("conv1d.default", "b c t, o c 1, o", "b t"),
+    *each("conv1d.default", "b c t, o c 1", "b", lambda n, x, w: (x, w, None, [2])),
+    *each("conv1d.default", "b c t, o c 1", "b", lambda n, x, w: (x, w, None, [1], [1])),
+    *each("conv2d.padding", "b c t w, o c 1 w", "b t", lambda n, x, w: (x, w, None, [1], "same")),
 ]  # fmt: skip
 
 

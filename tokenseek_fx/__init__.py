@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .explanation import Explanation, explain
     from .given import SelectionError, selecting
     from .memory import StepMemory
+    from .ops.mark import mark_tokens
     from .passes.graph.errors import GraphNotSupported, TokenSeekError
     from .passes.streams.select import ScoreInputs, needs
     from .recording import Recording, Selection, record
@@ -39,6 +40,7 @@ __all__ = [
     "backend",
     "estimate",
     "explain",
+    "mark_tokens",
     "needs",
     "passes",
     "record",
@@ -58,6 +60,7 @@ _WHERE = {
     "explanation": ("Explanation", "explain"),
     "given": ("SelectionError", "selecting"),
     "memory": ("StepMemory",),
+    "ops.mark": ("mark_tokens",),
     "passes.graph.errors": ("GraphNotSupported", "TokenSeekError"),
     "passes.streams.select": ("ScoreInputs", "needs"),
     "recording": ("Recording", "Selection", "record"),

@@ -56,7 +56,7 @@ class Explanation:
         tokens: T, the length of the loss's token axis.
         kept: k, the tokens that are kept of it in each sequence.
         others: (tokens, kept) of each further token axis.
-        attentions: the attentions that the token axes were found from, with source lines.
+        attentions: the attentions that the token axes were found from, with source lines; none if they are marked.
         losses: the operations whose loss becomes that of the kept tokens.
         row_ops: how many operations of the model with gradient run on the kept rows only, ...
         live_ops: ... out of this many.
@@ -98,10 +98,11 @@ class Explanation:
 
     def _summary(self) -> list[str]:
         loss = ", ".join(self.losses) or "outside the graph: outputs for all tokens, gradient in the kept rows"
+        found = f"found from {_some(len(self.attentions), 'attention')}:" if self.attentions else "marked in the model"
         return [
             f"tokenseek: keeps {self.kept} of {self.tokens} tokens in each of {self.batch} sequences",
             *(f"           and {kept} of {tokens} on a further token axis" for tokens, kept in self.others),
-            f"  token axis    T = {self.tokens}, found from {_some(len(self.attentions), 'attention')}:",
+            f"  token axis    T = {self.tokens}, {found}",
             *(f"                {line}" for line in _counted(self.attentions)),
             f"  loss          {loss}",
             f"  operations    {self.row_ops} of {self.live_ops} with gradient run on the kept rows only",

@@ -17,8 +17,9 @@ The token of each entry of a value is determined in two ways. If they disagree, 
   numbers of their source, and other operations keep the rows of the operand with the same leading dims.
 
 Not covered: reentrant gradient checkpointing, token mixing inside a custom ``autograd.Function`` (its inputs and
-outputs are covered), and multi-layer ``nn.LSTM``/``nn.GRU`` (one call is one operation). A token axis without a
-selection is left unchanged.
+outputs are covered), multi-layer ``nn.LSTM``/``nn.GRU`` (one call is one operation), and attention scores whose keys
+come before their queries: a softmax over these is an error, other scores must be written as [.., queries, keys]. A
+token axis without a selection is left unchanged.
 """
 
 import inspect

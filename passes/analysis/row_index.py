@@ -178,8 +178,10 @@ def runtime_sizes(program: Program, axis: TokenAxis) -> Callable[[Sequence[Any]]
 
 
 def device_of(program: Program) -> torch.device:
-    """The device of the program's attentions."""
-    return program[TokenAxes].attentions[0].node.meta["val"].device
+    """The device of the program's attentions, or of a value with the token axis."""
+    axes = program[TokenAxes]
+    values = (node for node in program.graph.nodes if is_tensor(node) and axes.axis_of(node) is not None)
+    return next((attention.node for attention in axes.attentions), next(values)).meta["val"].device
 
 
 _SizeSource = tuple[fx.Node, int] | None

@@ -8,24 +8,29 @@ since no operation equates them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
 
+from ...ops.mark import MARK
 from ..graph.errors import GraphNotSupported, InvariantBroken, NoAttention, NothingToSelect, located
 from ..graph.factors import Axes, Dim, Space, same_size
-from ..graph.nodes import is_tensor, operands_of
+from ..graph.nodes import first_alike, is_tensor, operands_of
 from ..graph.op_sets import LABEL_LOSSES
 from ..graph.program import Program
 from ..rules.attention import attention_op
 from ..rules.axes import flow_of
 from ..rules.op import Flow
 from .attentions import Attention, attentions_in, scores_of
+from .keys_first import keys_first
+from .normalised import normalised
 
 _WANTED = (
-    "Token selection needs a transformer whose attention can be traced: scaled_dot_product_attention, or matmul and "
-    'softmax (transformers: attn_implementation="sdpa" or "eager").'
+    "Use scaled_dot_product_attention, or a softmax and a product with the values (transformers: "
+    'attn_implementation="sdpa" or "eager"); of a model without such attention, name the token axis by '
+    "tokenseek_fx.mark_tokens(x, dim)."
 )
 #: The batch dim (``None``: one instance) and the token dim of a value.
 RowPlace = tuple[int | None, int]
@@ -55,6 +60,7 @@ class TokenAxes:
         tokens: the token axes, the axis of the loss first.
         pooling: scores of a single query over tokens (attention pooling); the tokens are keys, so these values have no
             rows.
+        keys_first: the query dim of scores in which a dim of keys comes before it.
     """
 
     space: Space
@@ -63,6 +69,7 @@ class TokenAxes:
     attentions: tuple[Attention, ...]
     tokens: tuple[TokenAxis, ...] = ()
     pooling: frozenset[fx.Node] = frozenset()
+    keys_first: Mapping[fx.Node, int] = field(default_factory=dict)
 
     @property
     def main(self) -> TokenAxis:
@@ -84,8 +91,9 @@ class TokenAxes:
         return [i for i, dim in enumerate(self.of(node)) if self.axis_at(dim) is not None]
 
     def row_dim(self, node: fx.Node) -> int | None:
-        """The dim whose rows are tokens: the first with a token axis (of a score matrix, that of the queries)."""
-        return next(iter(self.token_dims(node)), None)
+        """The dim whose rows are tokens: the first with a token axis; of attention scores, that of the queries."""
+        dims = self.token_dims(node)
+        return self.keys_first[node] if self.keys_first.get(node) in dims else next(iter(dims), None)
 
     def axis_of(self, node: fx.Node) -> TokenAxis | None:
         """The token axis of a value's rows."""
@@ -154,7 +162,7 @@ class FindTokenAxes:
     def run(self, program: Program) -> Program:
         found = inferred(program)
         named = _passed(program, found, self.passed) if self.passed else replace(found, tokens=_tokens(program, found))
-        return program.with_(named)
+        return program.with_(replace(named, keys_first=keys_first(program.graph, named.attentions, named)))
 
     def check(self, program: Program) -> None:
         """Every value has one label per dim, and the sizes of factors multiply to the sizes of dims."""
@@ -179,7 +187,7 @@ def inferred(program: Program) -> TokenAxes:
             flow = flow_of(node, space, axes)
         axes[node], flows[node] = flow.outputs, flow
     found = TokenAxes(space, axes, flows, ())
-    every = tuple(attentions_in(program.graph, found))
+    every = tuple(attentions_in(program, found))
     single = [a for a in every if not space.resolve(a.query) and space.resolve(a.key)]
     queries = {space.resolve(a.query) for a in every}
     pooling = [a for a in single if space.resolve(a.key) in queries and attention_op(a.node) is None]
@@ -220,12 +228,34 @@ def find(needle: Dim, dim: Dim) -> int | None:
 
 
 def _tokens(program: Program, found: TokenAxes) -> tuple[TokenAxis, ...]:
-    """The query axes of all attentions, that of the loss first.
+    """The marked axes, else the query axes of all attentions; that of the loss first.
 
     Without a loss over labels, the axis of the last attention is first.
     """
+    axes = _marked(program, found) or _queried(program, found)
+    trained = {factor for node in program.graph.nodes for factor in _rows_of_loss(node, found)}
+    return tuple(sorted(axes, key=lambda axis: not trained & {*axis.token}))
+
+
+def _marked(program: Program, found: TokenAxes) -> list[TokenAxis]:
+    """The token axes that the model marks."""
+    axes: dict[Dim, TokenAxis] = {}
+    for node in program.graph.find_nodes(op="call_function", target=MARK):
+        labels, (_, dim, batch_dim) = found.of(node), node.args
+        axis = TokenAxis(labels[dim], () if batch_dim is None else labels[batch_dim])
+        if not axis.token:
+            raise NothingToSelect("The sequence has a single token.")
+        if axes.setdefault(axis.token, axis) != axis:
+            raise GraphNotSupported(
+                "Two marks of one token axis name different batch dims.", "Give mark_tokens one batch_dim.", node
+            )
+    return [*axes.values()]
+
+
+def _queried(program: Program, found: TokenAxes) -> list[TokenAxis]:
+    """The axes of the queries of all attentions, the last attention first."""
     if not found.attentions:
-        raise NoAttention("No attention was found in the graph.", _WANTED)
+        raise _no_attention(program)
     queries = {found.space.resolve(a.query): a for a in reversed(found.attentions)}
     queries.pop((), None)
     if not queries:
@@ -235,8 +265,17 @@ def _tokens(program: Program, found: TokenAxes) -> tuple[TokenAxis, ...]:
     axes = [TokenAxis(token, _batch(program, found, token, attention)) for token, attention in queries.items()]
     for axis in axes:
         _refuse_windows(axis, queries, found)
-    trained = {factor for node in program.graph.nodes for factor in _rows_of_loss(node, found)}
-    return tuple(sorted(axes, key=lambda axis: not trained & {*axis.token}))
+    return axes
+
+
+def _no_attention(program: Program) -> NoAttention:
+    """The error, at the first softmax if there is one."""
+    alike = first_alike(program.graph)
+    softmax = next((node for node in program.graph.nodes if normalised(node, alike) is not None), None)
+    if softmax is None:
+        return NoAttention("No attention was found in the graph.", _WANTED)
+    fact = "No attention was found in the graph: no product with values contracts the dim of its softmax."
+    return NoAttention(fact, _WANTED, softmax)
 
 
 def _rows_of_loss(node: fx.Node, found: TokenAxes) -> Dim:

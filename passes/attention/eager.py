@@ -20,7 +20,7 @@ from torch import fx
 from ..analysis.attentions import Attention
 from ..graph.factors import same_size
 from ..graph.nodes import bind, is_tensor
-from ..graph.op_sets import CASTS, DIVISIONS, MULTIPLICATIONS
+from ..graph.op_sets import CASTS, DIVISIONS, MULTIPLICATIONS, SOFTMAX
 from .mask_reader import read_hidden, read_mask
 from .masks import Mask, both
 
@@ -48,8 +48,10 @@ def read_scores(attention: Attention) -> Scores | None:
     softmax, out = attention.node, attention.out
     if out.target is not aten.matmul.default or not _is_precise(softmax, out) or not _leads_to(softmax, out):
         return None
-    found = _read(softmax.args[0])
+    found = _read(attention.scores)
     if found is None or (found.sinks is None) is not (attention.weights is softmax):
+        return None
+    if found.mask.keys and softmax.target not in SOFTMAX:  # fully masked queries have other values in other words
         return None
     queries, keys = (x.meta["val"].shape[2] for x in (found.query, found.key))
     return None if found.mask.window and not same_size(queries, keys) else found

@@ -44,10 +44,16 @@ def received_in(
         total = received(values[given.query], values[given.key], visibility, given.scale, given.softcap)
         labels = (*axes.of(given.query)[:-2], axes.of(given.key)[-2])
         return row_index.by_token(total, labels, len(labels) - 1)
-    weights = values[attention.weights].masked_fill(sees_nothing(values[node.args[0]]), 0.0)
+    weights = values[attention.weights].masked_fill(_fully_masked(attention, values), 0.0)
     weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
-    labels = axes.of(attention.weights)
-    return row_index.by_token(weights, labels, len(labels) - 1)
+    return row_index.by_token(weights, axes.of(attention.weights), attention.dims[1])
+
+
+def _fully_masked(attention: Attention, values: Mapping[fx.Node, Any]) -> Tensor:
+    """True for the queries of an eager attention that see no key; its weights may then be 0 / 0."""
+    if attention.scores is None:
+        return values[attention.weights].isnan()
+    return sees_nothing(values[attention.scores], attention.dims[1])
 
 
 def attended_in(
@@ -59,9 +65,8 @@ def attended_in(
         return _attended_by_position(positional, values, row_index)
     given = attention_op(node)
     if given is None:
-        seen = (values[attention.weights] > 0) & ~sees_nothing(values[node.args[0]])
-        labels = axes.of(attention.weights)
-        return row_index.by_token(seen, labels, len(labels) - 1)
+        seen = (values[attention.weights] > 0) & ~_fully_masked(attention, values)
+        return row_index.by_token(seen, axes.of(attention.weights), attention.dims[1])
     mask = given.mask
     if mask is None or axes.of(mask)[-1] != row_index.axis.token:
         return None

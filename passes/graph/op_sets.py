@@ -54,6 +54,7 @@ CONTRACTIONS = (aten.matmul.default, aten.bmm.default, aten.einsum.default, aten
 MULTIPLICATIONS = (aten.mul.Tensor, aten.mul.Scalar)
 DIVISIONS = (aten.div.Tensor, aten.div.Scalar)
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
+LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default)
 
 #: Operations that create a tensor and read only the dtype, device and shape of their operand.
 NEW_TENSORS = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from functools import partial
 
 import torch
 from torch import fx
@@ -53,6 +54,8 @@ axes_rule(
     rule=elementwise,
 )
 
+axes_rule("tokenseek_fx::mark_tokens", rule=elementwise)
+
 # Only the dtype and device of the second operand are read.
 axes_rule(*aten_overloads("to.other type_as.default"), rule=lambda op: op.elementwise(op.operands[:1]))
 
@@ -98,9 +101,17 @@ def add_then_matmul(op: Op) -> Flow:
 
 
 def convolution(op: Op) -> Flow:
-    """Channels and positions are mixed; instances, if there is a batch dim, are not."""
+    """Channels and positions are mixed; instances, if there is a batch dim, are not, nor positions by a kernel of 1."""
     rank, weight = (len(op.axes(op[name])) for name in ("input", "weight"))
-    return op.mixing(range(1, rank)) if rank == weight else op.unknown()
+    return op.mixing([1, *filter(partial(_mixes, op), range(2, rank))]) if rank == weight else op.unknown()
+
+
+def _mixes(op: Op, dim: int) -> bool:
+    """True if a convolution has a kernel of more than one position along a dim, or moves positions."""
+    stride, padding = (x if isinstance(x, (list, str)) else [x] for x in (op["stride"], op["padding"]))
+    moved = stride[-1 if len(stride) == 1 else dim - 2] != 1
+    padded = not isinstance(padding, str) and padding[-1 if len(padding) == 1 else dim - 2] != 0
+    return op["weight"].meta["val"].shape[dim] != 1 or moved or padded or bool(op.arguments.get("transposed"))
 
 
 axes_rule(

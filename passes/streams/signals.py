@@ -52,9 +52,16 @@ class Signals:
         Raises:
             GraphNotSupported: there are none, or a number in ``attention_layers`` does not exist.
         """
-        every = tuple(a for a in program[TokenAxes].attentions if program[TokenAxes].keys_of(a) == axis)
+        layers: dict[fx.Node, list[Attention]] = {}  # softmaxes that share a product with values are one attention
+        for attention in program[TokenAxes].attentions:
+            if program[TokenAxes].keys_of(attention) == axis:
+                layers.setdefault(attention.out, []).append(attention)
+        every = tuple(layers.values())
         if not every:
             raise GraphNotSupported("No attention reads these tokens as keys.", 'Choose scorer="random".')
+        return tuple(attention for layer in self._counted(every) for attention in layer)
+
+    def _counted(self, every: tuple[list[Attention], ...]) -> Iterable[list[Attention]]:
         if isinstance(self.attention_layers, str):
             return {"last": every[-1:], "first": every[:1], "all": every}[self.attention_layers]
         if bad := [i for i in self.attention_layers if not -len(every) <= i < len(every)]:
@@ -62,7 +69,7 @@ class Signals:
                 f"attention_layers={bad}: attentions of the model: {len(every)}.",
                 "Number them from 0, or from -1 at the end.",
             )
-        return tuple(every[i] for i in self.attention_layers)
+        return [every[i] for i in self.attention_layers]
 
     def tail(self, program: Program, needs: Iterable[str], full_loss: bool) -> Traced | None:
         """The traced scoring tail, if the signals ``needs`` or the ``full_loss`` require it, else ``None``.
@@ -97,6 +104,11 @@ class Signals:
         block = gradient and self.gradient_of == "last_block"
         axes, blocks = program[TokenAxes], program[Blocks]
         first = blocks.last_entry(axes, axes.main) if block else head_input(program)
+        if first is None and block and not axes.attentions:
+            raise GraphNotSupported(
+                "The model has no attention, so its last block is not known.",
+                'Set gradient_of="head", or choose scorer="loss" or scorer="random".',
+            )
         if first is None:
             raise GraphNotSupported(
                 "No value with token rows is on every path to the loss, so no block can be scored.", _OTHERS

@@ -122,15 +122,14 @@ def _run_chunks(traced: Traced, values: Mapping[fx.Node, Any], row_index: RowInd
     for size, chunk in traced.chunks:
         positions = torch.arange(start, start + size, device=row_index.indices.device)
         part = replace(row_index, indices=positions.expand(row_index.batch, size))
-        rows = [
-            values[n].contiguous() if whole else part.take(values[n], axes.of(n), axes.row_dim(n)) for n in frontier
-        ]
+        rows = [values[n] if whole else part.take(values[n], axes.of(n), axes.row_dim(n)) for n in frontier]
+        rows = [row.contiguous() for row in rows]  # as they are traced
         loss, *of_rows = fx.Interpreter(chunk).run(part.indices, *rows, *captured)
         losses.append(loss)
         gradients.append(of_rows)
         start = start + size
     joined = [
-        row_index.join(parts, *places[node], values[node].shape)
+        row_index.join(parts, *places[node], values[node].shape).contiguous()
         for node, parts in zip(frontier, zip(*gradients, strict=True), strict=False)
     ]
     return torch.cat(losses, -1), joined
@@ -212,8 +211,8 @@ def _trace_back(tail: Tail, captured: Sequence[fx.Node]) -> fx.GraphModule:
                 gradients += [(g * (upstream * scale)).to(g.dtype) for g in unit]
             return tuple(_gradients(outputs, leaves, gradients))
 
-    unit = [node.meta["val"] for node in tail.frontier]
     with fake_mode_of(program.inputs):
+        unit = [node.meta["val"].new_empty(node.meta["val"].shape) for node in tail.frontier]
         scalars = [torch.ones((), device=tail.starts[0].meta["val"].device), tail.loss.meta["val"]] if chunked else []
     starts = [node.meta["val"] for node in tail.starts]
     inputs = [*starts, *unit, *scalars, *(node.meta["val"] for node in captured)]

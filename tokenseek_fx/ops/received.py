@@ -128,6 +128,6 @@ def attention_of(scores: Tensor, lse: Tensor | None = None) -> Tensor:
     return scores.sub_(lse).exp_().masked_fill_(lse <= HIDDEN, 0.0)
 
 
-def sees_nothing(scores: Tensor) -> Tensor:
-    """True for fully masked rows of ``scores``, [..., 1]."""
-    return scores.amax(-1, keepdim=True) <= HIDDEN
+def sees_nothing(scores: Tensor, keys: int = -1) -> Tensor:
+    """True for queries that are fully masked, with size 1 in the dim ``keys``."""
+    return scores.amax(keys, keepdim=True) <= HIDDEN
