@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -24,3 +25,9 @@ def _no_internal_errors(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
     monkeypatch.setattr(errors, "_failed", lambda error: (found.append(failed(error)), found[-1])[1])
     yield
     assert not found, found[0]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the garbage collector, which Dynamo calls often, need not look through it."""
+    gc.collect()
+    gc.freeze()

@@ -13,7 +13,6 @@ from architectures import build as built
 from compare import assert_matches, by_reference, compiled, error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from marks import slow
 from test_backend import Model, data
 from test_lengths import assert_exact
 from test_random import RATIOS, Transformer, batches, configurations
@@ -25,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import batch as batch_of
 from zoo import build
 
+from tokenseek_fx import compilation
 from tokenseek_fx.compilation import backend
 from tokenseek_fx.config import Config
 from tokenseek_fx.passes.lower import chunks
@@ -53,6 +53,22 @@ def small(monkeypatch):
     return seen
 
 
+@pytest.fixture
+def inductor_for_chunks(monkeypatch):
+    """Inductor compiles the segment of all tokens, which calls chunks; those of the kept rows are not compiled.
+
+    Most kernels are those of the kept rows; ``test_models`` and ``test_inductor_runs_chunks_of_any_length`` compile
+    them.
+    """
+    inner = compilation.inner_compiler
+
+    def compiler(config, defaults=None):
+        inductor = inner(config, defaults)
+        return lambda gm, inputs: inductor(gm, inputs) if calls(gm) else gm.forward
+
+    monkeypatch.setattr(compilation, "inner_compiler", compiler)
+
+
 def calls(module) -> list[str]:
     """The subgraphs that are called, in order."""
     return [node.args[1] for node in module.graph.nodes if "invoke_subgraph" in str(node.target)]
@@ -77,11 +93,12 @@ def test_models_in_chunks_equal_the_reference(small, name, padding):
     assert len(calls(small[-1])) > 2
 
 
-@pytest.mark.parametrize("name", [slow("llama"), "gpt2"])
-def test_inductor_runs_chunks(small, monkeypatch, name):
-    """In GPT-2 queries, keys and values are views of one product: Inductor would overwrite those read later."""
+@pytest.mark.slow
+@pytest.mark.usefixtures("inductor_for_chunks")
+def test_inductor_runs_chunks_whose_queries_keys_and_values_are_views_of_one_product(small, monkeypatch):
+    """Those of GPT-2: Inductor would overwrite the ones that are read later. Of Llama, see the layouts below."""
     monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 1500)
-    model = build(name, "sdpa")
+    model = build("gpt2", "sdpa")
     assert_matches(model, batch_of(model, 3, 13, "right"), 1e-4, inner="inductor")
     assert calls(small[-1])
 
@@ -108,6 +125,7 @@ class ContiguousParts(nn.Module):
         return nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
 
 
+@pytest.mark.usefixtures("inductor_for_chunks")
 def test_inductor_runs_chunks_that_return_contiguous_slices(small, monkeypatch):
     monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 1500)
     ids = torch.randint(31, (3, 13))
@@ -116,6 +134,7 @@ def test_inductor_runs_chunks_that_return_contiguous_slices(small, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("inductor_for_chunks")
 @pytest.mark.parametrize(
     ("name", "dtype", "tol"),
     [
@@ -142,6 +161,8 @@ def test_inductor_runs_chunks_that_return_slices(small, monkeypatch, name, dtype
     assert calls(small[-1])
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("inductor_for_chunks")
 def test_computed_and_cut_chunks_have_different_layouts(small, monkeypatch):
     """The first region is not cut: its block's chunks are slices with the strides of the whole sequence.
 
@@ -214,23 +235,30 @@ def test_attention_whose_output_fits_into_a_chunk_has_all_queries_at_once(small,
     assert {node.args[0].meta["val"].shape[2] for node in attentions} == queries
 
 
-@pytest.mark.parametrize(
-    ("name", "inner", "tol"),
-    [
-        ("llama", "aot_eager", 1e-6),
-        slow("gpt2", "aot_eager", 1e-6),
-        slow("llama", "inductor", 1e-6),
-    ],
-)
-def test_lengths_that_change_are_cut(small, name, inner, tol):
+def test_lengths_that_change_are_cut(small):
     """As many chunks at any length as the example needs; exact at every length."""
     torch._dynamo.reset()
-    model = build(name, "sdpa").double()
-    config = Config(inner=inner, keep_ratio=0.3, chunk_bytes=6000, strict=True)
+    model = build("llama", "sdpa")
+    config = Config(inner="eager", keep_ratio=0.3, chunk_bytes=6000, strict=True)
     step = torch.compile(model, backend=backend(config))
     for count, length in [(3, 13), (3, 19), (5, 23), (2, 17)]:
-        assert_exact(step, model, batch_of(model, count, length, "right"), tol)
+        assert_exact(step, model, batch_of(model, count, length, "right"), 1e-6)
     assert [len(calls(module)) > 2 for module in small] == 3 * [True]  # of this size; of any length; of any batch
+
+
+@pytest.mark.slow
+def test_inductor_runs_chunks_of_any_length(small):
+    """One graph, with symbols for the sizes of ids, mask and labels."""
+    torch._dynamo.reset()
+    model = build("gpt2", "sdpa")
+    config = Config(inner="inductor", keep_ratio=0.3, chunk_bytes=6000, strict=True)
+    step = torch.compile(model, backend=backend(config))
+    for count, length in [(3, 13), (5, 23), (2, 17)]:
+        batch = batch_of(model, count, length, "right")
+        for x in batch.values():
+            torch._dynamo.maybe_mark_dynamic(x, (0, 1))
+        assert_exact(step, model, batch, 1e-6)
+    assert [len(calls(module)) > 2 for module in small] == [True]
 
 
 def test_a_subgraph_that_several_chunks_call_copies_its_results_once():

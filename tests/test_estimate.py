@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -127,7 +128,8 @@ def test_models_with_and_without_data_have_the_same_estimate(small, made):
     else:
         with FakeTensorMode():
             model = llama()
-    assert estimate(model, 2, 64, options=DROP) == small
+    plain = made == "real"
+    assert estimate(model, 2, 64, options=DROP, plain=plain) == (small if plain else replace(small, plain=None))
 
 
 def test_no_kernel_is_compiled_and_no_cache_is_filled(monkeypatch):
@@ -146,11 +148,10 @@ def test_no_kernel_is_compiled_and_no_cache_is_filled(monkeypatch):
 def test_one_model_after_another_of_its_class_with_other_numbers():
     """Dynamo treats a number that changed, here the scale of the scores, as dynamic."""
     torch._dynamo.reset()
-    for heads in (4, 2, 8):
-        found = estimate(llama("meta", heads=heads), 2, 64, options={**DROP, "memory_budget": "1GiB"}, plain=False)
-        torch._dynamo.reset()
-        assert found == estimate(llama("meta", heads=heads), 2, 64, options={**DROP, "recompute": "none"}, plain=False)
-        estimate(llama("meta", heads=16), 2, 64, options=DROP, plain=False)
+    estimate(llama("meta", heads=16), 2, 64, options=DROP, plain=False)
+    found = estimate(llama("meta", heads=4), 2, 64, options={**DROP, "memory_budget": "1GiB"}, plain=False)
+    torch._dynamo.reset()
+    assert found == estimate(llama("meta", heads=4), 2, 64, options={**DROP, "recompute": "none"}, plain=False)
 
 
 @pytest.mark.slow
@@ -184,7 +185,7 @@ def test_on_a_gpu_chunks_are_those_of_a_gpu(monkeypatch):
         return estimate(llama("meta", layers=2, inner=512), 2, 256, options=options, plain=False, device="cuda").step
 
     whole = step()
-    monkeypatch.setitem(CHUNK_BYTES, "cuda", 64 * 1024)
+    monkeypatch.setitem(CHUNK_BYTES, "cuda", 256 * 1024)  # a fourth of the widest value
     assert step().saved == whole.saved and step().forward < whole.forward
 
 

@@ -122,7 +122,7 @@ def _run_chunks(traced: Traced, values: Mapping[fx.Node, Any], row_index: RowInd
     for size, chunk in traced.chunks:
         positions = torch.arange(start, start + size, device=row_index.indices.device)
         part = replace(row_index, indices=positions.expand(row_index.batch, size))
-        rows = [values[n] if whole else part.take(values[n], axes.of(n), axes.row_dim(n)) for n in frontier]
+        rows = [values[n] if whole else part.take(values[n], *places[n]) for n in frontier]
         rows = [row.contiguous() for row in rows]  # as they are traced
         loss, *of_rows = fx.Interpreter(chunk).run(part.indices, *rows, *captured)
         losses.append(loss)
