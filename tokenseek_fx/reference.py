@@ -615,7 +615,7 @@ class _Ditching(TorchFunctionMode):
             return _estimated(func(**{**given, "reduction": "none"}), live, factors, given["reduction"], class_weights)
         total = func(**{**given, "reduction": "sum"})
         if given["reduction"] == "sum":
-            return total * (labelled.sum() / live.sum().clamp(min=1)).to(total.dtype)
+            return total * labelled.sum() / live.sum().clamp(min=1)
         return func(**given) if (class_weights * live).sum() != 0 else total * 0
 
     def _element_loss(self, func: Function, given: dict) -> Tensor:
@@ -768,7 +768,7 @@ def _scaled(
         return _estimated(terms, kept, factors, reduction, torch.ones_like(terms) if weight is None else weight)
     total = torch.where(kept, terms, torch.zeros_like(terms)).sum()
     if reduction == "sum":
-        return total * (terms.numel() / kept.sum().clamp(min=1)).to(total.dtype)
+        return total * terms.numel() / kept.sum().clamp(min=1)
     divisor = kept.sum() if weight is None else torch.where(kept, weight, torch.zeros_like(weight)).sum()
     return total / divisor if divisor != 0 else total * 0
 
