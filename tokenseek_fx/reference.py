@@ -430,27 +430,21 @@ class _Ditching(TorchFunctionMode):
             if match is _broadcast and readings:
                 continue
             matching = [(x, rows) for x in some if (rows := match(self.rows[x], y)) is not None]
-            found = [rows for x, rows in matching if self._keeps_rows(call, number, y, x, rows, readings)]
+            visible = all(any(torch.equal(rows, r) for r in readings) for _, rows in matching)
+            found = [rows for x, rows in matching if visible or self._keeps_rows(call, number, y, x, rows)]
             mixed += [rows for _, rows in matching]
             if found:
                 same = all(torch.equal(rows, found[0]) for rows in found[1:])
                 return found[0] if same else self._of_different_rows(y)
         return None if readings or not y.requires_grad else self._in_order(mixed)
 
-    def _keeps_rows(
-        self, call: "_Call", number: int, y: Tensor, x: Tensor, rows: Tensor, readings: list[Tensor]
-    ) -> bool:
+    def _keeps_rows(self, call: "_Call", number: int, y: Tensor, x: Tensor, rows: Tensor) -> bool:
         """True if every entry of a result depends, of the operand `x`, on the row of its own token alone.
 
         Rows are set to NaN, those with a given bit in their number and then all others, and `rows` tell which entries
         of the result may become NaN.
         """
-        if (
-            _among(y, call.operands)
-            or not _is_float(x)
-            or not _is_float(y)
-            or any(torch.equal(rows, r) for r in readings)
-        ):
+        if _among(y, call.operands) or not (_is_float(x) and _is_float(y)):
             return True
         for bit, value in product(range(len(self.keep).bit_length()), (0, 1)):
             chosen = self.rows[x] >> bit & 1 == value
