@@ -163,6 +163,7 @@ class _Ditching(TorchFunctionMode):
         self.keep = torch.empty(0, dtype=torch.bool)
         self.factors: Tensor | None = None
         self.rows = WeakTensorKeyDictionary()
+        self.started: set[int] = set()
         self.inside = 0
 
     # ---- the start of a forward: determine T
@@ -180,7 +181,7 @@ class _Ditching(TorchFunctionMode):
             raise ValueError(f"Two token axes have {length} tokens. {_REMEDY}.")
         named = self.model.named_parameters() if isinstance(self.model, nn.Module) else ()
         shapes = {name: tuple(parameter.shape) for name, parameter in named}
-        self.length, self.rows, self.inside = length, WeakTensorKeyDictionary(), 0
+        self.length, self.rows, self.inside, self.started = length, WeakTensorKeyDictionary(), 0, set[int]()
         kept = []
         for size, indices in {length: self.indices, **self.others}.items():
             self._check_axis(size, indices, shapes)
@@ -298,6 +299,8 @@ class _Ditching(TorchFunctionMode):
     def _record(self, y: Tensor, rows: Tensor | None) -> None:
         if rows is not None:
             self.rows[y] = rows
+            if y.requires_grad:
+                self.started |= {*y.shape} & {*self.firsts}
             self._hook(y)
 
     def _hook(self, y: Tensor) -> None:
@@ -314,7 +317,11 @@ class _Ditching(TorchFunctionMode):
         return self.keep.to(rows.device)[rows]
 
     def _factors(self, rows: Tensor) -> Tensor | None:
-        return None if self.factors is None else self.factors.to(rows.device)[rows]
+        if self.factors is None:
+            return None
+        if rows.numel() and int(rows.max()) >= len(self.factors) - 1:
+            raise ValueError("A loss runs over another token axis than that of the weights.")
+        return self.factors.to(rows.device)[rows]
 
     # ---- the token of a row: row number b * T + t for every entry of a value, continued over the token axes
 
@@ -359,19 +366,33 @@ class _Ditching(TorchFunctionMode):
         unknown: list[Tensor | None] = [None] * len(results)
         if any(isinstance(a, torch.dtype) for a in tree_leaves((call.args, call.kwargs))):
             return unknown
-        sources = [call.source] if isinstance(call.source, Tensor) else list(call.source)
+        sources = call.sources
         known = [self.rows.get(x) for x in sources]
         if all(rows is None for rows in known):
             self._check_born(call.func, sources, results)
             return unknown
         if call.func in _JOINS:
-            return [self._join(call, sources, results[0])]
+            return [None if self._starts_axis(call, results[0]) else self._join(call, sources, results[0])]
         numbers = known[0].contiguous()  # type: ignore[union-attr]
         moved = self._pad(call, numbers) if call.func in _PADS else call.on(numbers)
         rows = [r for r in tree_leaves(moved) if isinstance(r, Tensor)]
         for y, descent in zip(results, rows, strict=True):
             self._check_grown(call.func, sources, y, descent)
-        return rows  # type: ignore[return-value]
+        return [None if self._starts_axis(call, y) else descent for y, descent in zip(results, rows, strict=True)]
+
+    def _starts_axis(self, call: "_Call", y: Tensor) -> bool:
+        """True for a move whose result is that of another token axis, which has a selection of its own.
+
+        It has the size of an axis that no value had before, or joins rows of several axes.
+        """
+        known = [x for x in call.sources if x in self.rows]
+        owners = {size for x in known for size in self._axes_of(self.rows[x])}
+        return len(owners) > 1 or any(n in self.firsts and n not in self.started for n in y.shape)
+
+    def _axes_of(self, rows: Tensor) -> set[int]:
+        """The lengths of the token axes that these rows belong to."""
+        last = rows.max().item()
+        return {n for n, first in self.firsts.items() if first <= last < first + n * self.batches[n]}
 
     def _pad(self, call: "_Call", rows: Tensor) -> Tensor:
         """Padding of the token dims belongs to no token; padding of other dims to the token beside it."""
@@ -650,9 +671,10 @@ class _Call:
     live: frozenset[int]
 
     @property
-    def source(self) -> Any:
-        """The first argument."""
-        return self.args[0] if self.args else next(iter(self.kwargs.values()))
+    def sources(self) -> list[Tensor]:
+        """The first argument, which is one tensor or several."""
+        first = self.args[0] if self.args else next(iter(self.kwargs.values()))
+        return [first] if isinstance(first, Tensor) else list(first)
 
     def is_live(self, x: Tensor) -> bool:
         return id(x) in self.live

@@ -20,7 +20,7 @@ from torch import fx
 
 from ..graph.factors import Axes, Dim, same_size
 from ..graph.nodes import bind, is_tensor, made_by, operands_of
-from ..graph.op_sets import LAYOUT, LOSSES
+from ..graph.op_sets import LAYOUT, LOSSES, PICKS
 from ..graph.program import Program
 from ..graph.registry import aten_overloads
 from .activity import Activity
@@ -104,8 +104,8 @@ class FindMovedRows:
     operations as tokens and the axis of a loss over moved rows first.
 
     Args:
-        given: the rows are given. Otherwise a single token that the model picks from a sequence is always kept, so that
-            its row need not be cut.
+        given: the rows are given. Otherwise a token that the model picks from all tokens of a sequence is always kept,
+            so that its row need not be cut.
     """
 
     given: bool = False
@@ -116,7 +116,7 @@ class FindMovedRows:
         while (follower := _followed(program, live, axes)).joined:
             resolved = (map(axes.space.resolve, (axis.token, axis.batch)) for axis in axes.tokens)
             axes = replace(axes, tokens=tuple(TokenAxis(*dims) for dims in resolved))
-        moved = {node: rows for node, rows in follower.moved().items() if rows.token or self.given}
+        moved = {n: rows for n, rows in follower.moved().items() if self.given or not _is_kept(rows)}
         over = [operands_of(node)[0] for node in live if node.target in LOSSES]
         of_losses = {moved[x].axis for x in over if x in moved}
         if of_losses and not any(axes.axis_of(x) == axes.main for x in over):
@@ -289,6 +289,18 @@ class _Follower:
         if rows is not None and rows.mixed and not any(x.mixed for x in found):
             self.lost.add(node)
         return rows
+
+
+def _is_kept(rows: Rows) -> bool:
+    """True for one token of a sequence, picked from all of them."""
+    move = rows.move
+    return (
+        not rows.token
+        and move is not None
+        and move.target in PICKS
+        and isinstance(move.sources[0], Rows)
+        and (move.sources[0].move is None)
+    )
 
 
 def _layout(source: Rows | fx.Node, labels: Axes) -> Axes:

@@ -28,7 +28,7 @@ def label_loss(call: RowOp) -> Any:
     if call["reduction"] == MEAN:
         return (total / divisor(target, call["ignore_index"], call["weight"])).to(dtype)
     kept, labelled = (_labelled(t, call["ignore_index"], None) for t in (target, call.full(1)))
-    return (total * (labelled / torch.where(kept > 0, kept, 1)).to(total.dtype)).to(dtype)
+    return (total * labelled / torch.where(kept > 0, kept, 1)).to(dtype)
 
 
 def _total_loss(call: RowOp) -> Any:
@@ -133,7 +133,7 @@ def _moved_elementwise_loss(call: RowOp) -> Any:
     """The loss of the entries of kept tokens: their mean, or their sum at the scale of all entries."""
     options = call.arguments_but("self", "target", "reduction")
     losses = call.target(self=call.full(0), target=call.full(1), reduction=NONE, **options)
-    kept = call.kept(call.streams.axes.of(call.operands[0])).expand(losses.shape)
+    kept = _without_classes(call, call.kept(call.streams.axes.of(call.operands[0]))).expand(losses.shape)
     count = kept.sum()
     mean = torch.where(kept, losses, 0).sum() / torch.where(count > 0, count, 1)
     return (mean if call["reduction"] == MEAN else mean * losses.numel()).to(losses.dtype)
@@ -143,9 +143,15 @@ def _weighted_elementwise_loss(call: RowOp) -> Any:
     """Sum of w_i l_i over the kept rows; a mean divides it by the number of all elements."""
     options = call.arguments_but("self", "target", "reduction")
     losses = call.target(self=call.own_rows(0), target=call.own_rows(1), reduction=NONE, **options)
-    total = (losses * _weights(call, 0)).sum()
-    total = total / call.streams.seek[call.operands[0]].numel() if call["reduction"] == MEAN else total
+    total = (losses * _without_classes(call, _weights(call, 0))).sum()
+    if call["reduction"] == MEAN:
+        total = total / _without_classes(call, call.streams.seek[call.operands[0]]).numel()
     return total.to(losses.dtype)
+
+
+def _without_classes(call: RowOp, value: Any) -> Any:
+    """A value laid out as the logits, laid out as the losses: a loss over class probabilities sums over the classes."""
+    return value.select(min(1, value.ndim - 1), 0) if call.target in LABEL_LOSSES else value
 
 
 def _refuse_weights(call: RowOp) -> None:
