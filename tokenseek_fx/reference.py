@@ -372,21 +372,20 @@ class _Ditching(TorchFunctionMode):
             self._check_born(call.func, sources, results)
             return unknown
         if call.func in _JOINS:
-            return [None if self._starts_axis(call, results[0]) else self._join(call, sources, results[0])]
+            return [None if self._starts_axis(sources, results[0]) else self._join(call, sources, results[0])]
         numbers = known[0].contiguous()  # type: ignore[union-attr]
         moved = self._pad(call, numbers) if call.func in _PADS else call.on(numbers)
         rows = [r for r in tree_leaves(moved) if isinstance(r, Tensor)]
         for y, descent in zip(results, rows, strict=True):
             self._check_grown(call.func, sources, y, descent)
-        return [None if self._starts_axis(call, y) else descent for y, descent in zip(results, rows, strict=True)]
+        return [None if self._starts_axis(sources, y) else descent for y, descent in zip(results, rows, strict=True)]
 
-    def _starts_axis(self, call: "_Call", y: Tensor) -> bool:
+    def _starts_axis(self, sources: list[Tensor], y: Tensor) -> bool:
         """True for a move whose result is that of another token axis, which has a selection of its own.
 
         It has the size of an axis that no value had before, or joins rows of several axes.
         """
-        known = [x for x in call.sources if x in self.rows]
-        owners = {size for x in known for size in self._axes_of(self.rows[x])}
+        owners = {size for x in sources if x in self.rows for size in self._axes_of(self.rows[x])}
         return len(owners) > 1 or any(n in self.firsts and n not in self.started for n in y.shape)
 
     def _axes_of(self, rows: Tensor) -> set[int]:
@@ -419,18 +418,18 @@ class _Ditching(TorchFunctionMode):
         if along_tokens:
             self._check_joined(call, sources, live, y)
             return torch.stack(parts, dim) if stacked else torch.cat(parts, dim)
-        first, *others = (self.rows[x].narrow(dim, 0, 1) for x in live)
-        if all(torch.equal(rows, first) for rows in others):
-            return first.expand(y.shape)
-        return self._of_different_rows(y)
+        found = [self.rows[x].narrow(dim, 0, 1).expand(y.shape) for x in live]
+        same = all(torch.equal(rows, found[0]) for rows in found[1:])
+        return found[0] if same else self._of_different_rows(y, found)
 
     def _written(self, call: "_Call") -> Tensor | None:
         """The rows after a write: those of a written value that has rows, else they stay; None if there are none."""
         target, value = call.args[0], call.args[2 if call.func is Tensor.__setitem__ else 1]
-        if not isinstance(value, Tensor) or value not in self.rows or not call.is_live(value):
+        known = isinstance(value, Tensor) and value in self.rows and call.is_live(value)
+        if not known or self._starts_axis([value], target):
             return self.rows.get(target)
-        known = call.is_live(target) and target in self.rows
-        rows = self.rows[target].clone() if known else torch.full(target.shape, -1, device=target.device)
+        live = call.is_live(target) and target in self.rows
+        rows = self.rows[target].clone() if live else torch.full(target.shape, -1, device=target.device)
         if call.func is Tensor.__setitem__:
             rows[call.args[1]] = self.rows[value]
             return rows
@@ -456,7 +455,7 @@ class _Ditching(TorchFunctionMode):
             mixed += [rows for _, rows in matching]
             if found:
                 same = all(torch.equal(rows, found[0]) for rows in found[1:])
-                return found[0] if same else self._of_different_rows(y)
+                return found[0] if same else self._of_different_rows(y, found)
         return None if readings or not y.requires_grad else self._in_order(mixed)
 
     def _keeps_rows(self, call: "_Call", number: int, y: Tensor, x: Tensor, rows: Tensor) -> bool:
@@ -475,9 +474,10 @@ class _Ditching(TorchFunctionMode):
                 return False
         return True
 
-    def _of_different_rows(self, y: Tensor) -> Tensor | None:
+    def _of_different_rows(self, y: Tensor, found: list[Tensor]) -> Tensor | None:
         """The rows of a value that combines rows of different tokens: the tokens that stand there."""
         rows = self._by_position(y)
+        rows = self._in_order(found) if rows is None else rows
         if rows is None and y.requires_grad:
             raise ValueError(
                 f"An operation combines rows of different tokens into a value of shape {list(y.shape)} without a dim "
@@ -485,21 +485,26 @@ class _Ditching(TorchFunctionMode):
             )
         return rows
 
-    def _in_order(self, mixed: list[Tensor]) -> Tensor | None:
-        """Rows of mixed tokens whose axis can't be seen by size: those of an operand with all tokens, in order."""
-        for rows, (length, batch) in product(mixed, self.batches.items()):
+    def _in_order(self, found: list[Tensor]) -> Tensor | None:
+        """Rows whose token axis can't be seen by size: those of an operand with all tokens in order.
+
+        None if no operand has all tokens; ValueError if they are not in order.
+        """
+        complete = []
+        for rows, (length, batch) in product(found, self.batches.items()):
             numbers = rows - self.firsts[length]
             for dim in range(rows.ndim):
                 numbers = numbers.unique_consecutive(dim=dim)
-            tokens = torch.arange(batch * length, device=rows.device)
-            numbers = numbers.flatten()
+            tokens, numbers = torch.arange(batch * length, device=rows.device), numbers.flatten()
             if torch.equal(numbers.sort().values, tokens):
+                complete.append(rows)
                 if torch.equal(numbers[(numbers // length).argsort(stable=True)], tokens):
                     return rows
-                raise ValueError(
-                    f"An operation mixes tokens that are not in order, in a value of shape {list(rows.shape)} whose "
-                    "token axis can't be told by size. The reference doesn't cover this."
-                )
+        if complete:
+            raise ValueError(
+                f"An operation mixes tokens that are not in order, in a value of shape {list(complete[0].shape)} whose "
+                "token axis can't be seen by size. The reference doesn't cover this."
+            )
         return None
 
     # ---- ambiguous shapes are errors
@@ -512,7 +517,7 @@ class _Ditching(TorchFunctionMode):
             grown = self._tokens_in(y.shape) > self._tokens_in(source.shape)
             folded = source.shape[: 1 + (source.shape[0] not in flat)].numel()  # [B*T, ..] or [B*n, t, ..]
             unfolds = folded in flat and y.shape[:2].numel() == folded
-            slices = func in _BROADCASTS or func in _JOINS or func in (Tensor.__getitem__, torch.narrow, Tensor.narrow)
+            slices = func in _BROADCASTS | _JOINS | _PADS or func in (Tensor.__getitem__, torch.narrow, Tensor.narrow)
             if grown and y.requires_grad and not (unfolds or slices or y.ndim < source.ndim):
                 raise ValueError(self._born(source, y))
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ..graph.factors import Axes, Dim, same_size
 from ..graph.nodes import bind, is_tensor, made_by, operands_of
@@ -30,7 +30,7 @@ aten = torch.ops.aten
 #: Operations that read or move positions of their first operand.
 _PICKS = aten_overloads(
     "slice.Tensor select.int split.Tensor split_with_sizes.default chunk.default tensor_split.sections unbind.int "
-    "index_select.default index.Tensor flip.default roll.default pad.default constant_pad_nd.default"
+    "index_select.default index.Tensor gather.default flip.default roll.default pad.default constant_pad_nd.default"
 )
 _SCATTERS = (aten.slice_scatter.default, aten.select_scatter.default)
 #: Operations that join several operands along a dim.
@@ -331,9 +331,17 @@ def _acted_dims(operation: fx.Node, before: Axes) -> list[int] | None:
         return sorted(padded) if constant else None
     if operation.target is aten.stack.default:
         return []
+    if operation.target is aten.gather.default and not _is_by_row(given["index"].meta["val"], given["dim"]):
+        return None
     dims = given.get("dims", given.get("dim"))
     dims = [dims] if isinstance(dims, int) else dims
     return [d % rank for d in dims] or None
+
+
+def _is_by_row(index: Tensor, dim: int) -> bool:
+    """True if an index of ``gather`` was expanded over the features behind ``dim``, so that whole rows are gathered."""
+    features = [*zip(index.stride(), index.shape, strict=True)][dim % index.ndim + 1 :]
+    return all(stride == 0 or same_size(size, 1) for stride, size in features)
 
 
 def _others(operation: fx.Node) -> tuple[tuple[str, Any], ...]:
