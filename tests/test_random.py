@@ -9,6 +9,7 @@ from compare import assert_matches, by_reference, compiled, error, grads_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from marks import needs_float64_attention
+from random_models import outcome, recipe
 from torch import Tensor, nn
 
 V = 29
@@ -196,3 +197,28 @@ def test_a_wrong_selection_is_detected():
     wrong = run.indices.clone()
     wrong[0, -1] += 1
     assert error(run.grads, by_reference(model, batch, wrong).grads) > 1e-3
+
+
+@pytest.mark.parametrize("first", range(0, 60, 10))
+def test_models_of_moves_and_mixing_are_exact_or_refused(first):
+    """Ten recipes of ``random_models.py``, and most of them are exact."""
+    seeds = range(first, first + 10)
+    found = {seed: outcome({**recipe(seed), "other_sizes": False}) for seed in seeds}
+    different = [
+        f"python tests/random_models.py --seed {n}: {o.reason}" for n, o in found.items() if o.kind == "different"
+    ]
+    assert not different, different
+    assert sum(o.kind == "exact" for o in found.values()) > 5, found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 4, 7])
+def test_models_of_moves_and_mixing_at_other_sizes(seed):
+    assert outcome({**recipe(seed), "other_sizes": True}).kind == "exact"
+
+
+@needs_float64_attention
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 4])
+def test_models_of_moves_and_mixing_with_inductor(seed):
+    assert outcome(recipe(seed), inner="inductor").kind == "exact"

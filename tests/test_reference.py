@@ -610,10 +610,9 @@ class Odd(nn.Module):
         (lambda x: x.view(B, T, T, 2).transpose(1, 2), "has a new dim of size 11"),
         (lambda x: x.chunk(2, -1)[0], "has a new dim of size 11"),
         (lambda x: x[..., :T], "has a new dim of size 11"),
-        (lambda x: x[:, torch.arange(T).flip(0)] * 2, "tokens reordered"),
         (
             lambda x: torch.cat([x, x[:, :1].detach() * 0, torch.zeros(B, 1, 2 * T)], 1),
-            "Pass the size of the joined axis as length=",
+            "Pass the size of the joined axis, or of the tokens alone, as length=",
         ),
         (lambda x: x[:, 1:] - x[:, :-1], "rows of different tokens"),
         (lambda x: torch.einsum("bid,bjd->bji", x, x.clone()).softmax(1), "Write the scores as"),
@@ -626,10 +625,136 @@ def test_ambiguous_axes_raise(body, message):
         model(torch.randn(B, T, D).double())
 
 
-def test_a_loss_of_unknown_rows_raises():
-    model = Odd(lambda x: F.mse_loss(x.sum(1).reshape(2, -1), torch.zeros(2, 3 * T).double()))
-    with pytest.raises(ValueError, match="whose tokens are unknown"), reference.ditching(model, INDICES):
-        model(torch.randn(B, T, D).double())
+class Moves(nn.Module):
+    """Two layers and what moves, mixes or joins rows between them; ``cut(value, tokens)`` marks the definition.
+
+    ``tokens``: the token of each position, -1 for none.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last, self.both = nn.Linear(D, D), nn.Linear(D, VOCAB), nn.Linear(2 * D, D)
+        self.conv, self.prefix = nn.Conv1d(D, D, 4), nn.Parameter(torch.randn(1, 2, D))
+        self.double()
+
+    def forward(self, x: Tensor, body: Callable, cut: Callable = lambda x, tokens: x) -> Tensor:
+        return body(self, cut(self.first(x), range(T)), cut)
+
+
+def cut_by_tokens(x: Tensor, tokens) -> Tensor:
+    """The definition: x [B, n, ..] with the rows of tokens outside the selection detached."""
+    kept = torch.cat([selected_rows(), torch.ones(B, 1, dtype=torch.bool)], 1)
+    return only(kept[:, list(tokens)], x)
+
+
+def causal(m: Moves, x: Tensor) -> Tensor:
+    return m.conv(F.pad(x.mT, (3, 0))).mT
+
+
+def written(x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y[:, 1:] = x[:, :-1]
+    return y
+
+
+BACK, SHIFTED = range(T - 1, -1, -1), [-1, *range(T - 1)]
+PAIRS = torch.arange(B)[:, None]
+#: body(model, x, cut) for every kind of move and mixing.
+BODIES = {
+    "slice": lambda m, x, cut: cut(m.last(x[:, 2:]), range(2, T)),
+    "narrow, then slice": lambda m, x, cut: cut(m.last(x.narrow(1, 1, 8)[:, -3:]), range(6, 9)),
+    "every third": lambda m, x, cut: cut(m.last(x[:, 1::3]), range(1, T, 3)),
+    "split": lambda m, x, cut: cut(m.last(x.split([4, 7], 1)[1]), range(4, T)),
+    "flip": lambda m, x, cut: cut(m.last(x.flip(1)), BACK),
+    "roll": lambda m, x, cut: cut(m.last(x.roll(2, 1)), [9, 10, *range(9)]),
+    "padded and sliced": lambda m, x, cut: cut(m.last(F.pad(x, (0, 0, 1, 0))[:, :-1]), SHIFTED),
+    "written": lambda m, x, cut: cut(m.last(written(x)), SHIFTED),
+    "index_select": lambda m, x, cut: cut(m.last(x.index_select(1, torch.tensor(BACK))), BACK),
+    "pairs of indices": lambda m, x, cut: cut(m.last(x[PAIRS, torch.tensor(BACK)[None]]), BACK),
+    "prefix": lambda m, x, cut: cut(m.last(torch.cat([m.prefix.expand(B, -1, -1), x], 1)), [-1, -1, *range(T)]),
+    "halves exchanged": lambda m, x, cut: cut(m.last(torch.cat([x[:, 5:], x[:, :5]], 1)), [*range(5, T), *range(5)]),
+    "sum of different rows": lambda m, x, cut: cut(m.last(cut(x * x.roll(1, 1), range(T))), range(T)),
+    "features of different rows": lambda m, x, cut: cut(m.both(torch.cat([x, written(x)], -1)), range(T)),
+    "convolution": lambda m, x, cut: cut(m.last(cut(causal(m, x), range(T))), range(T)),
+    "convolution, sliced": lambda m, x, cut: cut(
+        m.last(cut(F.conv1d(x.mT, m.conv.weight, m.conv.bias, padding=3)[..., :T].mT, range(T))), range(T)
+    ),
+    "convolution of moved rows": lambda m, x, cut: cut(causal(m, cut(x.flip(1).tanh(), BACK)), range(T)),
+    "cumulative sum of moved rows": lambda m, x, cut: cut(
+        cut(x.roll(1, 1).tanh(), [10, *range(10)]).cumsum(1), range(T)
+    ),
+    "shorter convolution": lambda m, x, cut: m.last(m.conv(x.mT).mT),
+    "pooled, then upsampled": lambda m, x, cut: cut(
+        F.interpolate(m.last(F.avg_pool1d(x.mT, 2, ceil_mode=True).mT).mT, size=T).mT, range(T)
+    ),
+    "matrix": lambda m, x, cut: cut(torch.ones(T, T).double().tril() @ x.tanh(), range(T)),
+    "queries moved": lambda m, x, cut: cut(F.scaled_dot_product_attention(x.flip(1), x, x), BACK),
+    "keys moved": lambda m, x, cut: cut(F.scaled_dot_product_attention(x, cut(x.flip(1).tanh(), BACK), x), range(T)),
+}
+
+
+@pytest.mark.parametrize("name", BODIES)
+def test_rows_keep_their_tokens_through_moves_and_are_those_that_stand_there_behind_mixing(name):
+    model, x = Moves(), torch.randn(B, T, D, generator=torch.Generator().manual_seed(1)).double()
+    expected = gradients(model, model(x, BODIES[name], cut_by_tokens).square().sum())
+    with reference.ditching(model, INDICES, length=T):
+        assert_same(gradients(model, model(x, BODIES[name]).square().sum()), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("weights", [None, WEIGHTS])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("loss", [F.cross_entropy, F.l1_loss])
+def test_a_loss_over_moved_rows_is_that_of_the_kept_ones(loss, reduction, weights):
+    """Two prefix tokens, which belong to no token and count as kept with weight 1, and the tokens 3 .. 10."""
+    model, x = Moves(), torch.randn(B, T, D, generator=torch.Generator().manual_seed(1)).double()
+    tokens, labelled = [-1, -1, *range(3, T)], torch.ones(B, T - 1, dtype=torch.bool)
+    labels = loss is F.cross_entropy
+    target = torch.randint(VOCAB, (B, T - 1)) if labels else torch.randn(B, T - 1, VOCAB).double()
+    if labels:
+        target[0, 3:7], labelled[0, 3:7] = -100, False
+
+    def body(m: Moves, x: Tensor, cut: Callable) -> Tensor:
+        return cut(m.last(torch.cat([m.prefix.expand(B, -1, -1), x[:, 3:]], 1)), tokens)
+
+    def of(logits: Tensor, **how: str) -> Tensor:
+        return loss(logits.mT if labels else logits, target, **how)
+
+    kept = torch.cat([selected_rows(), torch.ones(B, 1, dtype=torch.bool)], 1)[:, tokens] & labelled
+    factor = torch.ones(B, T + 1).double()
+    if weights is not None:
+        factor[:, :T] = factor[:, :T].scatter(1, INDICES, weights)
+    elif reduction == "sum":
+        factor = factor * labelled.sum() / kept.sum()
+    terms = of(model(x, body, cut_by_tokens), reduction="none")
+    terms = terms if labels else terms.sum(-1)
+    total = (factor[:, tokens] * terms)[kept].sum()
+    entries = 1 if labels else VOCAB
+    divisor = entries * (kept if weights is None else labelled).sum() if reduction == "mean" else 1
+    expected = gradients(model, total / divisor)
+    with reference.ditching(model, INDICES, length=T, weights=weights):
+        value = of(model(x, body), reduction=reduction)
+        torch.testing.assert_close(value, total / divisor)
+        assert_same(gradients(model, value), expected)
+
+
+def test_patches_as_an_image_and_merged_sequences_keep_their_tokens():
+    """Six patches of 2 x 2 pixels, whose pixels are those of their token; five passages of two tokens as one."""
+    model, x, y = nn.Linear(D, 4).double(), torch.randn(B, 6, D).double(), torch.randn(B, 4, 6).double()
+    image = lambda z: z.view(-1, 2, 3, 2, 2).permute(0, 1, 3, 2, 4).reshape(-1, 4, 6)  # noqa: E731
+    indices = torch.tensor([[0, 2], [1, 5], [0, 4]])
+    kept = image(selected_rows(indices, 6)[..., None].expand(-1, -1, 4))
+    expected = gradients(model, (image(model(x)) - y)[kept].square().mean())
+    with reference.ditching(model, indices, length=6):
+        assert_same(gradients(model, F.mse_loss(image(model(x)), y)), expected)
+
+    model, x, indices = Moves(), torch.randn(B * 5, 2, D).double(), INDICES[:, :3]
+    kept = selected_rows(indices, 10)
+    merge = lambda m, z, cut: m.last(z.reshape(B, 10, D))  # noqa: E731
+    merged = only(kept, model(x, merge, lambda z, tokens: only(kept.view(B * 5, 2), z)))
+    expected = gradients(model, merged.square().sum())
+    with reference.ditching(model, indices, length=10):
+        assert_same(gradients(model, model(x, merge).square().sum()), expected, atol=1e-9)
 
 
 @pytest.mark.parametrize(

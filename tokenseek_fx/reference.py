@@ -10,11 +10,17 @@ hooks do this, so that views and in-place writes keep their meaning. A torch los
 kept labelled tokens at the scale of the full loss or, with ``weights``, an estimate of the full loss. Blocks in
 ``open_blocks`` keep the keys and values of all tokens live.
 
-The token of each entry of a value is determined in two ways. If they disagree, it is an error:
+The token of each entry of a value is its row number, which is determined in two ways:
 
-- by size: the dim of size T is the token axis, the dim of size B the batch (so T and B must be distinctive numbers);
-- by descent, if sizes don't show it (a slice, ``[B*T, D]``, ``[B*H, T, d]``): views and copies are replayed on the row
-  numbers of their source, and other operations keep the rows of the operand with the same leading dims.
+- by descent: a move (a view, a slice, a flip, padding, a join, indexing) is replayed on the row numbers of its source,
+  where -1 stands for no token. Any other operation keeps the rows of an operand if every entry of the result depends,
+  of this operand, on its own row alone: rows are set to NaN to see how far they reach;
+- by size, for what an operation mixes, for operands with different rows, and for inputs: the dim of size T is the token
+  axis with position i = token i, the dim of size B is the batch. So T and B must be distinctive numbers. A result of
+  mixing with another number of positions has no rows.
+
+Shapes that could be read in several ways are errors, and so are different rows that are combined into a value without a
+dim of size T.
 
 Not covered: reentrant gradient checkpointing, token mixing inside a custom ``autograd.Function`` (its inputs and
 outputs are covered), multi-layer ``nn.LSTM``/``nn.GRU`` (one call is one operation), and attention scores whose keys
@@ -26,6 +32,7 @@ import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -34,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn._reduction import legacy_get_string
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -47,7 +54,8 @@ _MOVE_NAMES = (
     "view", "reshape", "view_as", "reshape_as", "permute", "transpose", "t", "movedim", "moveaxis", "swapaxes",
     "swapdims", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze", "expand", "expand_as", "broadcast_to",
     "repeat", "repeat_interleave", "tile", "chunk", "split", "tensor_split", "unbind", "narrow", "select",
-    "index_select", "take_along_dim", "masked_select", "diagonal", "unfold", "contiguous", "clone", "__getitem__",
+    "index_select", "take_along_dim", "gather", "masked_select", "diagonal", "unfold", "contiguous", "clone",
+    "__getitem__", "flip", "fliplr", "flipud", "roll", "rot90",
 )
 _UNDEFINED_LOSS_NAMES = (
     "kl_div", "ctc_loss", "gaussian_nll_loss", "hinge_embedding_loss", "cosine_embedding_loss", "margin_ranking_loss",
@@ -56,7 +64,11 @@ _UNDEFINED_LOSS_NAMES = (
 )
 # fmt: on
 _MOVES = {getattr(owner, name) for owner in (torch, Tensor) for name in _MOVE_NAMES if hasattr(owner, name)}
-_MOVES |= {Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__} | _JOINS
+_PAD = torch._C._nn.pad
+_PADS = {_PAD, torch.constant_pad_nd}
+_MOVES |= {Tensor.T.__get__, Tensor.mT.__get__, Tensor.H.__get__} | _JOINS | _PADS
+#: Writes of one operand into another, which keeps its rows elsewhere.
+_WRITES = {Tensor.__setitem__, torch.slice_scatter, torch.select_scatter, Tensor.slice_scatter, Tensor.select_scatter}
 _RESHAPES_IN_PLACE = {
     getattr(Tensor, f"{name}_") for name in ("transpose", "t", "squeeze", "unsqueeze", "swapaxes", "swapdims", "resize")
 }
@@ -110,12 +122,12 @@ def ditching(
         weights: float [B, k], one factor for the loss term of each kept token.
         open_blocks: modules without cuts inside, for instance ``model.model.layers``: this is ``kv_grad="all"``.
         others: int64 [B, k] kept positions of further token axes, by their length (the encoder's tokens of an
-            encoder-decoder).
+            encoder-decoder); B is the batch of that axis.
 
     Raises:
-        ValueError: `indices` or `weights` is malformed; another dim has size T or B; a value mixes tokens so that its
-            rows belong to no single token; gradient checkpointing is on; `weights` are given and a loss has
-            reduction="none", which can't apply them.
+        ValueError: `indices` or `weights` is malformed; another dim has size T or B; rows of different tokens are
+            combined into a value without a dim of size T; gradient checkpointing is on; `weights` are given and a loss
+            has reduction="none", which can't apply them.
 
     >>> with ditching(model, torch.tensor([[0, 3, 4]])):
     ...     model(input_ids=ids, labels=ids).loss.backward()
@@ -146,11 +158,13 @@ class _Ditching(TorchFunctionMode):
         super().__init__()
         self.model, self.indices, self.given_length, self.weights = model, indices, length, weights
         self.batch, self.length = indices.shape[0], 0
+        self.batches: dict[int, int] = {}
         self.others: dict[int, Tensor] = {}
         self.firsts: dict[int, int] = {}
         self.keep = torch.empty(0, dtype=torch.bool)
         self.factors: Tensor | None = None
         self.rows = WeakTensorKeyDictionary()
+        self.started: set[int] = set()
         self.inside = 0
 
     # ---- the start of a forward: determine T
@@ -168,16 +182,18 @@ class _Ditching(TorchFunctionMode):
             raise ValueError(f"Two token axes have {length} tokens. {_REMEDY}.")
         named = self.model.named_parameters() if isinstance(self.model, nn.Module) else ()
         shapes = {name: tuple(parameter.shape) for name, parameter in named}
-        self.length, self.rows, self.inside = length, WeakTensorKeyDictionary(), 0
+        self.length, self.rows, self.inside, self.started = length, WeakTensorKeyDictionary(), 0, set[int]()
         kept = []
         for size, indices in {length: self.indices, **self.others}.items():
             self._check_axis(size, indices, shapes)
-            self.firsts[size] = sum(map(torch.numel, kept))
-            none = torch.zeros(self.batch, size, dtype=torch.bool, device=indices.device)
+            self.firsts[size], self.batches[size] = sum(map(torch.numel, kept)), len(indices)
+            none = torch.zeros(len(indices), size, dtype=torch.bool, device=indices.device)
             kept.append(none.scatter_(1, indices, True).flatten())
-        self.keep = torch.cat(kept)
+        no_token = self.indices.new_ones(1)  # the last entry, which -1 finds: always kept, with weight 1
+        self.keep = torch.cat([*kept, no_token.bool()])
         if self.weights is not None:
-            self.factors = self.weights.new_zeros(self.batch, length).scatter(1, self.indices, self.weights).flatten()
+            table = self.weights.new_zeros(self.batch, length).scatter(1, self.indices, self.weights).flatten()
+            self.factors = torch.cat([table, no_token.to(table.dtype)])
 
     def _check_axis(self, length: int, indices: Tensor, shapes: dict[str, tuple[int, ...]]) -> None:
         if indices.numel() and int(indices.max()) >= length:
@@ -185,7 +201,7 @@ class _Ditching(TorchFunctionMode):
                 f"indices select position {int(indices.max())}, but a sequence has {length} tokens. "
                 "Positions count from 0."
             )
-        if length == self.batch or length == 1:
+        if length in (1, len(indices)):
             raise ValueError(f"A token axis of size {length} can't be distinguished from the batch. {_REMEDY}.")
         for name, shape in shapes.items():
             self._check_parameter(name, shape, length)
@@ -235,11 +251,12 @@ class _Ditching(TorchFunctionMode):
         if _is_composite(func):
             return self._see_inside(func, args, kwargs)
         operands = self._meet_all((args, kwargs))
+        live = frozenset(id(x) for x in operands if x.requires_grad)
         self._check_softmax(func, args, kwargs)
         if func in _RESHAPES_IN_PLACE:
             self.rows.pop(args[0], None)
         out = func(*args, **kwargs)
-        self._place(func, args, kwargs, operands, out)
+        self._place(_Call(func, args, kwargs, operands, live), out)
         return out
 
     def _see_inside(self, func: Function, args: tuple, kwargs: dict) -> Any:
@@ -259,28 +276,32 @@ class _Ditching(TorchFunctionMode):
     def _meet(self, x: Tensor) -> None:
         """Hook an operand: one that is new (an input, a custom function's output) or was modified in place."""
         if x not in self.rows:
-            self._record(x, self._agree(x, None))
+            self._record(x, self._by_position(x))
         else:
             self._hook(x)
 
-    def _place(self, func: Function, args: tuple, kwargs: dict, operands: list[Tensor], out: Any) -> None:
+    def _place(self, call: "_Call", out: Any) -> None:
         """Determine the rows of every tensor in `out`, and hook it."""
+        if call.func is Tensor.__setitem__:
+            self._record(call.args[0], self._written(call))
+            return
         results = [y for y in tree_leaves(out) if isinstance(y, Tensor)]
-        moved = self._move(func, args, kwargs, results) if func in _MOVES else None
-        for y, descent in zip(results, moved or [None] * len(results), strict=True):
-            if y in self.rows and self.rows[y].shape == y.shape:  # modified in place, or returned unchanged
-                self._hook(y)
-                continue
-            if descent is None and (func not in _MOVES or func in _JOINS):
-                descent = self._inherit(y, operands)
-            rows = self._agree(y, descent)
+        moved = self._move(call, results) if call.func in _MOVES else [None] * len(results)
+        for number, (y, rows) in enumerate(zip(results, moved, strict=True)):
+            if rows is None and call.func in _WRITES:
+                rows = self._written(call)
+            if rows is None and (call.func not in _MOVES or call.func in _JOINS):
+                rows = self._inherit(call, number, y)
+            rows = self._by_position(y) if rows is None else rows
             if rows is None:
-                self._check_lost(func, y, operands)
+                self._check_lost(call, y)
             self._record(y, rows)
 
     def _record(self, y: Tensor, rows: Tensor | None) -> None:
         if rows is not None:
             self.rows[y] = rows
+            if y.requires_grad:
+                self.started |= {*y.shape} & {*self.firsts}
             self._hook(y)
 
     def _hook(self, y: Tensor) -> None:
@@ -297,31 +318,39 @@ class _Ditching(TorchFunctionMode):
         return self.keep.to(rows.device)[rows]
 
     def _factors(self, rows: Tensor) -> Tensor | None:
-        return None if self.factors is None else self.factors.to(rows.device)[rows]
+        if self.factors is None:
+            return None
+        if rows.numel() and int(rows.max()) >= len(self.factors) - 1:
+            raise ValueError("A loss runs over another token axis than that of the weights.")
+        return self.factors.to(rows.device)[rows]
 
     # ---- the token of a row: row number b * T + t for every entry of a value, continued over the token axes
 
     def _by_size(self, y: Tensor) -> list[Tensor]:
         """The rows of `y` for each reading of its shape as one batch dim and one token dim, earlier dims first."""
-        tokens = [dim for dim, size in enumerate(y.shape) if size in self.firsts]
-        batches = [None] if self.batch == 1 else [dim for dim, size in enumerate(y.shape) if size == self.batch]
-        return [self._numbered(y, b, t) for b, t in product(batches, tokens)]
+        found = []
+        for token_dim, length in enumerate(y.shape):
+            if length in self.firsts:
+                batch = self.batches[length]
+                dims = [None] if batch == 1 else [dim for dim, size in enumerate(y.shape) if size == batch]
+                found += [(dim, self._numbered(y, dim, token_dim)) for dim in dims]
+        return [rows for _, rows in sorted(found, key=lambda reading: reading[0] or 0)]
 
     def _numbered(self, y: Tensor, batch_dim: int | None, token_dim: int) -> Tensor:
         length = y.shape[token_dim]
         rows = self.firsts[length] + _along(torch.arange(length, device=y.device), token_dim, y.ndim)
         if batch_dim is not None:
-            rows = rows + length * _along(torch.arange(self.batch, device=y.device), batch_dim, y.ndim)
+            rows = rows + length * _along(torch.arange(self.batches[length], device=y.device), batch_dim, y.ndim)
         return rows.expand(y.shape)
 
     def _tokens_in(self, shape: Iterable[int]) -> int:
         """The number of dims with the size of a token axis."""
         return sum(size in self.firsts for size in shape)
 
-    def _agree(self, y: Tensor, descent: Tensor | None) -> Tensor | None:
-        """The rows of `y` by size and descent; None if it has no token axis; ValueError if the two disagree."""
+    def _by_position(self, y: Tensor) -> Tensor | None:
+        """The rows of `y` by size; None if it has no token axis; ValueError if it could have several."""
         readings = self._by_size(y)
-        if descent is None and len(readings) > 1:
+        if len(readings) > 1:
             score_matrix = self._tokens_in(y.shape) == len(readings) == 2  # [.., T, T]: rows are queries
             if not score_matrix and y.requires_grad:
                 raise ValueError(
@@ -329,75 +358,173 @@ class _Ditching(TorchFunctionMode):
                     f"{self.length} tokens. {_REMEDY}, or another batch size."
                 )
             return readings[0] if score_matrix else None
-        if descent is None or len(readings) != 1 or torch.equal(descent, readings[0]):
-            return descent if descent is not None else next(iter(readings), None)
-        token_dim = next(dim for dim, size in enumerate(y.shape) if size in self.firsts)
-        if y.requires_grad and _varies(descent, token_dim):
-            raise ValueError(
-                f"The {y.shape[token_dim]} entries along dim {token_dim} of a value of shape {list(y.shape)} are not "
-                f"the tokens in order (tokens reordered, or another dim of that size). {_REMEDY}."
-            )
-        return descent  # the dim of size T holds the keys of a slice of queries
+        return next(iter(readings), None)
 
-    def _move(self, func: Function, args: tuple, kwargs: dict, results: list[Tensor]) -> list[Tensor | None] | None:
-        """Replay a view or copy on the row numbers of its source; None if these are unknown."""
-        if any(isinstance(a, torch.dtype) for a in tree_leaves((args, kwargs))):
-            return None
-        name, source = (0, args[0]) if args else next(iter(kwargs.items()))
-        sources = [source] if isinstance(source, Tensor) else list(source)
+    # ---- moves: the same operation on row numbers
+
+    def _move(self, call: "_Call", results: list[Tensor]) -> list[Tensor | None]:
+        """Replay a move on the row numbers of its source; None where these are unknown."""
+        unknown: list[Tensor | None] = [None] * len(results)
+        if any(isinstance(a, torch.dtype) for a in tree_leaves((call.args, call.kwargs))):
+            return unknown
+        sources = call.sources
         known = [self.rows.get(x) for x in sources]
-        if any(rows is None for rows in known):
-            self._check_born(func, sources, results)
-            return None
-        numbers = [rows.contiguous() for rows in known]
-        moved = numbers[0] if isinstance(source, Tensor) else numbers
-        moved = func(moved, *args[1:], **kwargs) if name == 0 else func(**{**kwargs, name: moved})
+        if all(rows is None for rows in known):
+            self._check_born(call.func, sources, results)
+            return unknown
+        if call.func in _JOINS:
+            return [None if self._starts_axis(sources, results[0]) else self._join(call, sources, results[0])]
+        numbers = known[0].contiguous()  # type: ignore[union-attr]
+        moved = self._pad(call, numbers) if call.func in _PADS else call.on(numbers)
         rows = [r for r in tree_leaves(moved) if isinstance(r, Tensor)]
         for y, descent in zip(results, rows, strict=True):
-            self._check_grown(func, sources, y, descent)
-        return rows  # type: ignore[return-value]
+            self._check_grown(call.func, sources, y, descent)
+        return [None if self._starts_axis(sources, y) else descent for y, descent in zip(results, rows, strict=True)]
 
-    def _inherit(self, y: Tensor, operands: list[Tensor]) -> Tensor | None:
-        """The rows of the operands with the leading dims of `y`; operands that require grad come first."""
-        floats = [x for x in operands if _is_float(x) and x in self.rows]
-        ranks = [[x for x in floats if x.requires_grad], [x for x in floats if not x.requires_grad]]
-        ranks.append([x for x in operands if not _is_float(x) and x in self.rows])
-        visible = bool(self._by_size(y))
+    def _starts_axis(self, sources: list[Tensor], y: Tensor) -> bool:
+        """True for a move whose result is that of another token axis, which has a selection of its own.
+
+        It has the size of an axis that no value had before, or joins rows of several axes.
+        """
+        owners = {size for x in sources if x in self.rows for size in self._axes_of(self.rows[x])}
+        return len(owners) > 1 or any(n in self.firsts and n not in self.started for n in y.shape)
+
+    def _axes_of(self, rows: Tensor) -> set[int]:
+        """The lengths of the token axes that these rows belong to."""
+        last = rows.max().item()
+        return {n for n, first in self.firsts.items() if first <= last < first + n * self.batches[n]}
+
+    def _pad(self, call: "_Call", rows: Tensor) -> Tensor:
+        """Padding of the token dims belongs to no token; padding of other dims to the token beside it."""
+        given = dict(zip(("input", "pad", "mode", "value"), call.args, strict=False)) | call.kwargs
+        amounts, mode = list(given["pad"]), given.get("mode", "constant")
+        if call.func is not torch.constant_pad_nd and mode != "constant":
+            return _PAD(rows.double(), amounts, mode).long()
+        for place in range(len(amounts) // 2):
+            dim = rows.ndim - 1 - place
+            if not _varies(rows, dim) and rows.shape[dim] > 1:
+                size = rows.shape[dim] + sum(amounts[2 * place : 2 * place + 2])
+                rows = rows.narrow(dim, 0, 1).expand(*rows.shape[:dim], size, *rows.shape[dim + 1 :])
+                amounts[2 * place : 2 * place + 2] = [0, 0]
+        return torch.constant_pad_nd(rows, amounts, -1)
+
+    def _join(self, call: "_Call", sources: list[Tensor], y: Tensor) -> Tensor | None:
+        """Joined rows; the entries of an operand without rows, or without gradient, belong to no token."""
+        known = [x for x in sources if x in self.rows]
+        live = [x for x in known if call.is_live(x)] or known
+        parts = [self.rows[x] if _among(x, live) else torch.full(x.shape, -1, device=y.device) for x in sources]
+        dim = call.argument(1, "dim", 0) % y.ndim
+        stacked = call.func is torch.stack
+        along_tokens = stacked or any(_varies(self.rows[x], dim) or x.shape[dim] == 1 for x in live)
+        if along_tokens:
+            self._check_joined(call, sources, live, y)
+            return torch.stack(parts, dim) if stacked else torch.cat(parts, dim)
+        found = [self.rows[x].narrow(dim, 0, 1).expand(y.shape) for x in live]
+        same = all(torch.equal(rows, found[0]) for rows in found[1:])
+        return found[0] if same else self._of_different_rows(y, found)
+
+    def _written(self, call: "_Call") -> Tensor | None:
+        """The rows after a write: those of a written value that has rows, else they stay; None if there are none."""
+        target, value = call.args[0], call.args[2 if call.func is Tensor.__setitem__ else 1]
+        known = isinstance(value, Tensor) and value in self.rows and call.is_live(value)
+        if not known or self._starts_axis([value], target):
+            return self.rows.get(target)
+        live = call.is_live(target) and target in self.rows
+        rows = self.rows[target].clone() if live else torch.full(target.shape, -1, device=target.device)
+        if call.func is Tensor.__setitem__:
+            rows[call.args[1]] = self.rows[value]
+            return rows
+        return call.func(rows, self.rows[value], *call.args[2:], **call.kwargs)
+
+    # ---- other operations: rows of an operand, or of the tokens that stand there
+
+    def _inherit(self, call: "_Call", number: int, y: Tensor) -> Tensor | None:
+        """The rows of the operands with the leading dims of `y`, whose rows the operation keeps.
+
+        Operands that require grad come first. None if the operation mixes tokens.
+        """
+        floats = [x for x in call.operands if _is_float(x) and x in self.rows]
+        ranks = [[x for x in floats if call.is_live(x)], [x for x in floats if not call.is_live(x)]]
+        ranks.append([x for x in call.operands if not _is_float(x) and x in self.rows])
+        readings, mixed = self._by_size(y), []
         for match, some in product((_same_leading_dims, _broadcast), ranks):
-            if match is _broadcast and visible:
+            if match is _broadcast and readings:
                 continue
-            found = [rows for x in some if (rows := match(self.rows[x], y)) is not None]
-            if found and all(torch.equal(rows, found[0]) for rows in found[1:]):
-                return found[0]
-            if found and not visible and y.requires_grad:
-                raise ValueError(
-                    f"An operation combines rows of different tokens into a value of shape {list(y.shape)} without a "
-                    f"dim of {self.length} tokens. The reference doesn't cover this."
-                )
+            matching = [(x, rows) for x in some if (rows := match(self.rows[x], y)) is not None]
+            visible = all(any(torch.equal(rows, r) for r in readings) for _, rows in matching)
+            found = [rows for x, rows in matching if visible or self._keeps_rows(call, number, y, x, rows)]
+            mixed += [rows for _, rows in matching]
             if found:
-                return None
+                same = all(torch.equal(rows, found[0]) for rows in found[1:])
+                return found[0] if same else self._of_different_rows(y, found)
+        return None if readings or not y.requires_grad else self._in_order(mixed)
+
+    def _keeps_rows(self, call: "_Call", number: int, y: Tensor, x: Tensor, rows: Tensor) -> bool:
+        """True if every entry of a result depends, of the operand `x`, on the row of its own token alone.
+
+        Rows are set to NaN, those with a given bit in their number and then all others, and `rows` tell which entries
+        of the result may become NaN.
+        """
+        if _among(y, call.operands) or not (_is_float(x) and _is_float(y)):
+            return True
+        for bit, value in product(range(len(self.keep).bit_length()), (0, 1)):
+            chosen = self.rows[x] >> bit & 1 == value
+            probe = x.detach().masked_fill(chosen, torch.nan)
+            result = call.with_operand(x, probe)[number]
+            if (result.isnan() & ~y.isnan() & (rows >> bit & 1 != value)).any():
+                return False
+        return True
+
+    def _of_different_rows(self, y: Tensor, found: list[Tensor]) -> Tensor | None:
+        """The rows of a value that combines rows of different tokens: the tokens that stand there."""
+        rows = self._by_position(y)
+        rows = self._in_order(found) if rows is None else rows
+        if rows is None and y.requires_grad:
+            raise ValueError(
+                f"An operation combines rows of different tokens into a value of shape {list(y.shape)} without a dim "
+                f"of {self.length} tokens, so its rows belong to no single token."
+            )
+        return rows
+
+    def _in_order(self, found: list[Tensor]) -> Tensor | None:
+        """Rows whose token axis can't be seen by size: those of an operand with all tokens in order.
+
+        None if no operand has all tokens; ValueError if they are not in order.
+        """
+        complete = []
+        for rows, (length, batch) in product(found, self.batches.items()):
+            numbers = rows - self.firsts[length]
+            for dim in range(rows.ndim):
+                numbers = numbers.unique_consecutive(dim=dim)
+            tokens, numbers = torch.arange(batch * length, device=rows.device), numbers.flatten()
+            if torch.equal(numbers.sort().values, tokens):
+                complete.append(rows)
+                if torch.equal(numbers[(numbers // length).argsort(stable=True)], tokens):
+                    return rows
+        if complete:
+            raise ValueError(
+                f"An operation mixes tokens that are not in order, in a value of shape {list(complete[0].shape)} whose "
+                "token axis can't be seen by size. The reference doesn't cover this."
+            )
         return None
 
     # ---- ambiguous shapes are errors
 
     def _check_born(self, func: Function, sources: list[Tensor], results: list[Tensor]) -> None:
         """ValueError if a reshape of a value without token rows creates a dim of size T."""
-        flat = [self.batch * length for length in self.firsts]
+        flat = [batch * length for length, batch in self.batches.items()]
         for y in results:
             source = sources[0]
             grown = self._tokens_in(y.shape) > self._tokens_in(source.shape)
-            unfolds = (
-                source.shape[:1].numel() in flat
-                and y.shape[:2].numel() == source.shape[0]
-                and self.batch in y.shape[:2]
-            )
-            slices = func in _BROADCASTS or func in _JOINS or func in (Tensor.__getitem__, torch.narrow, Tensor.narrow)
+            folded = source.shape[: 1 + (source.shape[0] not in flat)].numel()  # [B*T, ..] or [B*n, t, ..]
+            unfolds = folded in flat and y.shape[:2].numel() == folded
+            slices = func in _BROADCASTS | _JOINS | _PADS or func in (Tensor.__getitem__, torch.narrow, Tensor.narrow)
             if grown and y.requires_grad and not (unfolds or slices or y.ndim < source.ndim):
                 raise ValueError(self._born(source, y))
 
     def _check_grown(self, func: Function, sources: list[Tensor], y: Tensor, descent: Tensor) -> None:
         """ValueError if a reshape or slice of token rows has a new dim of size T that isn't the token axis."""
-        if func in _BROADCASTS or func in _JOINS or not y.numel():
+        if func in _BROADCASTS or func in _JOINS or func in _PADS or not y.numel():
             return
         if y.ndim == 4 and y.shape[:-1] == sources[0].shape[:-1] and self._token_dims(descent):
             return  # scores without the columns of attention sinks: the rows are the queries
@@ -414,18 +541,22 @@ class _Ditching(TorchFunctionMode):
             f"also the number of tokens. {_REMEDY}."
         )
 
-    def _check_lost(self, func: Function, y: Tensor, operands: list[Tensor]) -> None:
-        """ValueError if a result without rows evidently still has tokens."""
-        if not y.requires_grad or not any(x in self.rows and x.requires_grad for x in operands):
-            return
-        if func in _JOINS and self.given_length is None:
+    def _check_joined(self, call: "_Call", sources: list[Tensor], live: list[Tensor], y: Tensor) -> None:
+        """ValueError if tokens are joined with others before the length of the joined axis is known."""
+        others = any(x.numel() and not _among(x, live) for x in sources)
+        if others and y.requires_grad and self.given_length is None and not self._tokens_in(y.shape):
             raise ValueError(
                 f"Token rows are joined with other rows into {list(y.shape)}. "
-                "Pass the size of the joined axis as length=."
+                "Pass the size of the joined axis, or of the tokens alone, as length=."
             )
+
+    def _check_lost(self, call: "_Call", y: Tensor) -> None:
+        """ValueError if a result without rows evidently still has tokens."""
+        if not y.requires_grad or not any(x in self.rows and call.is_live(x) for x in call.operands):
+            return
         folded = [size for size in y.shape[:2] if size not in self.firsts and size % self.batch == 0]
         one_query = y.shape[-2:-1] == (1,) and y.shape[-1] in self.firsts  # scores of a query that is no token
-        if y.ndim > 2 and self._tokens_in(y.shape) and folded and not one_query and func not in _MOVES:
+        if y.ndim > 2 and self._tokens_in(y.shape) and folded and not one_query and call.func not in _MOVES:
             raise ValueError(
                 f"A value of shape {list(y.shape)} has {self.length} tokens but no batch dim. "
                 "The reference doesn't cover this."
@@ -495,7 +626,7 @@ class _Ditching(TorchFunctionMode):
         """cross_entropy and nll_loss: input [N, C] or [B, C, ..], target class indices or (soft) probabilities."""
         logits, target = given["input"], given["target"]
         rows = self.rows.get(logits)
-        if self._is_per_instance(func, logits, rows):
+        if self._is_per_instance(rows):
             return func(**given)
         rows = self._without_classes(func, logits, rows)
         kept, factors = self._kept(rows), self._factors(rows)
@@ -509,7 +640,7 @@ class _Ditching(TorchFunctionMode):
             return _estimated(func(**{**given, "reduction": "none"}), live, factors, given["reduction"], class_weights)
         total = func(**{**given, "reduction": "sum"})
         if given["reduction"] == "sum":
-            return total * (labelled.sum() / live.sum().clamp(min=1)).to(total.dtype)
+            return total * labelled.sum() / live.sum().clamp(min=1)
         return func(**given) if (class_weights * live).sum() != 0 else total * 0
 
     def _without_classes(self, func: Function, logits: Tensor, rows: Tensor) -> Tensor:
@@ -524,26 +655,63 @@ class _Ditching(TorchFunctionMode):
     def _element_loss(self, func: Function, given: dict) -> Tensor:
         """Regression and binary losses: one term per entry of the (broadcast) operands."""
         terms = func(**{**given, "reduction": "none"})
-        rows = self._agree(terms, self._inherit(terms, [given["input"], given["target"]]))
-        if self._is_per_instance(func, terms, rows):
+        rows = self._rows_of_terms(func, given, terms)
+        if self._is_per_instance(rows):
             return func(**given)
         weight = given.get("weight") if func in _MEAN_DIVIDES_BY_WEIGHT else None
         return _scaled(terms, self._kept(rows), given["reduction"], weight, self._factors(rows))
 
-    def _is_per_instance(self, func: Function, value: Tensor, rows: Tensor | None) -> bool:
-        """True for a loss of one row per instance (pooled, or one token) or of another output per instance (an image).
+    def _rows_of_terms(self, func: Function, given: dict, terms: Tensor) -> Tensor | None:
+        operands = [given["input"], given["target"]]
+        live = frozenset(id(x) for x in operands if x.requires_grad)
+        call = _Call(func, (), {**given, "reduction": "none"}, operands, live)
+        rows = self._inherit(call, 0, terms)
+        return self._by_position(terms) if rows is None else rows
 
-        Such a loss is left unchanged. ValueError if the rows are unknown.
-        """
-        if rows is not None:
-            owners = torch.cat([torch.arange(self.batch).repeat_interleave(size) for size in self.firsts])
-            return sorted(owners[rows.unique().cpu()].tolist()) == [*range(self.batch)]
-        if value.ndim == 0 or value.shape[0] == self.batch:
+    def _is_per_instance(self, rows: Tensor | None) -> bool:
+        """True for a loss of at most one token per instance, or of a value without tokens: it is left unchanged."""
+        if rows is None:
             return True
-        raise ValueError(
-            f"{func.__name__} takes a value of shape {list(value.shape)}, whose tokens are unknown. "
-            "The reference doesn't cover this."
+        owners = torch.cat(
+            [self.firsts[n] + torch.arange(batch).repeat_interleave(n) for n, batch in self.batches.items()]
         )
+        owners = owners[rows[rows >= 0].unique().cpu()]
+        return len(owners) == len(owners.unique())
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a torch function; `live`: the ids of the operands that required grad before it."""
+
+    func: Function
+    args: tuple
+    kwargs: dict
+    operands: list[Tensor]
+    live: frozenset[int]
+
+    @property
+    def sources(self) -> list[Tensor]:
+        """The first argument, which is one tensor or several."""
+        first = self.args[0] if self.args else next(iter(self.kwargs.values()))
+        return [first] if isinstance(first, Tensor) else list(first)
+
+    def is_live(self, x: Tensor) -> bool:
+        return id(x) in self.live
+
+    def argument(self, place: int, name: str, default: Any) -> Any:
+        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
+
+    def on(self, source: Any) -> Any:
+        """The result for another first argument."""
+        if self.args:
+            return self.func(source, *self.args[1:], **self.kwargs)
+        return self.func(**{**self.kwargs, next(iter(self.kwargs)): source})
+
+    def with_operand(self, x: Tensor, value: Tensor) -> list[Tensor]:
+        """The results if the operand `x` had another value; draws no random numbers from the global generator."""
+        args, kwargs = tree_map(lambda a: value if a is x else a, (self.args, self.kwargs))
+        with torch.no_grad(), torch.random.fork_rng([]):
+            return [y for y in tree_leaves(self.func(*args, **kwargs)) if isinstance(y, Tensor)]
 
 
 _REMEDY = "Use another length for the check"
@@ -589,6 +757,10 @@ def _is_composite(func: Function) -> bool:
     return isinstance(func, types.FunctionType) and func.__globals__ is vars(F) and func.__closure__ is None
 
 
+def _among(x: Tensor, others: Iterable[Tensor]) -> bool:
+    return any(x is other for other in others)
+
+
 def _is_float(x: Tensor) -> bool:
     return x.is_floating_point() or x.is_complex()
 
@@ -631,7 +803,7 @@ def _scaled(
         return _estimated(terms, kept, factors, reduction, torch.ones_like(terms) if weight is None else weight)
     total = torch.where(kept, terms, torch.zeros_like(terms)).sum()
     if reduction == "sum":
-        return total * (terms.numel() / max(1, int(kept.sum())))
+        return total * terms.numel() / kept.sum().clamp(min=1)
     divisor = kept.sum() if weight is None else torch.where(kept, weight, torch.zeros_like(weight)).sum()
     return total / divisor if divisor != 0 else total * 0
 

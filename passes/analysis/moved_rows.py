@@ -13,75 +13,20 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import fx
 
-from ..graph.factors import Axes, Dim, same_size
-from ..graph.nodes import bind, is_tensor, made_by, operands_of
-from ..graph.op_sets import LAYOUT, LOSSES
+from ..graph.factors import Dim, same_size
+from ..graph.nodes import is_tensor, made_by, operands_of
+from ..graph.op_sets import LOSSES, PICKS
 from ..graph.program import Program
-from ..graph.registry import aten_overloads
 from ..rules.attention import attention_op
 from .activity import Activity
+from .moves import JOINS, POSITIONS, SCATTERS, Move, Rows, acted_dims, arguments_of, dim_of, row_layout, rows_after
 from .token_axes import TokenAxes, TokenAxis
 
 aten = torch.ops.aten
-#: Operations that read or move positions of their first operand.
-_PICKS = aten_overloads(
-    "slice.Tensor select.int split.Tensor split_with_sizes.default chunk.default tensor_split.sections unbind.int "
-    "index_select.default index.Tensor flip.default roll.default pad.default constant_pad_nd.default"
-)
-_SCATTERS = (aten.slice_scatter.default, aten.select_scatter.default)
-#: Operations that join several operands along a dim.
-_JOINS = (aten.cat.default, aten.stack.default, *_SCATTERS)
-#: Operations whose results are positions of their operands: what is cut there is cut in the result.
-MOVES = frozenset((*_PICKS, *_JOINS, *LAYOUT))
-
-
-@dataclass(frozen=True)
-class Move:
-    """One operation on row numbers.
-
-    Args:
-        target: the operation of the graph.
-        arguments: its other arguments by name.
-        item: the number of the result, for an operation with several results.
-        sources: the rows of its tensor operands; an operand without rows is given as its node.
-        before: for each source, the factors of rows in every dim of the operand.
-        after: the factors of rows in every dim of the result.
-    """
-
-    target: Any
-    arguments: tuple[tuple[str, Any], ...]
-    item: int | None
-    sources: tuple[Rows | fx.Node, ...]
-    before: tuple[Axes, ...]
-    after: Axes
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a value.
-
-    Args:
-        axis: the token axis.
-        batch: the factors of the value that number the instances.
-        token: the factors of the value that number the positions of an instance.
-        move: the operation that moved the rows; ``None``: they are the tokens in order.
-        mixed: every position combines several tokens, and there are more or fewer positions than tokens: no rows.
-    """
-
-    axis: TokenAxis
-    batch: Dim
-    token: Dim
-    move: Move | None = None
-    mixed: bool = False
-
-    @property
-    def factors(self) -> Dim:
-        return self.batch + self.token
 
 
 @dataclass(frozen=True)
@@ -105,8 +50,8 @@ class FindMovedRows:
     operations as tokens and the axis of a loss over moved rows first.
 
     Args:
-        given: the rows are given. Otherwise a single token that the model picks from a sequence is always kept, so that
-            its row need not be cut.
+        given: the rows are given. Otherwise a token that the model picks from all tokens of a sequence is always kept,
+            so that its row need not be cut.
     """
 
     given: bool = False
@@ -117,7 +62,7 @@ class FindMovedRows:
         while (follower := _followed(program, live, axes)).joined:
             resolved = (map(axes.space.resolve, (axis.token, axis.batch)) for axis in axes.tokens)
             axes = replace(axes, tokens=tuple(dict.fromkeys(TokenAxis(*dims) for dims in resolved)))
-        moved = {node: rows for node, rows in follower.moved().items() if rows.token or self.given}
+        moved = {n: rows for n, rows in follower.moved().items() if self.given or not _is_kept(rows)}
         over = [operands_of(node)[0] for node in live if node.target in LOSSES]
         of_losses = {moved[x].axis for x in over if x in moved}
         if of_losses and not any(axes.axis_of(x) == axes.main for x in over):
@@ -183,8 +128,8 @@ class _Follower:
         after = self.axes.of(node)
         if flow.regrouped:
             kept = operand == 0 and {*rows.factors} <= {*sum(after, ())}
-            return _dim_of(rows.factors[-1], after) if kept else None
-        dims = [(_dim_of(f, before), _dim_of(f, after)) for f in rows.factors]
+            return dim_of(rows.factors[-1], after) if kept else None
+        dims = [(dim_of(f, before), dim_of(f, after)) for f in rows.factors]
         if not dims or any(out is None or flow.carries[operand].get(out) != dim for dim, out in dims):
             return None
         return dims[-1][1]
@@ -192,9 +137,9 @@ class _Follower:
     # -- operations that don't carry the rows -------------------------------------------------------------------------
 
     def _behind(self, node: fx.Node, operation: fx.Node, known: dict[int, Rows]) -> Rows | None:
-        if operation.target in _PICKS and 0 in known:
+        if operation.target in POSITIONS and 0 in known:
             return self._moved(node, operation, [known[0]])
-        if operation.target in _JOINS and (found := self._concatenated(node, operation, known)) is not None:
+        if operation.target in JOINS and (found := self._concatenated(node, operation, known)) is not None:
             return found
         return self._mixed(node, operation, known)
 
@@ -202,29 +147,31 @@ class _Follower:
         """The rows of ``node``, by the operation on the row numbers of ``sources``."""
         first = next(rows for rows in sources if isinstance(rows, Rows))
         before = [self.axes.of(x) for x in operands_of(operation)[: len(sources)]]
-        after = _rows_after(before[sources.index(first)], self.axes.of(node), first, operation)
+        after = rows_after(before[sources.index(first)], self.axes.of(node), first, operation)
         if after is None:
-            self.lost.add(node)
-            return None
+            rows = self._mixed(node, operation, {i: x for i, x in enumerate(sources) if isinstance(x, Rows)})
+            if rows is None or rows.mixed:
+                self.lost.add(node)
+            return rows
         found = sum(after, ())
         batch = tuple(f for f in found if f in first.batch)
         token = tuple(f for f in found if f not in first.batch)
         if first.mixed or not found:
             return self._standing(node, first, token)
-        layout = tuple(_layout(x, labels) for x, labels in zip(sources, before, strict=True))
+        layout = tuple(row_layout(x, labels) for x, labels in zip(sources, before, strict=True))
         item = node.args[1] if node.target is operator.getitem else None
         if (other := self._by_label(node)) is not None and other.axis != first.axis:
             return self._standing(node, first, token)
-        move = Move(operation.target, _others(operation), item, tuple(sources), layout, after)  # type: ignore[arg-type]
+        move = Move(operation.target, arguments_of(operation), item, tuple(sources), layout, after)  # type: ignore[arg-type]
         return Rows(first.axis, batch, token, move)
 
     def _joins_rows(self, operation: fx.Node, known: list[tuple[int, Rows]]) -> bool:
         """True for an operation that joins its operands along a dim that numbers their rows."""
         if operation.target is aten.stack.default:
             return len({rows for _, rows in known}) > 1
-        if operation.target not in _JOINS:
+        if operation.target not in JOINS:
             return False
-        (dim,), operands = _acted_dims(operation, self.axes.of(operation)), operands_of(operation)
+        (dim,), operands = acted_dims(operation, self.axes.of(operation)), operands_of(operation)
         labels = [
             (rows, self.axes.of(operands[i]))
             for i, rows in known
@@ -234,7 +181,7 @@ class _Follower:
 
     def _concatenated(self, node: fx.Node, operation: fx.Node, known: dict[int, Rows]) -> Rows | None:
         """The rows of joined operands, if they are of one token axis; else ``None``."""
-        scatters = operation.target in _SCATTERS
+        scatters = operation.target in SCATTERS
         if scatters and not (1 in known and known[1].move is not None):
             return None
         if len({rows.axis for rows in known.values()}) > 1 or any(rows.mixed for rows in known.values()):
@@ -255,7 +202,7 @@ class _Follower:
     def _keep_batch(self, node: fx.Node, operand: fx.Node, axis: TokenAxis) -> None:
         """An unknown operation keeps the batch where it is, if the sizes are equal."""
         before, after, space = self.axes.of(operand), self.axes.of(node), self.axes.space
-        dim = axis.batch_dim_of(before)
+        dim = axis.batchdim_of(before)
         if dim is not None and len(before) == len(after) and same_size(space.size(before[dim]), space.size(after[dim])):
             self._equate(before[dim], after[dim])
 
@@ -280,9 +227,11 @@ class _Follower:
         return Rows(axis, axis.batch, label, mixed=True)
 
     def _equate(self, known: Dim, label: Dim) -> None:
-        if self.axes.space.resolve(label) != self.axes.space.resolve(known):
+        """State that a dim is the same axis; factors of other sizes stay distinct."""
+        resolve = self.axes.space.resolve
+        if resolve(label) != resolve(known):
             self.axes.space.equate(known, label)
-            self.joined = True
+            self.joined |= resolve(label) == resolve(known)
 
     def _joined(self, node: fx.Node, found: list[Rows]) -> Rows | None:
         """The rows of a value that combines different rows: mixed tokens."""
@@ -294,48 +243,13 @@ class _Follower:
         return rows
 
 
-def _layout(source: Rows | fx.Node, labels: Axes) -> Axes:
-    """The factors of rows in every dim of an operand."""
-    factors = source.factors if isinstance(source, Rows) else ()
-    return tuple(tuple(f for f in dim if f in factors) for dim in labels)
-
-
-def _rows_after(before: Axes, after: Axes, rows: Rows, operation: fx.Node) -> Axes | None:
-    """The factors of rows in every dim of a result; ``None`` if rows can't be followed through the operation."""
-    acted = _acted_dims(operation, before)
-    if acted is None or not all({*before[d]} <= {*rows.factors} for d in acted):
-        return None
-    same = {f for d, dim in enumerate(before) if d not in acted for f in dim if f not in rows.factors}
-    return tuple(tuple(f for f in dim if f not in same) for dim in after)
-
-
-def _acted_dims(operation: fx.Node, before: Axes) -> list[int] | None:
-    """The dims whose positions an operation moves; ``None`` if it is not a static move."""
-    given, rank = bind(operation), len(before)
-    if operation.target is aten.index.Tensor:
-        dims = [d for d, where in enumerate(given["indices"]) if where is not None]
-        integers = all(where.meta["val"].dtype == torch.int64 for where in operands_of(operation)[1:])
-        return dims if integers and dims == [*range(dims[0], dims[-1] + 1)] else None
-    if "pad" in given:
-        constant = given.get("mode", "constant") == "constant"
-        padded = {rank - 1 - i // 2 for i, n in enumerate(given["pad"]) if not same_size(n, 0)}
-        return sorted(padded) if constant else None
-    if operation.target is aten.stack.default:
-        return []
-    dims = given.get("dims", given.get("dim"))
-    dims = [dims] if isinstance(dims, int) else dims
-    return [d % rank for d in dims] or None
-
-
-def _others(operation: fx.Node) -> tuple[tuple[str, Any], ...]:
-    """The arguments that are not the operands whose rows are followed, hashable."""
-    skipped = {"self", "input", "tensors", "src"}
-    return tuple((name, _frozen(value)) for name, value in bind(operation).items() if name not in skipped)
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
-
-
-def _dim_of(factor: int, labels: Axes) -> int | None:
-    return next((i for i, dim in enumerate(labels) if factor in dim), None)
+def _is_kept(rows: Rows) -> bool:
+    """True for one token of a sequence, picked from all of them."""
+    move = rows.move
+    return (
+        not rows.token
+        and move is not None
+        and move.target in PICKS
+        and isinstance(move.sources[0], Rows)
+        and (move.sources[0].move is None)
+    )

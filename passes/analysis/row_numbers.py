@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..graph.factors import Axes, Dim, Space
-from .moved_rows import Move, Rows
+from .moves import Move, Rows
 from .row_index import RowIndex
 from .token_axes import TokenAxis
 
@@ -122,7 +122,16 @@ def _joined(move: Move, sources: list[Tensor], lengths: list, arguments: dict[st
     return move.target(parts, dim) if joins else move.target(*parts, **arguments)
 
 
+def _gathered(move: Move, sources: list[Tensor], lengths: list, arguments: dict[str, Any]) -> Tensor:
+    """Row numbers gathered by an index that is the same for all features."""
+    (numbers,), index, dim = sources, arguments["index"], arguments["dim"] % sources[0].ndim
+    for d in range(dim + 1, index.ndim):
+        index = index.narrow(d, 0, 1)
+    return numbers.gather(dim, index)
+
+
 _APPLIED = {
+    aten.gather.default: _gathered,
     aten.pad.default: _padded,
     aten.constant_pad_nd.default: _padded,
     **dict.fromkeys(

@@ -301,10 +301,11 @@ def _batch(program: Program, found: TokenAxes, token: Dim, attention: Attention)
     """The batch: the leading factors of attention that also belong to the data.
 
     Data are the inputs that are not parameters: the dims of those that have the token axis, or, if none has it
-    (images), the first dim of the others. If none of these is a leading dim (two inputs joined along the batch), the
-    batch is the leading factors that no parameter has (heads are features).
+    (images), the first dim of the others. If none of these is a leading dim, or one is only the inner part of it (two
+    inputs joined along the batch), the batch is the leading factors that no parameter has (heads are features).
     """
-    leading = [f for dim in attention.leading for f in found.space.resolve(dim)]
+    dims_before = [found.space.resolve(dim) for dim in attention.leading]
+    leading = [f for dim in dims_before for f in dim]
     given, parameters = [], set[int]()
     for node, value in zip(program.placeholders, program.inputs, strict=True):
         if isinstance(value, torch.nn.Parameter):
@@ -316,6 +317,7 @@ def _batch(program: Program, found: TokenAxes, token: Dim, attention: Attention)
     for dims in (having, first):
         # a dim with other factors too is a feature dim (heads x head dim), not a batch
         pure = {f for dim in dims if set(dim) <= {*leading, *token} for f in dim}
-        if batch := tuple(f for f in leading if f in pure and f not in token):
-            return batch
+        if batch := {f for f in leading if f in pure and f not in token}:
+            joined = {f for dim in dims_before for i, f in enumerate(dim) if {*dim[i + 1 :]} & batch} - parameters
+            return tuple(f for f in leading if f in batch | joined)
     return tuple(f for f in leading if f not in parameters and f not in token)

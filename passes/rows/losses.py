@@ -30,7 +30,7 @@ def label_loss(call: RowOp) -> Any:
     if call["reduction"] == MEAN:
         return (total / divisor(target, call["ignore_index"], call["weight"])).to(dtype)
     kept, labelled = (_labelled(t, call["ignore_index"], None) for t in (target, call.full(1)))
-    return (total * (labelled / torch.where(kept > 0, kept, 1)).to(total.dtype)).to(dtype)
+    return (total * labelled / torch.where(kept > 0, kept, 1)).to(dtype)
 
 
 def _total_loss(call: RowOp) -> Any:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ..analysis.moved_rows import MovedRows, Rows
+from ..analysis.moved_rows import MovedRows
+from ..analysis.moves import Rows
 from ..analysis.row_index import RowIndex
 from ..analysis.row_numbers import RowNumbers
 from ..analysis.token_axes import TokenAxes

@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 from ..analysis.activity import Activity
 from ..analysis.blocks import Blocks
 from ..analysis.losses import class_factors
-from ..analysis.moved_rows import MOVES, MovedRows
+from ..analysis.moved_rows import MovedRows
+from ..analysis.moves import MOVES
 from ..analysis.routing import Routes
 from ..analysis.row_index import RowIndex
 from ..analysis.row_numbers import RowNumbers
@@ -249,6 +250,8 @@ class DitchStream:
             self._source(node)
         elif node.target is operator.getitem:
             self._getitem(node)
+        elif not self.moved.rows.keys().isdisjoint(node.users) and not is_tensor(node):
+            self._whole[node] = applied(node, *RowOp(node, self, None).in_full)
         else:
             self._operation(node)
 
@@ -311,8 +314,9 @@ class DitchStream:
 
     def _meets_rows(self, node: fx.Node) -> bool:
         """False for an operation on parameters and values without rows only, which runs unchanged."""
-        having = (arg in self.moved.rows or self.axes.has_rows(arg) for arg in operands_of(node) if arg in self.live)
-        return self.axes.has_rows(node) or any(having)
+        operands = [arg for arg in operands_of(node) if arg in self.live]
+        moved = any(self.moved.rows[arg].token for arg in operands if arg in self.moved.rows)
+        return moved or any(map(self.axes.has_rows, (node, *operands)))
 
     def _restricted(self, call: RowOp) -> Any:
         rule = row_rule_for(call.node)
