@@ -202,7 +202,7 @@ class _Follower:
     def _keep_batch(self, node: fx.Node, operand: fx.Node, axis: TokenAxis) -> None:
         """An unknown operation keeps the batch where it is, if the sizes are equal."""
         before, after, space = self.axes.of(operand), self.axes.of(node), self.axes.space
-        dim = axis.batchdim_of(before)
+        dim = axis.batch_dim_of(before)
         if dim is not None and len(before) == len(after) and same_size(space.size(before[dim]), space.size(after[dim])):
             self._equate(before[dim], after[dim])
 

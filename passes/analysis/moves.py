@@ -71,7 +71,7 @@ class Rows:
         return self.batch + self.token
 
 
-def rowrow_layout(source: Rows | fx.Node, labels: Axes) -> Axes:
+def row_layout(source: Rows | fx.Node, labels: Axes) -> Axes:
     """The factors of rows in every dim of an operand."""
     factors = source.factors if isinstance(source, Rows) else ()
     return tuple(tuple(f for f in dim if f in factors) for dim in labels)
