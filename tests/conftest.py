@@ -3,8 +3,24 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def _no_internal_errors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An internal error fails the test, also where its warning is expected or ignored, except in ``injects_faults``."""
+    errors = sys.modules.get("tokenseek_fx.passes.graph.errors")
+    if errors is None or request.node.get_closest_marker("injects_faults"):
+        yield
+        return
+    found, failed = [], errors._failed
+    monkeypatch.setattr(errors, "_failed", lambda error: (found.append(failed(error)), found[-1])[1])
+    yield
+    assert not found, found[0]

@@ -280,6 +280,7 @@ def test_strict_raises(case):
     assert isinstance(getattr(caught.value, "inner_exception", caught.value), GraphNotSupported)
 
 
+@pytest.mark.injects_faults
 def test_an_internal_error_falls_back_and_names_its_place(monkeypatch):
     def broken(call):
         raise ZeroDivisionError("a bug")

@@ -14,6 +14,7 @@ from compare import assert_matches, by_reference, compiled, error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from marks import slow
+from test_backend import Model, data
 from test_lengths import assert_exact
 from test_random import RATIOS, Transformer, batches, configurations
 from test_routing import experts
@@ -253,3 +254,21 @@ def test_a_subgraph_that_several_chunks_call_copies_its_results_once():
     for graph, made in zip(shared, copies, strict=True):
         assert len(made) <= len(graph.output_node().args[0])
         assert not any(node in made for copy in made for node in copy.all_input_nodes)
+
+
+RETURNING = {
+    "broadcast_tensors": lambda x: torch.broadcast_tensors(x[..., :3].tanh(), x[..., 3:6])[0],
+    "expand": lambda x: x[..., :3].tanh().expand(*x.shape[:2], 3).contiguous(),
+    "to": lambda x: x[..., :3].tanh().to(x.dtype),
+}
+
+
+@pytest.mark.parametrize("name", RETURNING)
+@pytest.mark.parametrize("batch", [2, 3])
+def test_an_operation_that_returns_its_operand_may_be_cut_out(name, batch):
+    """A tensor that an operation returns as it is has two nodes; mse_loss broadcasts its operands this way."""
+
+    def head(self, x, labels):
+        return torch.nn.functional.mse_loss(RETURNING[name](x), torch.zeros_like(x[..., :3]), reduction="sum")
+
+    assert_matches(Model(head), data(batch), 1e-9, chunk_bytes=512)

@@ -18,7 +18,7 @@ from .given import given
 from .passes.analysis.activity import Activity
 from .passes.analysis.row_index import example_sizes
 from .passes.analysis.token_axes import RowPlace, TokenAxes
-from .passes.graph.errors import GraphNotSupported, NoAttention, NothingToSelect, TokenSeekError
+from .passes.graph.errors import GraphNotSupported, NoAttention, NothingToSelect, bugs_reported, in_pass
 from .passes.graph.fake import fake_inputs
 from .passes.graph.nodes import hint
 from .passes.graph.program import Program, source_line
@@ -113,7 +113,7 @@ class Trained:
 
     def _variants(self, count: int, passed: Passed) -> Variants:
         if (count, passed) not in self.with_rows:
-            compile = partial(self._compile_with_rows, count=count, passed=passed)
+            compile = partial(bugs_reported()(self._compile_with_rows), count=count, passed=passed)
             self.with_rows[count, passed] = Variants(self.examples, compile)
         return self.with_rows[count, passed]
 
@@ -144,34 +144,43 @@ class Trained:
             return RowWise(inner_compiler(self.config)(self.gm, inputs), known)
         check_rows(program, tuple(map(hint, example_sizes(program, program[TokenAxes].main))))
         program = pipeline.run(program)
-        return WithRows(compile_segments(program, self.config), program, self.is_fragment)
+        with in_pass("compile"):
+            return WithRows(compile_segments(program, self.config), program, self.is_fragment)
 
 
 def _compile_own(
     gm: fx.GraphModule, inputs: Sequence[Any], config: Config, split: GraphNotSupported | None
 ) -> Compiled:
     """The graph compiled to choose its rows; unchanged, with a warning, if it can't be rewritten."""
-    compile_inner = inner_compiler(config)
     try:
         if split is not None:
             raise split
-        plan = config.plan()
-        program = training(plan).run(Program(gm, tuple(inputs)), until=ANALYSED)
-        refuse_fragment(program, inputs)
-        if plan.keeps_all(program):
-            return KeepAll(compile_inner(gm, inputs), program)
-        config = within_budget(gm, inputs, config)
-        program = training(config.plan()).run(program)
+        with bugs_reported():
+            return _compile_rewritten(gm, inputs, config)
     except NothingToSelect:
-        return compile_inner(gm, inputs)
-    except ConfigError:
-        raise
-    except Exception as error:
+        pass
+    except GraphNotSupported as error:
         if config.strict:
             raise
         _warn(gm, error)
-        return compile_inner(gm, inputs)
-    return Rewritten(compile_segments(program, config), program, config.seed)
+    return inner_compiler(config)(gm, inputs)
+
+
+def _compile_rewritten(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> Compiled:
+    """The graph analysed, rewritten and compiled; nothing of this runs elsewhere, so that every error can fall back.
+
+    Raises:
+        GraphNotSupported: the graph can't be rewritten exactly.
+    """
+    plan = config.plan()
+    program = training(plan).run(Program(gm, tuple(inputs)), until=ANALYSED)
+    refuse_fragment(program, inputs)
+    if plan.keeps_all(program):
+        return KeepAll(inner_compiler(config)(gm, inputs), program)
+    config = within_budget(gm, inputs, config)
+    program = training(config.plan()).run(program)
+    with in_pass("compile"):
+        return Rewritten(compile_segments(program, config), program, config.seed)
 
 
 def compile_segments(program: Program, config: Config) -> Segments:
@@ -253,13 +262,10 @@ def refuse_split(gm: fx.GraphModule) -> None:
         raise error
 
 
-def _warn(gm: fx.GraphModule, error: Exception) -> None:
-    notes = getattr(error, "__notes__", ())
-    internal = " ".join((f"internal error, {type(error).__name__}: {error}", *notes))
-    reason = str(error) if isinstance(error, TokenSeekError) else internal
+def _warn(gm: fx.GraphModule, error: GraphNotSupported) -> None:
     place = next((place for node in gm.graph.nodes if (place := source_line(node))), "")
     here = f"Compiled without token selection {place}".strip()
-    warnings.warn(f"tokenseek: {reason} {here}.", TokenSeekWarning, stacklevel=2)
+    warnings.warn(f"tokenseek: {error} {here}.", TokenSeekWarning, stacklevel=2)
 
 
 def _warn_of_limit(limit: int) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import fx
+from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 
 from ...warnings import TokenSeekWarning
 from .program import where
@@ -92,3 +93,26 @@ class NoAttention(GraphNotSupported):
 
 class InvariantBroken(TokenSeekError):
     """A pass returned a graph that breaks its invariant: a bug in a pass or in a rule."""
+
+
+class PassFailed(GraphNotSupported):
+    """A pass, or the compiler of its result, failed: a bug. The text names the pass."""
+
+
+@contextmanager
+def bugs_reported() -> Iterator[None]:
+    """Raise ``PassFailed`` in place of an error that no pass raises on purpose."""
+    try:
+        yield
+    except InvariantBroken as error:
+        raise _failed(error) from error
+    except (TokenSeekError, TensorifyScalarRestartAnalysis):  # by the latter, Dynamo traces once more
+        raise
+    except Exception as error:
+        raise _failed(error) from error
+
+
+def _failed(error: Exception) -> PassFailed:
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    fact = " ".join((f"internal error, {type(error).__name__}: {first_line}", *getattr(error, "__notes__", ())))
+    return PassFailed(f"{fact}.", "This is a bug in tokenseek-fx: please report it, with this message and the model.")

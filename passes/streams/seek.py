@@ -49,11 +49,14 @@ class Seek(Retrace):
         self._casts = [(node, dtype) for node, dtype in sources if dtype is not None]
         #: Sources that autocast converts, in the other dtype.
         self.cast: dict[Value, Tensor] = {}
+        #: The nodes of this stream's tensors in the graph that is being traced.
+        self.nodes: dict[fx.Node, fx.Node] = {}
         self.run(*map(_without_grad, inputs))
         self.values: dict[fx.Node, Any] = self.env
 
     def run_node(self, n: fx.Node) -> Any:
         value = self._run_node(n)
+        self._note(n, value)
         for source in (source for source in self._casts if source[0] is n):
             with tagged(Kind.BLOCK_INPUTS, n):
                 self.cast[source] = value.to(source[1])
@@ -109,14 +112,13 @@ class Seek(Retrace):
     def get_attr(self, target: Any, args: tuple, kwargs: dict) -> Any:
         return _without_grad(super().get_attr(target, args, kwargs))
 
-    def nodes(self) -> dict[fx.Node, fx.Node]:
-        """The nodes of this stream's tensors in the graph that is being traced."""
+    def _note(self, node: fx.Node, value: Any) -> None:
+        """Note the node of a value in the traced graph: now, since an operation that returns its operand replaces it."""
         mode = get_proxy_mode()
-        if mode is None:
-            return {}
-        tensors = {node: value for node, value in self.values.items() if isinstance(value, Tensor)}
-        found = {node: get_proxy_slot(x, mode.tracer, None, lambda p: p.proxy.node) for node, x in tensors.items()}
-        return {node: place for node, place in found.items() if place is not None}
+        if mode is not None and isinstance(value, Tensor):
+            place = get_proxy_slot(value, mode.tracer, None, lambda p: p.proxy.node)
+            if place is not None:
+                self.nodes[node] = place
 
     def look(
         self,
@@ -179,6 +181,7 @@ class Seek(Retrace):
         """Replace the loss that needs all logits by that of the chunks, and recompute what depends on it."""
         if total is not None:
             self.env[tail.tail.loss] = total
+            self._note(tail.tail.loss, total)
             for node in tail.tail.after_loss:
                 self.env[node] = self.run_node(node)
 

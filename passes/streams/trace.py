@@ -64,7 +64,7 @@ class TraceStreams:
         def forward(*args: Any) -> tuple[Any, ...]:
             runs.append((streams.choose if self.choice_only else streams.run)(*args))
             seek = runs[-1].seek
-            places.update(seek.nodes() if seek is not None else {})
+            places.update(seek.nodes if seek is not None else {})
             return runs[-1].flat
 
         module = _traced(forward, streams.inputs, program)

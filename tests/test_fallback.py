@@ -1,0 +1,102 @@
+"""What can't be rewritten falls back to plain training, and says so: faults, and ways to train on all tokens."""
+
+from __future__ import annotations
+
+import functools
+import re
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from test_backend import Model, data
+from torch import fx
+
+from tokenseek_fx import Config, GraphNotSupported, TokenSeekWarning, compilation, selecting
+from tokenseek_fx.compilation import Compiled, compile_graph
+from tokenseek_fx.passes import Program, training
+from tokenseek_fx.passes.lower.split import Segments
+
+CONFIG = Config(inner="eager", keep_ratio=0.4)
+PASSES = training(CONFIG.plan()).passes
+PLACES = [*(step.name for step in PASSES), "compile"]
+ROWS = torch.tensor([[1, 4], [0, 7]])
+REPORT = "This is a bug in tokenseek-fx: please report it, with this message and the model."
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+
+
+# -- faults -----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def graph() -> tuple[fx.GraphModule, list]:
+    """Dynamo's graph of a model of one block, and its inputs."""
+    found = []
+    torch.compile(Model(layers=1), backend=lambda gm, inputs: (found.append((gm, inputs)), gm)[1])(**data())
+    return found[0]
+
+
+@functools.cache
+def before() -> dict[str, Program]:
+    """The program before every pass of the pipeline, and before it is compiled, by the name of the pass."""
+    gm, inputs = graph()
+    programs = [Program(gm, tuple(inputs))]
+    training(CONFIG.plan()).run(programs[0], after=lambda step, program: programs.append(program))
+    return dict(zip(PLACES, programs, strict=True))
+
+
+def fault(monkeypatch, name: str) -> None:
+    """Let a pass fail, or the compilation of its result. Passes before it don't run again."""
+
+    def broken(*args, **kwargs):
+        raise KeyError("injected")
+
+    program = before()[name]
+    monkeypatch.setattr(compilation, "Program", lambda *args: program)
+    if name == "compile":
+        monkeypatch.setattr(Segments, "compiled", broken)
+    else:
+        monkeypatch.setattr(type(next(step for step in PASSES if step.name == name)), "run", broken)
+
+
+@pytest.mark.injects_faults
+@pytest.mark.parametrize("name", PLACES)
+def test_a_fault_falls_back_and_names_its_pass(name, monkeypatch):
+    fault(monkeypatch, name)
+    gm, inputs = graph()
+    text = rf"internal error, KeyError: 'injected' \(pass '{name}'\)\. {re.escape(REPORT)} Compiled without token"
+    with pytest.warns(TokenSeekWarning, match=text):
+        compiled = compile_graph(gm, inputs, CONFIG)
+    assert torch.equal(compiled(*inputs)[0], gm(*inputs)[0])
+    with pytest.raises(GraphNotSupported, match=rf"\(pass '{name}'\)"):
+        compile_graph(gm, inputs, replace(CONFIG, strict=True))
+
+
+@pytest.mark.injects_faults
+@pytest.mark.filterwarnings("ignore:.*no rows were selected")
+@pytest.mark.parametrize("name", ["canonicalize", "token axes"])
+def test_a_fault_under_given_rows_is_an_error(name, monkeypatch):
+    fault(monkeypatch, name)
+    compiled = under_rows(replace(CONFIG, strict=False))
+    with selecting(ROWS), pytest.raises(GraphNotSupported, match=rf"pass '{name}'.*{re.escape(REPORT)}"):
+        compiled(*graph()[1])
+
+
+@pytest.mark.injects_faults
+def test_a_fault_falls_back_where_given_rows_came_first(monkeypatch):
+    gm, inputs = graph()
+    compiled = under_rows(CONFIG)
+    fault(monkeypatch, "activity")
+    with pytest.warns(TokenSeekWarning, match="pass 'activity'"):
+        assert torch.equal(compiled(*inputs)[0], gm(*inputs)[0])
+
+
+def under_rows(config: Config) -> Compiled:
+    """The graph compiled under given rows, which it doesn't run for yet; its own graph is compiled when it is called."""
+    with warnings.catch_warnings(), selecting(ROWS):
+        warnings.simplefilter("ignore")
+        return compile_graph(*graph(), config)
