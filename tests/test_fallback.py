@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-from test_backend import Model, data
-from torch import fx
+import torch.nn.functional as F
+from compare import by_reference, error, grads_of
+from test_backend import Model, T, data
+from torch import Tensor, fx, nn
 
 from tokenseek_fx import Config, GraphNotSupported, TokenSeekWarning, compilation, selecting
 from tokenseek_fx.compilation import Compiled, compile_graph
@@ -96,7 +99,46 @@ def test_a_fault_falls_back_where_given_rows_came_first(monkeypatch):
 
 
 def under_rows(config: Config) -> Compiled:
-    """The graph compiled under given rows, which it doesn't run for yet; its own graph is compiled when it is called."""
+    """The graph compiled under given rows; its own graph is compiled when it is first called without them."""
     with warnings.catch_warnings(), selecting(ROWS):
         warnings.simplefilter("ignore")
         return compile_graph(*graph(), config)
+
+
+# -- losses outside of the graphs -------------------------------------------------------------------------------------
+
+
+class Looped(Model):
+    """Dynamo leaves its forward to Python: a graph break in a loop. ``inside``: the loss is computed in it."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.embed(ids) + self.position
+        for block in self.blocks:
+            x = block(x)
+            torch._dynamo.graph_break()
+        if self.inside:
+            return F.cross_entropy(self.lm_head(x).flatten(0, 1), labels.flatten())
+        return self.loss(x, labels)
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_a_loss_outside_of_the_graphs_is_refused_under_given_rows(batch):
+    indices, inputs = ROWS[:1].repeat(batch, 1), data(batch)
+    expected = by_reference(Looped(True), inputs, indices, length=T)
+    message = r"rows that are not given.*Looped as plain Python.*test_fallback.py:\d+.*function or module of its own"
+    with selecting(indices), pytest.raises(GraphNotSupported, match=message):
+        compiled(Looped(True))(**inputs).backward()
+    kept = inputs["labels"].where(torch.zeros(batch, T).scatter(1, indices, 1.0) > 0, -100)
+    for remedy, labels in ((Looped(False), inputs["labels"]), (Looped(True), kept)):
+        with selecting(indices):
+            compiled(remedy)(inputs["ids"], labels).backward()
+        assert error(grads_of(remedy), expected.grads) < 1e-9
+
+
+def compiled(model: nn.Module, **options) -> Callable:
+    torch._dynamo.reset()
+    return torch.compile(model, backend="tokenseek", options={"inner": "eager", **options})

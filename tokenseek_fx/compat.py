@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 import sys
+import types
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import fx
 
 _TORCH = os.path.dirname(torch.__file__)
+_DYNAMO = os.path.join(_TORCH, "_dynamo")
 _RESUME_PREFIX = "torch_dynamo_resume_in_"
 
 
@@ -45,34 +47,72 @@ def graph_break(gm: fx.GraphModule) -> tuple[str, str, int] | None:
     why = getattr(gm, "compile_subgraph_reason", None)
     if why is None or not why.graph_break:
         return None
-    frame = why.user_stack[-1] if why.user_stack else None
-    first_line = next((line.strip() for line in str(why.reason).splitlines() if line.strip()), "")
-    return first_line, frame.filename if frame else "", (frame.lineno or 0) if frame else 0
+    frames = [*reversed(why.user_stack)]
+    frame = next((frame for frame in frames if not frame.filename.startswith(_TORCH)), next(iter(frames), None))
+    return _first_line(why.reason), frame.filename if frame else "", (frame.lineno or 0) if frame else 0
 
 
-def continues_a_split_model() -> bool:
-    """True during the compilation of a resume function: the rest of a function that Dynamo split."""
+def resumed_at() -> tuple[str, int] | None:
+    """``(file, line)`` where Dynamo split a function whose rest it compiles; None if it compiles a whole function."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
-        return InstructionTranslator.current_tx().f_code.co_name.startswith(_RESUME_PREFIX)
+        code = InstructionTranslator.current_tx().f_code
     except AttributeError:
-        return False
+        return None
+    name, _, line = code.co_name.rpartition("_at_")
+    return (code.co_filename, int(line)) if name.startswith(_RESUME_PREFIX) else None
 
 
-def module_outside() -> torch.nn.Module | None:
-    """A module whose code runs as plain Python around the frame that Dynamo compiles, so Dynamo split the model there.
+def modules_outside() -> dict[types.CodeType, torch.nn.Module]:
+    """Modules whose code runs around the frame that Dynamo compiles, innermost first, by that code.
 
-    It is searched on the stack, from here up to the call of the compiled function. torch's own modules (DDP) don't
-    count.
+    It runs as plain Python, or Dynamo split it. The modules are searched on the stack, from here up to the call of the
+    compiled function. torch's own modules (DDP) don't count.
     """
-    frame, outside = sys._getframe(1), None
+    frame, outside = sys._getframe(1), dict[types.CodeType, torch.nn.Module]()
     while frame is not None and frame.f_code.co_name != "compile_wrapper":
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, torch.nn.Module) and not frame.f_code.co_filename.startswith(_TORCH):
-            outside = owner
+        code = frame.f_code
+        owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+        if code.co_filename.startswith(_DYNAMO):
+            outside.clear()  # what it compiles for
+        elif isinstance(owner, torch.nn.Module) and _is_method(code, owner):
+            outside[code] = owner
         frame = frame.f_back
-    return outside if frame is not None else None
+    return outside if frame is not None else {}
+
+
+def _is_method(code: types.CodeType, owner: torch.nn.Module) -> bool:
+    """True for code of a method of ``owner``, by its names; methods of torch don't count."""
+    classes = [base.__name__ for base in type(owner).__mro__]
+    named = code.co_varnames[0] == "self" or code.co_qualname.rpartition(".")[0] in classes
+    return named and not code.co_filename.startswith(_TORCH)
+
+
+def is_split(code: types.CodeType) -> bool:
+    """True for code that Dynamo wrote, which calls the parts of a function that it split."""
+    return any(name.startswith(("__compiled_fn", "__resume_at")) for name in code.co_names)
+
+
+def compiled_call() -> Any:
+    """The ``torch.compile`` whose call is running, innermost on the stack; None outside of one."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "compile_wrapper":
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals["self"]
+
+
+def skipped_at(code: types.CodeType) -> tuple[str, str, int] | None:
+    """``(reason, file, line)`` of the graph break at which Dynamo left a function to Python; None if it did not."""
+    place = (code.co_filename, code.co_firstlineno)
+    for told in reversed(torch._dynamo.utils.get_compilation_metrics()):
+        if (told.co_filename, told.co_firstlineno) == place and told.fail_reason:
+            return _first_line(told.fail_reason), told.fail_user_frame_filename or "", told.fail_user_frame_lineno or 0
+    return None
+
+
+def _first_line(text: Any) -> str:
+    return next((line.strip() for line in str(text).splitlines() if line.strip()), "")
 
 
 def is_sharded(module: torch.nn.Module) -> bool:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import fx
@@ -37,11 +38,19 @@ Passed = tuple[tuple[int, RowPlace], ...]
 _REWRITTEN = {"realize_reads_threshold": 1}
 
 _SELECT = "select the same rows for all fragments: `with tokenseek_fx.selecting(indices): ...`"
-_SPLIT = f'Find the cause with torch.compile(model, backend="tokenseek", fullgraph=True), or {_SELECT}.'
-_SHARDED = (
-    "FSDP2 gathers every sharded block by hooks. Shard the model as one unit, with fully_shard(model) only, or "
-    f"{_SELECT}."
-)
+_FIND = 'Find the cause with torch.compile(model, backend="tokenseek", fullgraph=True)'
+_SHARDED = "FSDP2 gathers every sharded block by hooks. Shard the model as one unit, with fully_shard(model) only"
+#: What to do about a graph break, by a part of its reason or of its place; otherwise ``_FIND``.
+_REMEDIES = {
+    "capture_scalar_outputs": "Compile with fullgraph=True, which traces a number that is read from a tensor.",
+    "Dynamic shape": "Keep the sizes: leave positions out by ignore_index or torch.where, instead of indexing.",
+    "output_capturing.py": "transformers adds hooks in the first forward that collects these outputs: call the model "
+    "once with the same arguments before you compile it.",
+    "backwards hooks": "Remove the backward hooks of its modules: a torch.autograd.Function in the forward can read or "
+    "change a gradient.",
+}
+#: The calls of ``torch.compile`` whose split was reported: other fragments of the model don't repeat it.
+_reported = WeakSet[Any]()
 
 compat.ignore_logging_in_forward()
 
@@ -93,7 +102,7 @@ class Trained:
 
     def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> None:
         self.gm, self.config, self.examples = gm, config, fake_inputs(gm, inputs)
-        self.continued, self.split = _is_continued(inputs), split_at(gm)
+        self.split, self.call = split_at(gm), compat.compiled_call()
         #: the graph is a fragment of the model: other graphs, or plain Python, may run before or after it
         self.is_fragment = self.split is not None or any(map(is_activation, inputs))
         self.own = self._compile_own(inputs) if given() is None else Variants(self.examples, self._compile_own)
@@ -118,8 +127,10 @@ class Trained:
         return self.with_rows[count, passed]
 
     def _compile_own(self, inputs: Sequence[Any]) -> Compiled:
-        if self.continued:
-            return inner_compiler(self.config)(self.gm, inputs)
+        if self.split is not None and self.call is not None and not self.config.strict:
+            if self.call in _reported:
+                return inner_compiler(self.config)(self.gm, inputs)
+            _reported.add(self.call)
         return _compile_own(self.gm, inputs, self.config, self.split)
 
     def _compile_with_rows(self, inputs: Sequence[Any], count: int, passed: Passed) -> Compiled:
@@ -145,7 +156,8 @@ class Trained:
         check_rows(program, tuple(map(hint, example_sizes(program, program[TokenAxes].main))))
         program = pipeline.run(program)
         with in_pass("compile"):
-            return WithRows(compile_segments(program, self.config), program, self.is_fragment)
+            why = "" if self.split is None else self.split.fact
+            return WithRows(compile_segments(program, self.config), program, self.is_fragment, why)
 
 
 def _compile_own(
@@ -216,11 +228,6 @@ def trains(inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
 
 
-def _is_continued(inputs: Sequence[Any]) -> bool:
-    """True for the rest of a model that Dynamo split; the warning was given for its first fragment."""
-    return any(map(is_activation, inputs)) and compat.continues_a_split_model()
-
-
 def refuse_fragment(program: Program, inputs: Sequence[Any]) -> None:
     """Raise ``GraphNotSupported`` for a fragment of a model: it would choose tokens of its own."""
     if not program[Activity].losses and any(map(is_activation, inputs)):
@@ -241,19 +248,25 @@ def _refuse_second_compile() -> None:
 
 def split_at(gm: fx.GraphModule) -> GraphNotSupported | None:
     """The error for a fragment of a model that Dynamo splits, or ``None``. Call it while Dynamo compiles the graph."""
-    if outer := compat.module_outside():
-        return GraphNotSupported(
-            f"Dynamo runs the forward of {type(outer).__name__} as plain Python, and a fragment of a model can't be "
-            "rewritten.",
-            _SHARDED if compat.is_sharded(outer) else _SPLIT,
-        )
-    if found := compat.graph_break(gm):
-        reason, file, line = found
-        return GraphNotSupported(
-            f"Dynamo split the model at {file}:{line} ({reason}), and a fragment of a model can't be rewritten.",
-            _SPLIT,
-        )
-    return None
+    outside = compat.modules_outside()
+    plain = [code for code in outside if not compat.is_split(code)]
+    if plain:
+        fact = f"Dynamo runs the forward of {type(outside[plain[-1]]).__name__} as plain Python"
+        place = next(filter(None, map(compat.skipped_at, plain)), None)
+        why = " It can't trace {1}:{2} ({0}).".format(*place) if place else ""
+        return _split_error(fact, why, place, _SHARDED if any(map(compat.is_sharded, outside.values())) else _FIND)
+    if place := compat.graph_break(gm):
+        return _split_error("Dynamo split the model at {1}:{2} ({0})".format(*place), "", place)
+    if resumed := compat.resumed_at():
+        return _split_error("Dynamo split the model at {}:{}".format(*resumed))
+    return _split_error("Dynamo split the model") if outside else None
+
+
+def _split_error(fact: str, why: str = "", place: Any = (), remedy: str = _FIND) -> GraphNotSupported:
+    """``place``: reason and place of the graph break, if known."""
+    text = " ".join(map(str, place or ()))
+    remedy = next((known for part, known in _REMEDIES.items() if part in text), f"{remedy}, or {_SELECT}.")
+    return GraphNotSupported(f"{fact}, and a fragment of a model can't be rewritten.{why}", remedy)
 
 
 def refuse_split(gm: fx.GraphModule) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from .outputs import without_gradient
 from .passes.analysis.activity import Activity
 from .passes.analysis.losses import weighted_losses
 from .passes.analysis.row_index import device_of, runtime_sizes
-from .passes.analysis.token_axes import TokenAxes, place_in
+from .passes.analysis.token_axes import RowPlace, TokenAxes, place_in
 from .passes.graph.errors import GraphNotSupported
 from .passes.graph.nodes import is_tensor
 from .passes.graph.program import Program
@@ -42,10 +43,13 @@ class Rewritten:
 
 
 class WithRows:
-    """The compiled graph rewritten for given rows, called with the inputs of Dynamo's graph and the rows."""
+    """The compiled graph rewritten for given rows, called with the inputs of Dynamo's graph and the rows.
 
-    def __init__(self, compiled: Compiled, program: Program, is_fragment: bool) -> None:
-        self.compiled, self.program, self.is_fragment = compiled, program, is_fragment
+    ``why``: why it is a fragment of the model, for the error of a loss that is not compiled.
+    """
+
+    def __init__(self, compiled: Compiled, program: Program, is_fragment: bool, why: str = "") -> None:
+        self.compiled, self.program, self.is_fragment, self.why = compiled, program, is_fragment, why
         self.shape, self.instances = runtime_sizes(program, program[TokenAxes].main), fingerprints(program)
         self.weighs = bool(weighted_losses(program))
         self.marked = list if is_fragment else without_gradient(program)
@@ -63,7 +67,11 @@ class WithRows:
             scores = torch.zeros(batch, tokens, device=rows.indices.device).scatter(1, rows.indices, 1.0)
             recording.note({**rows.named, "scores": scores, **self.instances(inputs)})
         outputs = self.marked(self.compiled(*args))
-        rows.places.update((x, place) for x, place in zip(outputs, self.outputs, strict=False) if place is not None)
+        placed = [(x, place) for x, place in zip(outputs, self.outputs, strict=False) if place is not None]
+        rows.places.update(placed)
+        for x, place in placed if self.is_fragment else ():
+            if x.requires_grad:
+                x.register_hook(partial(_refuse_other_rows, rows.indices, place, self.why))
         return outputs
 
     def _check_passed(self, rows: Given, inputs: Sequence[Any]) -> None:
@@ -76,6 +84,29 @@ class WithRows:
                     "A fragment before the first attention of the model mixes tokens, or may do so.",
                     "Compile it together with the first attention.",
                 )
+
+
+def _refuse_other_rows(indices: Tensor, place: RowPlace, why: str, grad: Tensor) -> None:
+    """Refuse a gradient of rows that are not given: it comes from a loss of all tokens, outside of the graphs.
+
+    Args:
+        indices: the given rows.
+        place: the batch dim and the token dim of the gradient.
+        why: added to the error.
+        grad: the gradient.
+    """
+    batch, token = place
+    reached = grad.detach().abs() > 0  # not where it is NaN, which a scaled gradient may be
+    others = [dim for dim in range(grad.ndim) if dim not in place]
+    reached = reached.any(others) if others else reached
+    by_token = reached.expand(1, -1) if batch is None else reached if batch < token else reached.t()
+    if by_token.scatter(1, indices, False).any():
+        raise GraphNotSupported(
+            "A gradient reached rows that are not given, at an output of a fragment of the model: its loss is not "
+            f"compiled, and is that of all tokens. {why}".strip(),
+            "Compute the loss in a function or module of its own, which Dynamo compiles, or on the given rows alone "
+            "(labels of -100 elsewhere).",
+        )
 
 
 def check_rows(program: Program, sizes: tuple[int, int]) -> Given:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from ..graph.errors import GraphNotSupported
@@ -49,7 +50,8 @@ class FindActivity:
             trained.
 
     Raises:
-        GraphNotSupported: the forward mutates an input that requires grad (``check``).
+        GraphNotSupported: the forward mutates an input that requires grad, or the size of a value depends on data
+            (``check``).
     """
 
     frozen_too: bool = False
@@ -69,13 +71,21 @@ class FindActivity:
         return program.with_(Activity(frozenset(live), tuple(losses), trainable, drawn))
 
     def check(self, program: Program) -> None:
-        """A mutated input carries no gradient, since its update is taken from the seek stream."""
+        """A mutated input carries no gradient, since its update is taken from the seek stream; sizes are known."""
         for index, update in zip(program.mutated, program.updates, strict=True):
             if program.placeholders[index] in program[Activity].live:
                 raise GraphNotSupported(
                     "The forward writes to a tensor that requires grad.",
                     "Write to a buffer, or after the forward.",
                     update,
+                )
+        for node in program.graph.nodes:
+            if node in program[Activity].live and any(map(free_unbacked_symbols, tensors_in(node.meta.get("val")))):
+                raise GraphNotSupported(
+                    "The size of a value that carries gradient depends on data (indexing by a mask, nonzero, a length "
+                    "that is read from a tensor).",
+                    "Keep the sizes: leave positions out by ignore_index or torch.where, instead of indexing.",
+                    node,
                 )
 
 

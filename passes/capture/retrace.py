@@ -94,6 +94,14 @@ class Retrace(fx.Interpreter):
                 "Wrap it in an operation: torch.library.triton_op, or custom_op with a fake and a gradient.",
                 node,
             )
+        if node.target.name() == "register_hook":
+            raise GraphNotSupported(
+                "The forward registers a hook on a tensor (register_hook), which would see the gradient of the kept "
+                "rows alone.",
+                "Write it as a torch.autograd.Function whose forward returns x.view_as(x), and whose backward changes "
+                "the gradient.",
+                node,
+            )
         example = node.meta.get("example_value", node.meta.get("val"))
         if node.target is CUSTOM_FUNCTION:
             forward, backward, count = without_idle_results(node, *args[:2])

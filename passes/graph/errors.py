@@ -34,6 +34,7 @@ class GraphNotSupported(TokenSeekError):
 
     def __init__(self, fact: str, remedy: str = "", node: fx.Node | None = None) -> None:
         super().__init__(f"{fact} {remedy}".strip())
+        self.fact = fact
         if node is not None:
             _locate(self, node)
 

@@ -113,7 +113,7 @@ class Seek(Retrace):
         return _without_grad(super().get_attr(target, args, kwargs))
 
     def _note(self, node: fx.Node, value: Any) -> None:
-        """Note the node of a value in the traced graph: now, since an operation that returns its operand replaces it."""
+        """Note the node of a value in the traced graph: now, since an operation that returns its operand moves it."""
         mode = get_proxy_mode()
         if mode is not None and isinstance(value, Tensor):
             place = get_proxy_slot(value, mode.tracer, None, lambda p: p.proxy.node)
