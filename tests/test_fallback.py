@@ -142,3 +142,33 @@ def test_a_loss_outside_of_the_graphs_is_refused_under_given_rows(batch):
 def compiled(model: nn.Module, **options) -> Callable:
     torch._dynamo.reset()
     return torch.compile(model, backend="tokenseek", options={"inner": "eager", **options})
+
+
+# -- other ways to train on all tokens --------------------------------------------------------------------------------
+
+
+class LastQuery(Model):
+    """Only the last token attends."""
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.embed(ids)
+        q, k, v = self.blocks[0].qkv(x).chunk(3, -1)
+        seen = self.attend(q[:, -1:], k, v)
+        return self.loss(x + seen, labels)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class LastQueryByHand(LastQuery):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("build", [LastQuery, LastQueryByHand])
+def test_attention_of_the_last_query_alone_is_told(build):
+    with pytest.warns(TokenSeekWarning, match=r"Every attention has a single query\..*test_fallback.py:\d+"):
+        compiled(build())(**data())
+    with pytest.raises(Exception, match="single query") as caught:
+        compiled(build(), strict=True)(**data())
+    assert isinstance(caught.value.inner_exception, GraphNotSupported)
