@@ -160,6 +160,7 @@ class Rules:
     pinned: list[bool] = field(default_factory=list)
     labelled_first: float = 0.0
     keep_label: bool = True
+    noise: Sequence[float] | None = None
 
     def padding(self, i: int) -> bool:
         return self.attended is not None and not self.attended[i]
@@ -168,8 +169,13 @@ class Rules:
         return self.labelled is None or self.labelled[i]
 
     def choose(self, keys: Sequence[float]) -> list[int]:
-        """The kept positions: pinned ones, then the best labelled ones up to the share, then the best of all."""
-        best = sorted(range(len(keys)), key=lambda i: (self.padding(i), math.inf if self.padding(i) else -keys[i], i))
+        """The kept positions: pinned ones, then the best labelled ones up to the share, then the best of all.
+
+        Of equal keys, those with the largest noise; without noise, the first ones.
+        """
+        noise = self.noise or [-i for i in range(len(keys))]
+        place = lambda i: (self.padding(i), math.inf if self.padding(i) else -keys[i], -noise[i])  # noqa: E731
+        best = sorted(range(len(keys)), key=place)
         chosen = [i for i in best if self.pinned and self.pinned[i]][: self.kept]
         if self.labelled is not None:
             reserved = max(ceil_share(self.labelled_first, self.kept) - len(chosen), int(self.keep_label))

@@ -9,8 +9,10 @@ from dataclasses import replace
 import pytest
 import scores
 import torch
+from compare import executed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_backend import Model, T, data
 from torch import Tensor
 
 from tokenseek_fx.passes.streams.select import ScoreInputs, Select, Selected
@@ -45,7 +47,7 @@ def pins(draw, tokens: int, kept: int) -> list[int]:
 def rules_of(case: dict, row: int, kept: int, pinned: list[int], **rules) -> scores.Rules:
     """The plain rules of one instance."""
     tokens = case["score"].shape[1]
-    known = {name: None if case[name] is None else case[name][row].tolist() for name in ("labelled", "attended")}
+    known = {name: case[name][row].tolist() for name in ("labelled", "attended", "noise") if case[name] is not None}
     return scores.Rules(kept, **known, pinned=[i in pinned for i in range(tokens)], **rules)
 
 
@@ -134,10 +136,11 @@ def test_a_sample_of_extreme_noise_and_scores_is_finite(noise, mix, score):
 
 
 def test_no_score_at_all_falls_back_to_uniform():
-    """Every score -inf: the draw is over labelled tokens, top-k goes by position."""
+    """Every score -inf: the draw is over labelled tokens, top-k goes by noise."""
     labelled = torch.tensor([[False] * 5 + [True] * 4])
     case = {"score": torch.full((1, 9), -math.inf), "noise": torch.rand(1, 9), "attended": None, "labelled": labelled}
-    assert select(case, [], keep_tokens=3, keep_ratio=None, keep_label=False).indices.tolist() == [[0, 1, 2]]
+    first = case["noise"].argsort(descending=True)[:, :3].sort().values
+    assert torch.equal(select(case, [], keep_tokens=3, keep_ratio=None, keep_label=False).indices, first)
     drawn = select(case, [], keep_tokens=3, keep_ratio=None, method="sample")
     assert labelled[0][drawn.indices[0]].all() and drawn.weights.isfinite().all()
 
@@ -213,3 +216,36 @@ def test_the_compiled_estimator_is_unbiased_too():
     f = torch.arange(1.0, 10.0).double() * labelled
     sums = (found.weights * f.gather(1, found.indices)).sum(1)
     assert abs(sums.mean() - f[0].sum()) < 5 * sums.std() / draws**0.5
+
+
+@pytest.mark.parametrize("method", ["topk", "sample"])
+@pytest.mark.parametrize("score", [0.0, -math.inf])
+def test_spare_rows_are_drawn_among_the_tokens_without_a_label(method, score):
+    """Where fewer tokens have a label than are kept: every other token that is no padding is kept equally often."""
+    draws, tokens = 4000, 12
+    labelled, attended = (torch.zeros(tokens, dtype=torch.bool) for _ in range(2))
+    labelled[[7, 8]], attended[:10] = True, True
+    case = {
+        "score": torch.where(labelled, 1.0, score).expand(draws, tokens),
+        "noise": torch.rand(draws, tokens, generator=torch.Generator().manual_seed(0)),
+        "attended": attended.expand(draws, tokens),
+        "labelled": labelled.expand(draws, tokens),
+    }
+    found = select(case, [], keep_tokens=5, keep_ratio=None, method=method, mix=0.0, labelled_first=1.0)
+    kept = torch.zeros(draws, tokens).scatter(1, found.indices, 1.0).mean(0)
+    assert (kept[labelled] == 1).all() and (kept[~attended] == 0).all()
+    torch.testing.assert_close(kept[:7], torch.full((7,), 3 / 8), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{"scorer": "loss", "select": None}, {"scorer": "loss"}, {"scorer": "strided"}])
+def test_spare_rows_of_a_model_follow_the_seed(options):
+    model, batch = Model(layers=1), data(16)
+    batch["labels"] = torch.full((16, T), -100).index_fill(1, torch.tensor([T - 1]), 1)
+    first, same, other = (
+        executed(model, batch, keep_tokens=3, keep_ratio=None, seed=seed, **options).indices for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, same)
+    assert torch.equal(first, other) == (options["scorer"] == "strided")
+    if options["scorer"] == "loss":
+        assert (first[:, -1] == T - 1).all()
+        assert first[:, :-1].unique().numel() > T / 2

@@ -178,7 +178,7 @@ def kept_tokens(tokens: Any, keep_ratio: float | None = None, keep: int | None =
 class Select:
     """How scores become rows.
 
-    Pinned tokens come before all others, padding after all others; ties go to the earlier position.
+    Pinned tokens come before all others, padding after all others; noise decides between equal scores.
 
     Args:
         scorer: ``scorer(inputs) -> scores [B, T]``.
@@ -202,8 +202,8 @@ class Select:
 
     @property
     def needs(self) -> frozenset[str]:
-        """The signals to compute for this selection."""
-        return needs_of(self.scorer) | ({"noise"} if self.method == "sample" else set())
+        """The signals to compute for this selection; noise breaks ties, so that no position is preferred."""
+        return needs_of(self.scorer) | {"noise"}
 
     def kept(self, tokens: Any) -> Any:
         """k, the number of rows to keep of this many tokens."""
@@ -217,7 +217,8 @@ class Select:
         """
         inputs = replace(inputs, kept=self.kept(inputs.tokens))
         sampled = self.method == "sample"
-        scores = self._scores(replace(inputs, noise=None) if sampled else inputs)
+        reads_noise = "noise" in needs_of(self.scorer) and not sampled
+        scores = self._scores(inputs if reads_noise else replace(inputs, noise=None))
         scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         scores = scores.masked_fill(~inputs.mask("attended"), -torch.inf)
         if not sampled:
@@ -253,9 +254,12 @@ class Select:
     def _order(self, keys: Tensor, inputs: ScoreInputs) -> tuple[Tensor, Tensor]:
         """Positions in the order of choice, and the level of each.
 
-        Levels are pinned, reserved for labels, token, padding; within a level the order is by key, then by position.
+        Levels are pinned, reserved for labels, token, padding; within a level the order is by key, then by noise.
         """
-        order = keys.sort(dim=-1, descending=True, stable=True).indices
+        order = inputs.noise.argsort(dim=-1, descending=True) if inputs.noise is not None else None
+        keys = keys if order is None else keys.gather(1, order)
+        by_key = keys.sort(dim=-1, descending=True, stable=True).indices
+        order = by_key if order is None else order.gather(1, by_key)
         pinned, attended, labelled = (inputs.mask(name).gather(1, order) for name in ("pinned", "attended", "labelled"))
         levels = torch.where(pinned, _PINNED, torch.where(attended, _TOKEN, _PADDING))
         if inputs.labelled is not None:

@@ -11,7 +11,7 @@ from ._draw import draw
 def loss() -> Scorer:
     """log of the loss: tokens are drawn with probabilities proportional to their loss [B, T].
 
-    Tokens without a label come last.
+    Tokens without a label come last, in random order.
     """
 
     @needs("loss", select="sample")
