@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from ..graph.errors import GraphNotSupported
-from ..graph.factors import same_size
+from ..graph.factors import Axes, same_size
 from ..graph.op_sets import ELEMENTWISE_LOSSES, LABEL_LOSSES, MEAN, NONE, SUM
 from .row_op import RowOp
 from .rules import rerun, rows_rule
@@ -17,13 +18,16 @@ from .rules import rerun, rows_rule
 @rows_rule(*LABEL_LOSSES)
 def label_loss(call: RowOp) -> Any:
     """The loss of the kept labelled positions at the scale of the full loss; 0 if no kept position has a label."""
-    classes = min(1, call.rank(0) - 1)
-    if call.streams.axes.row_dim(call.operands[0]) == classes:  # the tokens are the classes: a loss needs all of them
+    if call.streams.axes.row_dim(call.operands[0]) == class_dim(
+        call.rank(0)
+    ):  # the tokens are the classes: a loss needs all of them
         return NotImplemented
-    if call["reduction"] not in (MEAN, SUM) or call["target"].is_floating_point():
+    if call["reduction"] not in (MEAN, SUM):
         return elementwise_loss(call)
     if call.row_index.weights is not None:
         return _weighted_label_loss(call)
+    if call["target"].is_floating_point():
+        return elementwise_loss(call)
     target, total, dtype = call.own_rows(1), _total_loss(call), call.node.meta["val"].dtype
     if call["reduction"] == MEAN:
         return (total / divisor(target, call["ignore_index"], call["weight"])).to(dtype)
@@ -42,7 +46,10 @@ def _total_loss(call: RowOp) -> Any:
 
 
 def _weighted_label_loss(call: RowOp) -> Any:
-    """Sum of w_i l_i over the kept labelled positions; a mean divides it by all labelled positions, kept or not."""
+    """Sum of w_i l_i over the kept labelled positions; a mean divides it by all labelled positions, kept or not.
+
+    With class probabilities every position is labelled.
+    """
     if call.streams.axes.row_dim(call.operands[1]) is None:
         return NotImplemented
     losses = token_losses(call)
@@ -53,7 +60,7 @@ def _weighted_label_loss(call: RowOp) -> Any:
 
 
 def token_losses(call: RowOp) -> Any:
-    """The losses of the rows of a label loss, in the layout of its target; 0 where there is no label."""
+    """The losses of the rows of a label loss, in the layout of its positions; 0 where there is no label."""
     head = call.streams.head_of(call.node)
     if head is not None:
         return head.losses(call.streams)
@@ -64,17 +71,35 @@ def token_losses(call: RowOp) -> Any:
 
 
 def divisor(target: torch.Tensor, ignore_index: int, weight: torch.Tensor | None) -> torch.Tensor:
-    """The divisor of a mean label loss; 1 if no position has a label, so that the loss is 0."""
+    """The divisor of a mean label loss; 1 if no position has a label, so that the loss is 0.
+
+    With class probabilities it is the number of positions.
+    """
+    if target.is_floating_point():
+        return torch.full((), target.numel() // target.shape[class_dim(target.ndim)], device=target.device)
     labelled = _labelled(target, ignore_index, weight)
     return torch.where(labelled > 0, labelled, 1)
 
 
 def _weights(call: RowOp, operand: int) -> torch.Tensor:
-    """The weights of the rows, laid out as the rows of an operand."""
+    """The weights of the rows, laid out as the rows of an operand (of class probabilities: as their positions)."""
     axes, node = call.streams.axes, call.operands[operand]
-    dim = axes.row_dim(node)
+    dim, shape, labels = axes.row_dim(node), call.streams.seek[node].shape, axes.of(node)
     assert dim is not None
-    return call.row_index.weights_of(call.streams.seek[node].shape, axes.of(node), dim)
+    if call.target in LABEL_LOSSES and operand == 1:
+        dim, shape, labels = positions_of(node.meta["val"], dim, shape, labels)
+    return call.row_index.weights_of(shape, labels, dim)
+
+
+def class_dim(rank: int) -> int:
+    """The class dim of logits, and of class probabilities."""
+    return min(1, rank - 1)
+
+
+def positions_of(target: torch.Tensor, dim: int, shape: Sequence[Any], labels: Axes) -> tuple[int, list, Axes]:
+    """Row dim, shape and axes of the positions of a target: of class probabilities, those without the class dim."""
+    at = class_dim(target.ndim) if target.is_floating_point() else target.ndim
+    return dim - (dim > at), [*shape[:at], *shape[at + 1 :]], (*labels[:at], *labels[at + 1 :])
 
 
 def _no_narrower_than_float(x: torch.Tensor) -> torch.Tensor:

@@ -174,6 +174,16 @@ axes_rule(
 )
 
 
+@axes_rule(aten.cosine_similarity.default)
+def cosine_similarity(op: Op) -> Flow:
+    """The operands broadcast; the dim of the vectors that are compared is removed."""
+    ranks = [len(op.axes(node)) for node in op.operands]
+    letters = [f"d{i}" for i in range(max(ranks))]
+    terms = [" ".join(letters[len(letters) - rank :]) for rank in ranks]
+    del letters[op.dims("dim", len(letters))[0]]
+    return op.formula(f"{', '.join(terms)} -> {' '.join(letters)}")
+
+
 @axes_rule(aten.one_hot.default)
 def one_hot(op: Op) -> Flow:
     return op.permute([*range(len(op.axes(op.operands[0]))), None])

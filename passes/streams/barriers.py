@@ -51,12 +51,19 @@ def refuse_partial_loss(program: Program, node: fx.Node) -> None:
     axes = program[TokenAxes]
     operand = axes.of(node.args[0])
     positions = operand[:1] + operand[2:] if node.target in LABEL_LOSSES else ()
-    batches = {f for axis in axes.tokens for f in axis.batch}
+    batches = {f for axis in axes.tokens for f in (*axis.batch, *axes.space.parts_of(axis.batch))}
     parts = {f for axis in axes.tokens for f in axes.space.parts_of(axis.token)}
-    if set(sum(positions, ())) - batches - axes.space.mixtures or set(sum(operand, ())) & parts:
+    if set(sum(operand, ())) & parts:
         raise GraphNotSupported(
-            "The loss runs over positions that are neither all tokens nor one per sequence (a part of the tokens "
-            "chosen before the loss), so the share of the kept tokens is not defined.",
+            "The loss runs over a part of the tokens, chosen before the loss, so the share of the kept tokens is not "
+            "defined.",
             "Pass all tokens to the loss and mark the others with ignore_index in the labels.",
+            node,
+        )
+    if set(sum(positions, ())) - batches - axes.space.mixtures:
+        raise GraphNotSupported(
+            "The loss runs over positions that are not known to be all tokens or one per sequence, so the share of the "
+            "kept tokens is not defined.",
+            "Pass all tokens to the loss in their own order, or one row per sequence.",
             node,
         )

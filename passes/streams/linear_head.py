@@ -95,12 +95,13 @@ def find_head(loss: fx.Node, rows: set[fx.Node], inside: set[fx.Node]) -> Head |
         inside: the values that are differentiated; the input of the head must be one of them, weight and bias must not.
 
     Returns:
-        ``None`` if other operations lead to the loss, or it has class weights or label smoothing.
+        ``None`` if other operations lead to the loss, or it has class weights, class probabilities or label smoothing.
     """
     given = bind(loss)
     way = list(_way_back(given["self"]))
     first = way[-1]
-    if given["weight"] is not None or given.get("label_smoothing") or first.target not in _PRODUCTS:
+    soft = given["target"].meta["val"].is_floating_point()
+    if soft or given["weight"] is not None or given.get("label_smoothing") or first.target not in _PRODUCTS:
         return None
     if loss.target is aten.nll_loss_nd.default and way[0].target is not aten.log_softmax.int:
         return None

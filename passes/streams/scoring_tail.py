@@ -169,7 +169,7 @@ def _reached(nodes: Iterable[fx.Node], sources: set[fx.Node]) -> list[fx.Node]:
 
 
 def _has_token_losses(program: Program, node: fx.Node) -> bool:
-    """True for a reduced label loss whose operands have one row per token."""
+    """True for a reduced label loss, of class labels or class probabilities, whose operands have one row per token."""
     if node.target not in LABEL_LOSSES:
         return False
     given, axes = bind(node), program[TokenAxes]
@@ -177,7 +177,6 @@ def _has_token_losses(program: Program, node: fx.Node) -> bool:
     classes = min(1, logits.meta["val"].ndim - 1)
     return (
         given["reduction"] in (MEAN, SUM)
-        and not target.meta["val"].is_floating_point()
         and axes.has_rows_of(axes.main, logits)
         and axes.has_rows_of(axes.main, target)
         and axes.row_dim(logits) != classes

@@ -29,7 +29,7 @@ from ..graph.kinds import Kind, tag
 from ..graph.nodes import bind_values, operands_of
 from ..graph.op_sets import MEAN
 from ..graph.program import Program
-from ..rows.losses import divisor, token_losses
+from ..rows.losses import divisor, positions_of, token_losses
 from ..rows.row_op import RowOp
 from .ditch_stream import DitchStream
 from .scoring_tail import Tail
@@ -164,7 +164,10 @@ def _trace_chunk(tail: Tail, size: Any, gradient: bool, captured: Sequence[fx.No
             streams.run()
             losses, end, given = _losses(tail, streams, gradient)
         target = operands_of(tail.loss)[1]
-        by_token = row_index.by_token(losses.detach(), axes.of(target), axes.row_dim(target), indices.shape[1])
+        dim, _, labels = positions_of(
+            target.meta["val"], axes.row_dim(target), target.meta["val"].shape, axes.of(target)
+        )
+        by_token = row_index.by_token(losses.detach(), labels, dim, indices.shape[1])
         return (by_token, *(_gradients([end], leaves, [given]) if gradient else ()))
 
     with fake_mode_of(program.inputs):
