@@ -285,6 +285,15 @@ def test_rows_of_a_4_bit_product_stay_apart(nested):
     torch.testing.assert_close(layer(x)[:, rows], layer(x[:, rows]), rtol=0, atol=1e-6)
 
 
+def test_lora_on_a_base_in_8_bits(saved_llama):
+    """Its forward sets the data of every weight to the buffer that it has: no write."""
+    config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    load = transformers.LlamaForCausalLM.from_pretrained
+    model = lora(load(saved_llama, quantization_config=config, dtype=torch.float32, device_map="cpu").train())
+    assert_matches(model, batch(model), 1e-6, inner="eager")
+    assert {p.dtype for p in model.parameters()} == {torch.int8, torch.float32}
+
+
 def test_weights_that_are_tensor_subclasses_are_refused_with_a_reason():
     """For example those of torchao; a subclass of torch's own tests stands in for them."""
     model = llama()

@@ -229,24 +229,14 @@ def _tokens(program: Program, found: TokenAxes) -> tuple[TokenAxis, ...]:
     queries = {found.space.resolve(a.query): a for a in reversed(found.attentions)}
     queries.pop((), None)
     if not queries:
-        _refuse_single_queries(found)
+        if many := [a.node for a in found.attentions if found.space.resolve(a.key)]:
+            raise GraphNotSupported("Every attention has a single query.", "Let one have a query per token.", many[0])
         raise NothingToSelect("The sequence has a single token.")
     axes = [TokenAxis(token, _batch(program, found, token, attention)) for token, attention in queries.items()]
     for axis in axes:
         _refuse_windows(axis, queries, found)
     trained = {factor for node in program.graph.nodes for factor in _rows_of_loss(node, found)}
     return tuple(sorted(axes, key=lambda axis: not trained & {*axis.token}))
-
-
-def _refuse_single_queries(found: TokenAxes) -> None:
-    """Refuse attention of a single query to many tokens: nothing names the tokens that are trained."""
-    for attention in found.attentions:
-        if found.space.resolve(attention.key):
-            raise GraphNotSupported(
-                "Every attention has a single query.",
-                "Token selection needs an attention whose queries are the tokens.",
-                attention.node,
-            )
 
 
 def _rows_of_loss(node: fx.Node, found: TokenAxes) -> Dim:

@@ -37,6 +37,8 @@ from .writes import refuse_aliases
 
 aten = torch.ops.aten
 _LARGEST_LITERAL = 64
+#: What to use instead of a tensor subclass.
+_REMEDIES = {"DTensor": "Shard the model by fully_shard(model), which gathers plain parameters before the forward."}
 _ASSERTS = {
     "_assert_tensor_metadata",
     "_assert_async",
@@ -110,10 +112,10 @@ def _refuse_wrapped_tensors(program: Program) -> None:
     """Refuse tensor subclasses made of other tensors (a quantised weight of torchao, a DTensor)."""
     for node, value in zip(program.placeholders, program.inputs, strict=True):
         if is_traceable_wrapper_subclass(value):
+            name = type(value).__name__
             raise GraphNotSupported(
-                f"The input {node.name} is a {type(value).__name__}, a tensor made of other tensors, which can't be "
-                "traced to ATen yet.",
-                "For a 4-bit base model, use bitsandbytes.",
+                f"The input {node.name} is a {name}, a tensor made of other tensors, which can't be traced to ATen yet.",
+                _REMEDIES.get(name, "For a quantised base model, use bitsandbytes (4 or 8 bits)."),
                 node,
             )
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from ...compat import without_idle_results
 from ..graph.errors import GraphNotSupported, located
 from ..graph.fake import fake_mode_of
-from .writes import refuse_hidden_write, written_by
+from .writes import refuse_hidden_write, same_memory, written_by
 
 _SET_GRAD = torch._C._set_grad_enabled
 
@@ -75,6 +75,10 @@ class Retrace(fx.Interpreter):
             return None
         if target in (ENTER_AUTOCAST, EXIT_AUTOCAST):
             return record_autocast(target, args, kwargs)
+        if getattr(target, "__name__", "") == "_get_data_attr":  # x.data, which can't be traced
+            return args[0].detach()
+        if target is torch.Tensor.set_ and same_memory(*map(unwrap, args)):
+            return args[0]
         return super().call_function(target, args, kwargs)
 
     def call_module(self, target: Any, args: tuple, kwargs: dict) -> Any:

@@ -67,6 +67,15 @@ def refuse_hidden_write(node: fx.Node, grad_enabled: bool, live: set[int]) -> No
         live.update(memory_of(x) for x in values if isinstance(x, Tensor) and x.requires_grad)
 
 
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """True if two tensors have the same entries in memory: to write one to the other changes nothing.
+
+    bitsandbytes sets the data of an 8-bit weight to the buffer that it has already.
+    """
+    places = [(memory_of(x), x.shape, x.stride(), x.storage_offset()) for x in (a, b)]
+    return a is b or places[0] == places[1]
+
+
 def refuse_aliases(program: Program, writes: Sequence[int]) -> None:
     """Refuse a write to an input that shares memory with another input.
 
