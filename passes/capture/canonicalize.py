@@ -112,10 +112,10 @@ def _refuse_wrapped_tensors(program: Program) -> None:
     """Refuse tensor subclasses made of other tensors (a quantised weight of torchao, a DTensor)."""
     for node, value in zip(program.placeholders, program.inputs, strict=True):
         if is_traceable_wrapper_subclass(value):
-            name = type(value).__name__
             raise GraphNotSupported(
-                f"The input {node.name} is a {name}, a tensor made of other tensors, which can't be traced to ATen yet.",
-                _REMEDIES.get(name, "For a quantised base model, use bitsandbytes (4 or 8 bits)."),
+                f"The input {node.name} is a {type(value).__name__}, a tensor made of other tensors, which can't be "
+                "traced to ATen yet.",
+                _REMEDIES.get(type(value).__name__, "For a quantised base model, use bitsandbytes (4 or 8 bits)."),
                 node,
             )
 
