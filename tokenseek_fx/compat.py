@@ -64,22 +64,22 @@ def resumed_at() -> tuple[str, int] | None:
     return (code.co_filename, int(line)) if name.startswith(_RESUME_PREFIX) else None
 
 
-def modules_outside() -> dict[types.CodeType, torch.nn.Module]:
-    """Modules whose code runs around the frame that Dynamo compiles, innermost first, by that code.
+def modules_outside() -> list[tuple[types.CodeType, torch.nn.Module]]:
+    """Modules whose code runs around the frame that Dynamo compiles, innermost first, with that code.
 
     It runs as plain Python, or Dynamo split it. The modules are searched on the stack, from here up to the call of the
     compiled function. torch's own modules (DDP) don't count.
     """
-    frame, outside = sys._getframe(1), dict[types.CodeType, torch.nn.Module]()
+    frame, outside = sys._getframe(1), list[tuple[types.CodeType, torch.nn.Module]]()
     while frame is not None and frame.f_code.co_name != "compile_wrapper":
         code = frame.f_code
         owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
         if code.co_filename.startswith(_DYNAMO):
             outside.clear()  # what it compiles for
         elif isinstance(owner, torch.nn.Module) and _is_method(code, owner):
-            outside[code] = owner
+            outside.append((code, owner))
         frame = frame.f_back
-    return outside if frame is not None else {}
+    return outside if frame is not None else []
 
 
 def _is_method(code: types.CodeType, owner: torch.nn.Module) -> bool:
@@ -103,11 +103,15 @@ def compiled_call() -> Any:
 
 
 def skipped_at(code: types.CodeType) -> tuple[str, str, int] | None:
-    """``(reason, file, line)`` of the graph break at which Dynamo left a function to Python; None if it did not."""
+    """``(reason, file, line)`` of the graph break at which Dynamo left a function to Python; None if it did not.
+
+    For a break inside of torch, the place is that of the function.
+    """
     place = (code.co_filename, code.co_firstlineno)
     for told in reversed(torch._dynamo.utils.get_compilation_metrics()):
         if (told.co_filename, told.co_firstlineno) == place and told.fail_reason:
-            return _first_line(told.fail_reason), told.fail_user_frame_filename or "", told.fail_user_frame_lineno or 0
+            found = (told.fail_user_frame_filename or _TORCH, told.fail_user_frame_lineno or 0)
+            return _first_line(told.fail_reason), *(place if found[0].startswith(_TORCH) else found)
     return None
 
 
@@ -246,3 +250,53 @@ def called_in_place(module: torch.nn.Module) -> Callable[..., Any] | None:
 def call_in_place(module: torch.nn.Module, call: Callable[..., Any] | None) -> None:
     """Let ``module(...)`` run ``call``, or with None its forward. Class, signature and ``state_dict`` don't change."""
     module._compiled_call_impl = call  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class _CopiedCall:
+    """Carries the context of ``torch.compile`` from a module compiled in place to its copy; it is pickled as False."""
+
+    def __init__(self, context: Any) -> None:
+        self.context = context
+
+    def __deepcopy__(self, memo: Any) -> _CopiedCall:
+        return self
+
+    def __reduce__(self) -> Any:
+        return bool, ()
+
+
+def compile_copies_of(package: str) -> None:
+    """Let ``copy.deepcopy`` of a module that is compiled in place by a backend of ``package`` give a compiled module.
+
+    PyTorch drops the compiled call, so a copy would train on all tokens without a word: its forward never reaches the
+    backend. Pickles have no compiled call, as in PyTorch.
+    """
+    name, get_state, set_state = "_tokenseek_compiled", torch.nn.Module.__getstate__, torch.nn.Module.__setstate__
+
+    def state_with_call(self: torch.nn.Module) -> dict[str, Any]:
+        state, context = get_state(self), _context_of(self._compiled_call_impl)
+        if getattr(_backend_of(context), "__module__", "").partition(".")[0] == package:
+            state[name] = _CopiedCall(context)
+        return state
+
+    def set_state_and_call(self: torch.nn.Module, state: dict[str, Any]) -> None:
+        copied = state.pop(name, None)
+        set_state(self, state)
+        if copied:
+            call_in_place(self, copied.context(self._call_impl))
+
+    torch.nn.Module.__getstate__, torch.nn.Module.__setstate__ = state_with_call, set_state_and_call
+
+
+def _context_of(call: Any) -> Any:
+    """The context of ``torch.compile`` that a compiled function runs in; None for any other function."""
+    names = getattr(getattr(call, "__code__", None), "co_freevars", ())
+    return call.__closure__[names.index("self")].cell_contents if "self" in names else None
+
+
+def _backend_of(context: Any) -> Any:
+    """The backend that the user named, behind Dynamo's wrappers."""
+    found = getattr(context, "callback", None)
+    while hasattr(found, "_torchdynamo_orig_backend"):
+        found = found._torchdynamo_orig_backend
+    return getattr(found, "compiler_fn", found)

@@ -53,6 +53,7 @@ _REMEDIES = {
 _reported = WeakSet[Any]()
 
 compat.ignore_logging_in_forward()
+compat.compile_copies_of("tokenseek_fx")
 
 
 def tokenseek(
@@ -249,12 +250,14 @@ def _refuse_second_compile() -> None:
 def split_at(gm: fx.GraphModule) -> GraphNotSupported | None:
     """The error for a fragment of a model that Dynamo splits, or ``None``. Call it while Dynamo compiles the graph."""
     outside = compat.modules_outside()
-    plain = [code for code in outside if not compat.is_split(code)]
+    plain = [(code, module) for code, module in outside if not compat.is_split(code)]
     if plain:
-        fact = f"Dynamo runs the forward of {type(outside[plain[-1]]).__name__} as plain Python"
-        place = next(filter(None, map(compat.skipped_at, plain)), None)
+        fact = f"Dynamo runs the forward of {type(plain[-1][1]).__name__} as plain Python"
+        place = next((found for code, _ in plain if (found := compat.skipped_at(code))), None)
         why = " It can't trace {1}:{2} ({0}).".format(*place) if place else ""
-        return _split_error(fact, why, place, _SHARDED if any(map(compat.is_sharded, outside.values())) else _FIND)
+        return _split_error(
+            fact, why, place, _SHARDED if any(compat.is_sharded(module) for _, module in outside) else _FIND
+        )
     if place := compat.graph_break(gm):
         return _split_error("Dynamo split the model at {1}:{2} ({0})".format(*place), "", place)
     if resumed := compat.resumed_at():
