@@ -385,6 +385,32 @@ def _(**options):
     train(Broken(), **options)
 
 
+@misuse("Models", "a hook on a tensor of the forward (`register_hook`)", "a `torch.autograd.Function`")
+def _(**options):
+    class Hooked(Model):
+        def hidden(self, x):
+            x.register_hook(lambda grad: grad.clamp(-1, 1))
+            return self.block(x)
+
+    train(Hooked(), **options)
+
+
+@misuse("Models", "a backward hook on a module of the model", "a `torch.autograd.Function`, or a hook on a parameter")
+def _(**options):
+    model = Model()
+    model.block.register_full_backward_hook(lambda *args: None)
+    train(model, **options)
+
+
+@misuse("Models", "attention of the last token alone", "an attention with a query for every token")
+def _(**options):
+    class Last(Model):
+        def hidden(self, x):
+            return x + F.scaled_dot_product_attention(x[:, -1:], x, x)
+
+    train(Last(), **options)
+
+
 @misuse("Models", "a `torch.func` transform in the forward", "batched operations")
 def _(**options):
     class Mapped(Model):
@@ -519,6 +545,20 @@ def _(**options):
     train(Masked(), **options)
 
 
+@misuse("Losses", "rows given by `selecting`, and a loss that is not compiled", "the loss in a function of its own")
+def _(**options):
+    class Looped(Model):
+        def forward(self, ids, labels):
+            x = self.embed(ids)
+            for _ in range(2):
+                x = self.hidden(x)
+                torch._dynamo.graph_break()
+            return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten()), x
+
+    with tokenseek_fx.selecting(torch.tensor([[1, 3]] * B)):
+        train(Looped(), **options)
+
+
 @misuse("Losses", "a weight for each token in the call of the loss", '`reduction="none"`, then multiply and reduce')
 def _(**options):
     class Weighted(Model):
@@ -640,7 +680,8 @@ def _(**options):
 
 @misuse(
     SILENT,
-    "a graph break in a loop of a forward that calls no other function of the user's",
+    "a graph break in a loop, or one that Dynamo can't resume from (`retain_grad`), of a forward that calls no other "
+    "function of the user's",
     "**trains on all tokens**: Dynamo runs the whole forward in Python and never calls the backend; "
     "`torch.compile(..., fullgraph=True)` shows the cause",
 )
@@ -653,7 +694,29 @@ def _(**options):
                 torch._dynamo.graph_break()
             return F.cross_entropy(self.head(x).flatten(0, 1), labels.flatten()), x
 
-    assert not selections(lambda: compiled(Looped())(ids(), ids())[0])
+    class Retaining(Looped):
+        def forward(self, ids: Tensor, labels: Tensor) -> Any:
+            x = self.embed(ids)
+            x.retain_grad()
+            return self.head(self.block(x)).sum(), x
+
+    for model in (Looped(), Retaining()):
+        assert not selections(lambda model=model: compiled(model)(ids(), ids())[0])
+
+
+@misuse(
+    SILENT,
+    'Dynamo switched off (`TORCHDYNAMO_DISABLE=1`, `torch.compiler.set_stance("force_eager")`)',
+    "**trains on all tokens**: every compiled function runs as it is",
+)
+def _(**options):
+    with torch.compiler.set_stance("force_eager"):
+        assert not selections(lambda: forward(Model()))
+
+
+@misuse(SILENT, "sequences of one token", "plain training: that token is kept")
+def _(**options):
+    assert not selections(lambda: compiled(Model())(ids()[:, :1], ids()[:, :1]))
 
 
 @misuse(
