@@ -7,10 +7,11 @@ from torch import fx
 from ..analysis.activity import Activity
 from ..analysis.blocks import Blocks
 from ..analysis.token_axes import TokenAxes
-from ..analysis.values import feeds_attention
 from ..graph.errors import GraphNotSupported
 from ..graph.nodes import is_tensor, operands_of
+from ..graph.op_sets import CONTRACTIONS
 from ..graph.program import Program
+from ..rules.attention import attention_op
 
 
 def live_kv(program: Program) -> frozenset[fx.Node]:
@@ -24,8 +25,7 @@ def live_kv(program: Program) -> frozenset[fx.Node]:
     live, axes, stream = program[Activity].live, program[TokenAxes], program[Blocks].stream
     found: set[fx.Node] = set()
     for node in reversed(program.graph.nodes):
-        is_read = feeds_attention(node) or _is_read_across(program, node)
-        wanted = is_read or any(user in found for user in node.users)
+        wanted = _is_read_across(program, node) or any(user in found for user in node.users)
         if wanted and node.op == "call_function" and node in live and node not in stream:
             found.add(node)
     for attention in axes.attentions:
@@ -39,14 +39,25 @@ def live_kv(program: Program) -> frozenset[fx.Node]:
 
 
 def _is_read_across(program: Program, node: fx.Node) -> bool:
-    """True if its rows are those of keys, and a value with the rows of queries reads it.
+    """True if rows read the value at the positions of other rows."""
+    return any(
+        _reads_across(program[TokenAxes], user, i, node)
+        for user in node.users
+        if user in program[Activity].live
+        for i, operand in enumerate(operands_of(user))
+        if operand is node
+    )
 
-    Such a value is a term of the scores that depends on keys alone.
-    """
-    axes = program[TokenAxes]
-    for user in node.users:
-        if user in program[Activity].live and is_tensor(user) and axes.has_rows(user):
-            dims = (axes.carried(user, i, axes.row_dim(user)) for i, arg in enumerate(operands_of(user)) if arg is node)
-            if any(dim in axes.token_dims(node) and dim != axes.row_dim(node) for dim in dims):
-                return True
-    return False
+
+def _reads_across(axes: TokenAxes, user: fx.Node, operand: int, node: fx.Node) -> bool:
+    """True for keys, values and all else that is mixed, and for a term of the scores that depends on keys alone."""
+    attention = attention_op(user)
+    if attention is not None or not is_tensor(user):
+        return attention is not None and node in (attention.key, attention.value)
+    row, mine = axes.row_dim(user), axes.row_dim(node)
+    carried = None if row is None else axes.carried(user, operand, row)
+    if user.target in CONTRACTIONS:
+        return (row is not None or mine is not None) and (mine is None or carried != mine)
+    if mine is not None and row is not None and carried is None:
+        return True  # rows are mixed, or those of another dim
+    return axes.has_rows(user) and carried in axes.token_dims(node) and carried != mine
