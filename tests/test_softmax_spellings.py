@@ -79,7 +79,8 @@ def built(attend: Attend, marked: bool = False) -> Model:
 def assert_exact(attend: Attend, plain: Attend | None, size: tuple[int, int], marked: bool = False, **options: Any):
     """Loss and gradients are those of the reference, of the same mathematics as ``plain`` if that is given."""
     run = executed(built(attend, marked), data(*size), report_loss="kept", **options)
-    expected = by_reference(built(plain or attend), data(*size), run.indices)
+    blocks = "blocks" if options.get("kv_grad") == "all" else None
+    expected = by_reference(built(plain or attend), data(*size), run.indices, open_blocks=blocks)
     torch.testing.assert_close(run.loss.detach(), expected.loss.detach(), rtol=1e-12, atol=0)
     assert error(run.grads, expected.grads) < 1e-12
     return run
@@ -196,7 +197,7 @@ SAME = {
 def test_the_same_attention_in_other_words_has_the_same_gradient(attend):
     first, second = SIZES
     assert_exact(attend, softmax, first, scorer="random")
-    assert_exact(attend, softmax, first, scorer="attention")
+    assert_exact(attend, softmax, first, scorer="attention", kv_grad="all")
     run = assert_exact(attend, softmax, second, scorer="tokenseek")
     torch.testing.assert_close(run.selection.attention, received(softmax, second, 1), rtol=1e-9, atol=0)
     by_position = captured(built(attend), data(*first)).program[PositionalAttentions]
@@ -262,6 +263,7 @@ OTHERS = {
 def test_attention_with_other_sums_mixed_heads_and_differences_is_exact(attend):
     first, second = SIZES
     assert_exact(attend, None, first)
+    assert_exact(attend, None, first, kv_grad="all")
     run = assert_exact(attend, None, second, scorer="tokenseek")
     if OTHERS[attend] is not None:
         expected = received(attend, second, OTHERS[attend])
@@ -314,6 +316,7 @@ def efficient_turned(block, q, k, v, hidden):
 def test_attention_without_softmax_over_keys_is_exact_if_its_tokens_are_marked(attend, plain):
     for size, scorer in zip(SIZES, ("random", "loss"), strict=True):
         assert_exact(attend, plain, size, marked=True, scorer=scorer)
+    assert_exact(attend, plain, SIZES[0], marked=True, kv_grad="all")
 
 
 @pytest.mark.parametrize("attend", [efficient, efficient_turned], ids=lambda f: f.__name__)
