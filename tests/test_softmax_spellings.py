@@ -316,8 +316,7 @@ def efficient_turned(block, q, k, v, hidden):
 def test_attention_without_softmax_over_keys_is_exact_if_its_tokens_are_marked(attend, plain):
     for size, scorer in zip(SIZES, ("random", "loss"), strict=True):
         assert_exact(attend, plain, size, marked=True, scorer=scorer)
-    if attend is not causal_linear:  # a scan of all tokens
-        assert_exact(attend, plain, SIZES[0], marked=True, kv_grad="all")
+    assert_exact(attend, plain, SIZES[0], marked=True, kv_grad="all")
 
 
 @pytest.mark.parametrize("attend", [efficient, efficient_turned], ids=lambda f: f.__name__)

@@ -9,7 +9,7 @@ from ..analysis.blocks import Blocks
 from ..analysis.token_axes import TokenAxes
 from ..graph.errors import GraphNotSupported
 from ..graph.nodes import is_tensor, operands_of
-from ..graph.op_sets import CONTRACTIONS, MULTIPLICATIONS
+from ..graph.op_sets import CONTRACTIONS
 from ..graph.program import Program
 from ..rules.attention import attention_op
 
@@ -50,7 +50,7 @@ def _is_read_across(program: Program, node: fx.Node) -> bool:
 
 
 def _reads_across(axes: TokenAxes, user: fx.Node, operand: int, node: fx.Node) -> bool:
-    """True for keys, values and what else a product mixes, and for a term of the scores that depends on keys alone."""
+    """True for keys, values and all else that is mixed, and for a term of the scores that depends on keys alone."""
     attention = attention_op(user)
     if attention is not None or not is_tensor(user):
         return attention is not None and node in (attention.key, attention.value)
@@ -58,6 +58,6 @@ def _reads_across(axes: TokenAxes, user: fx.Node, operand: int, node: fx.Node) -
     carried = None if row is None else axes.carried(user, operand, row)
     if user.target in CONTRACTIONS:
         return (row is not None or mine is not None) and (mine is None or carried != mine)
-    if user.target in MULTIPLICATIONS and mine is not None and row is not None and carried is None:
-        return True  # a product with values, written as a broadcast product and a sum
+    if mine is not None and row is not None and carried is None:
+        return True  # rows are mixed, or those of another dim
     return axes.has_rows(user) and carried in axes.token_dims(node) and carried != mine

@@ -330,7 +330,7 @@ class DitchStream:
             refuse_partial_loss(self.program, node)
         if self._meets_rows(node):
             self.barriers.append(barrier_at(node, self.live, self.axes))
-        return applied(node, *(call.in_context if node in self._in_context else call.in_full))
+        return applied(node, *call.in_context)
 
     def _take_each(self, node: fx.Node, result: Any) -> Any:
         if isinstance(result, torch.Tensor):
