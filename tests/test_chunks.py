@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import batch as batch_of
 from zoo import build
 
+from tokenseek_fx import compilation
 from tokenseek_fx.compilation import backend
 from tokenseek_fx.config import Config
 from tokenseek_fx.passes.lower import chunks
@@ -52,6 +53,21 @@ def small(monkeypatch):
     return seen
 
 
+@pytest.fixture
+def inductor_for_chunks(monkeypatch):
+    """Inductor compiles the segment of all tokens, which calls chunks; those of the kept rows are not compiled.
+
+    Most kernels are those of the kept rows; ``test_models`` and ``test_lengths_that_are_cut`` compile them.
+    """
+    inner = compilation.inner_compiler
+
+    def compiler(config, defaults=None):
+        inductor = inner(config, defaults)
+        return lambda gm, inputs: inductor(gm, inputs) if calls(gm) else gm.forward
+
+    monkeypatch.setattr(compilation, "inner_compiler", compiler)
+
+
 def calls(module) -> list[str]:
     """The subgraphs that are called, in order."""
     return [node.args[1] for node in module.graph.nodes if "invoke_subgraph" in str(node.target)]
@@ -76,6 +92,7 @@ def test_models_in_chunks_equal_the_reference(small, name, padding):
     assert len(calls(small[-1])) > 2
 
 
+@pytest.mark.usefixtures("inductor_for_chunks")
 def test_inductor_runs_chunks_whose_queries_keys_and_values_are_views_of_one_product(small, monkeypatch):
     """Those of GPT-2: Inductor would overwrite the ones that are read later. Of Llama, see the layouts below."""
     monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 1500)
@@ -106,6 +123,7 @@ class ContiguousParts(nn.Module):
         return nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
 
 
+@pytest.mark.usefixtures("inductor_for_chunks")
 def test_inductor_runs_chunks_that_return_contiguous_slices(small, monkeypatch):
     monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", 1500)
     ids = torch.randint(31, (3, 13))
@@ -114,6 +132,7 @@ def test_inductor_runs_chunks_that_return_contiguous_slices(small, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("inductor_for_chunks")
 @pytest.mark.parametrize(
     ("name", "dtype", "tol"),
     [
@@ -140,6 +159,7 @@ def test_inductor_runs_chunks_that_return_slices(small, monkeypatch, name, dtype
     assert calls(small[-1])
 
 
+@pytest.mark.usefixtures("inductor_for_chunks")
 def test_computed_and_cut_chunks_have_different_layouts(small, monkeypatch):
     """The first region is not cut: its block's chunks are slices with the strides of the whole sequence.
 
