@@ -146,11 +146,10 @@ def test_no_kernel_is_compiled_and_no_cache_is_filled(monkeypatch):
 def test_one_model_after_another_of_its_class_with_other_numbers():
     """Dynamo treats a number that changed, here the scale of the scores, as dynamic."""
     torch._dynamo.reset()
-    for heads in (4, 2, 8):
-        found = estimate(llama("meta", heads=heads), 2, 64, options={**DROP, "memory_budget": "1GiB"}, plain=False)
-        torch._dynamo.reset()
-        assert found == estimate(llama("meta", heads=heads), 2, 64, options={**DROP, "recompute": "none"}, plain=False)
-        estimate(llama("meta", heads=16), 2, 64, options=DROP, plain=False)
+    estimate(llama("meta", heads=16), 2, 64, options=DROP, plain=False)
+    found = estimate(llama("meta", heads=4), 2, 64, options={**DROP, "memory_budget": "1GiB"}, plain=False)
+    torch._dynamo.reset()
+    assert found == estimate(llama("meta", heads=4), 2, 64, options={**DROP, "recompute": "none"}, plain=False)
 
 
 @pytest.mark.slow

@@ -98,8 +98,9 @@ def distance(a: Grads, b: Grads) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gpt_neox", "gemma2", "opt"])
 def test_inductor(name):
+    """Inductor generates no other kernel for Mistral, one for Qwen2; Phi's positions are those of GPT-NeoX."""
     # rotary tables are float32 even in a float64 model: Inductor's sin and cos differ from eager's in the last bit
     model, batch, _ = model_and_batch(name, attentions(name)[0], "right")
     # gemma2's norms and softmax are float32 too: there plain torch.compile differs from eager by 1.7e-6

@@ -157,10 +157,12 @@ def test_equals_the_reference_on_more(configuration, batch, ratio):
 
 @needs_float64_attention
 @pytest.mark.slow
-@settings(max_examples=5, **RELAXED)
+@pytest.mark.parametrize("recompute", [None, "rows"])
+@settings(max_examples=2, **RELAXED)
 @given(configurations(), batches(), RATIOS)
-def test_inductor_equals_the_reference(configuration, batch, ratio):
-    assert_matches(Transformer(configuration), batch, 1e-6, keep_ratio=ratio, inner="inductor")
+def test_inductor_equals_the_reference(recompute, configuration, batch, ratio):
+    options = {"keep_ratio": ratio, "inner": "inductor", "recompute": recompute}
+    assert_matches(Transformer(configuration), batch, 1e-6, **options)
 
 
 @settings(max_examples=5, **RELAXED)
