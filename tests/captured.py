@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -33,7 +33,8 @@ class Captured:
     """The analysed ``program`` of ``model``, which is a copy.
 
     ``args``: the arguments with which Dynamo called the graph; ``places``: the positions of the batch's tensors in
-    them, by name. ``output_of`` builds the output of the model from those of the graph.
+    them, by name. ``output_of`` builds the output of the model from those of the graph. ``traced``: the programs that
+    ``trace`` rewrote, in order.
     """
 
     model: nn.Module
@@ -41,6 +42,7 @@ class Captured:
     args: tuple[Any, ...]
     places: dict[str, int]
     output_of: Callable[[Sequence[Any]], Any]
+    traced: list[Program] = field(default_factory=list)
 
     def execute(self, batch: dict[str, Any], config: Config) -> tuple[Any, Selection]:
         """The output of the two streams, executed as a function, and the selection."""
@@ -52,6 +54,7 @@ class Captured:
     def trace(self, batch: dict[str, Any], config: Config) -> tuple[Any, Selection]:
         """The same for the graph traced from them, in its segments."""
         program = training(config.plan()).run(self.program)
+        self.traced.append(program)
         args = self._args(batch)
         outputs = program[Segments](*args, *_noise(program, args, config.seed))
         count = len(program.outputs)
