@@ -57,7 +57,8 @@ def small(monkeypatch):
 def inductor_for_chunks(monkeypatch):
     """Inductor compiles the segment of all tokens, which calls chunks; those of the kept rows are not compiled.
 
-    Most kernels are those of the kept rows; ``test_models`` and ``test_lengths_that_are_cut`` compile them.
+    Most kernels are those of the kept rows; ``test_models`` and ``test_inductor_runs_chunks_of_any_length`` compile
+    them.
     """
     inner = compilation.inner_compiler
 
@@ -232,23 +233,28 @@ def test_attention_whose_output_fits_into_a_chunk_has_all_queries_at_once(small,
     assert {node.args[0].meta["val"].shape[2] for node in attentions} == queries
 
 
-@pytest.mark.parametrize(
-    ("name", "inner", "tol"),
-    [
-        ("llama", "aot_eager", 1e-6),
-        slow("gpt2", "aot_eager", 1e-6),
-        slow("llama", "inductor", 1e-6),
-    ],
-)
-def test_lengths_that_change_are_cut(small, name, inner, tol):
-    """As many chunks at any length as the example needs; exact at every length."""
+def lengths_that_change(name: str, inner: str, dynamic: bool | None = None) -> None:
+    """Exact at every length, in chunks."""
     torch._dynamo.reset()
-    model = build(name, "sdpa").double()
+    model = build(name, "sdpa")
     config = Config(inner=inner, keep_ratio=0.3, chunk_bytes=6000, strict=True)
-    step = torch.compile(model, backend=backend(config))
+    step = torch.compile(model, backend=backend(config), dynamic=dynamic)
     for count, length in [(3, 13), (3, 19), (5, 23), (2, 17)]:
-        assert_exact(step, model, batch_of(model, count, length, "right"), tol)
+        assert_exact(step, model, batch_of(model, count, length, "right"), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", slow("gpt2")])
+def test_lengths_that_change_are_cut(small, name):
+    """As many chunks at any length as the example needs."""
+    lengths_that_change(name, "eager")
     assert [len(calls(module)) > 2 for module in small] == 3 * [True]  # of this size; of any length; of any batch
+
+
+@pytest.mark.slow
+def test_inductor_runs_chunks_of_any_length(small):
+    """One graph, with symbols for the sizes of ids, mask and labels."""
+    lengths_that_change("llama", "inductor", dynamic=True)
+    assert [len(calls(module)) > 2 for module in small] == [True]
 
 
 def test_a_subgraph_that_several_chunks_call_copies_its_results_once():
