@@ -36,7 +36,9 @@ class Kill(TrainerCallback):
 
 def main(where: str, step: str) -> None:
     checkpoint = get_last_checkpoint(where) if Path(where).exists() else None
-    model = zoo.build("llama", dtype=torch.float32, seed=0 if checkpoint is None else 1)  # weights are the checkpoint's
+    model = zoo.build(
+        "llama", dtype=torch.float32, layers=1, seed=int(checkpoint is not None)
+    )  # weights are the checkpoint's
     kill, ours = Kill(int(step)), TokenSeekCallback(keep_ratio=0.5, inner="eager")
     run = trainer(Path(where), ours, kill, model=model, save_steps=1, eval_strategy="no", seed=7)
     run.train(resume_from_checkpoint=checkpoint)

@@ -32,7 +32,7 @@ T = 13
 # compiled as users do it, but for the inner compiler
 assert_matches = partial(compare.assert_matches, inner="eager")
 compiled = partial(compare.compiled, inner="eager")
-#: Through AOTAutograd, as Inductor gets the graph: where adapters, quantisation or autocast have operations of their own.
+#: Through AOTAutograd, as Inductor gets the graph: for adapters, quantised bases and autocast.
 AOT = {"inner": "aot_eager"}
 OPTIONS = {"inner": "eager", "keep_ratio": 0.3, "report_loss": "kept", "strict": True, **TOPK}
 LOSS_OUTSIDE = {name: value for name, value in OPTIONS.items() if name != "report_loss"}
@@ -390,10 +390,8 @@ def test_gradient_checkpointing_changes_nothing(build, reentrant):
     """It is inlined: same gradients, same saved bytes."""
     model = build()
     inputs = batch(model)
-    plain, bytes_ = (
-        compiled(model, inputs, scorer="strided", **AOT),
-        tokenseek_fx.explain(model, **inputs).rewritten.bytes,
-    )
+    plain = compiled(model, inputs, scorer="strided", **AOT)
+    bytes_ = tokenseek_fx.explain(model, **inputs).rewritten.bytes
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     if isinstance(model, peft.PeftModel):
         model.disable_input_require_grads()

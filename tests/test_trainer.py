@@ -86,7 +86,7 @@ def trainer(where: Path, *callbacks: TrainerCallback, model: Any = None, **setti
         "learning_rate": 1e-2, **settings,
     }  # fmt: skip
     return Trainer(
-        model if model is not None else zoo.build("llama", dtype=torch.float32),
+        model if model is not None else zoo.build("llama", dtype=torch.float32, layers=1),
         TrainingArguments(str(where), **settings),
         train_dataset=examples(),
         eval_dataset=examples(3),
@@ -200,16 +200,16 @@ def in_a_process(where: Path, killed_at: int = 0) -> subprocess.CompletedProcess
 
 
 @pytest.mark.slow
-def test_another_process_resumes_a_killed_one_to_the_same_losses(tmp_path):
-    killed = in_a_process(tmp_path / "killed", killed_at=3)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+def test_another_process_resumes_a_killed_one_to_the_same_losses(tmp_path, capsys):
+    import killed  # which imports this file
+
+    stopped = in_a_process(tmp_path / "killed", killed_at=3)
+    assert stopped.returncode == -signal.SIGKILL, stopped.stderr[-3000:]
     assert {path.name for path in (tmp_path / "killed").iterdir()} == {"checkpoint-1", "checkpoint-2"}
-    found = []
-    for where in ("killed", "whole"):
-        run = in_a_process(tmp_path / where)
-        assert run.returncode == 0, run.stderr[-3000:]
-        found.append(json.loads(run.stdout.splitlines()[-1]))
-    resumed, whole = found
+    run = in_a_process(tmp_path / "killed")
+    assert run.returncode == 0, run.stderr[-3000:]
+    killed.main(str(tmp_path / "whole"), "0")
+    resumed, whole = (json.loads(text.splitlines()[-1]) for text in (run.stdout, capsys.readouterr().out))
     assert (resumed["trained"], whole["trained"]) == ([3, 4], [1, 2, 3, 4])
     assert resumed["losses"] == whole["losses"] and len(set(whole["losses"])) == STEPS
 
