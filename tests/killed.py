@@ -36,9 +36,8 @@ class Kill(TrainerCallback):
 
 def main(where: str, step: str) -> None:
     checkpoint = get_last_checkpoint(where) if Path(where).exists() else None
-    model = zoo.build(
-        "llama", dtype=torch.float32, layers=1, seed=int(checkpoint is not None)
-    )  # weights are the checkpoint's
+    seed = int(checkpoint is not None)  # other weights, which those of the checkpoint replace
+    model = zoo.build("llama", dtype=torch.float32, layers=1, seed=seed)
     kill, ours = Kill(int(step)), TokenSeekCallback(keep_ratio=0.5, inner="eager")
     run = trainer(Path(where), ours, kill, model=model, save_steps=1, eval_strategy="no", seed=7)
     run.train(resume_from_checkpoint=checkpoint)
