@@ -16,7 +16,7 @@ demo: $(STAMP)
 
 # one thread per worker: as many workers as cores, no fight over them; ALL=1 takes the slow tests as well
 test: $(STAMP)
-	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/pytest -q -n $(CORES) $(if $(ALL),,-m "not slow") $(ARGS)
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/pytest -q -n $(CORES) --dist worksteal $(if $(ALL),,-m "not slow") $(ARGS)
 
 check: $(STAMP) types
 	$(BIN)/ruff check .

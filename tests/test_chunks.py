@@ -13,7 +13,6 @@ from architectures import build as built
 from compare import assert_matches, by_reference, compiled, error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from marks import slow
 from test_lengths import assert_exact
 from test_random import RATIOS, Transformer, batches, configurations
 from test_routing import experts
@@ -233,27 +232,29 @@ def test_attention_whose_output_fits_into_a_chunk_has_all_queries_at_once(small,
     assert {node.args[0].meta["val"].shape[2] for node in attentions} == queries
 
 
-def lengths_that_change(name: str, inner: str, dynamic: bool | None = None) -> None:
-    """Exact at every length, in chunks."""
+def test_lengths_that_change_are_cut(small):
+    """As many chunks at any length as the example needs; exact at every length."""
     torch._dynamo.reset()
-    model = build(name, "sdpa")
-    config = Config(inner=inner, keep_ratio=0.3, chunk_bytes=6000, strict=True)
-    step = torch.compile(model, backend=backend(config), dynamic=dynamic)
+    model = build("llama", "sdpa")
+    config = Config(inner="eager", keep_ratio=0.3, chunk_bytes=6000, strict=True)
+    step = torch.compile(model, backend=backend(config))
     for count, length in [(3, 13), (3, 19), (5, 23), (2, 17)]:
         assert_exact(step, model, batch_of(model, count, length, "right"), 1e-6)
-
-
-@pytest.mark.parametrize("name", ["llama", slow("gpt2")])
-def test_lengths_that_change_are_cut(small, name):
-    """As many chunks at any length as the example needs."""
-    lengths_that_change(name, "eager")
     assert [len(calls(module)) > 2 for module in small] == 3 * [True]  # of this size; of any length; of any batch
 
 
 @pytest.mark.slow
 def test_inductor_runs_chunks_of_any_length(small):
     """One graph, with symbols for the sizes of ids, mask and labels."""
-    lengths_that_change("llama", "inductor", dynamic=True)
+    torch._dynamo.reset()
+    model = build("gpt2", "sdpa")
+    config = Config(inner="inductor", keep_ratio=0.3, chunk_bytes=6000, strict=True)
+    step = torch.compile(model, backend=backend(config))
+    for count, length in [(3, 13), (5, 23), (2, 17)]:
+        batch = batch_of(model, count, length, "right")
+        for x in batch.values():
+            torch._dynamo.maybe_mark_dynamic(x, (0, 1))
+        assert_exact(step, model, batch, 1e-6)
     assert [len(calls(module)) > 2 for module in small] == [True]
 
 

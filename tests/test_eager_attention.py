@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 
 import architectures
 import pytest
 import torch
 import zoo
+from captured import captured
 from compare import assert_matches
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,11 +19,8 @@ from test_scores import assert_scores
 from test_size import graphs, shapes  # noqa: F401 (a fixture)
 from torch import Tensor, nn
 
-from tokenseek_fx.passes.analysis.activity import FindActivity
-from tokenseek_fx.passes.analysis.token_axes import FindTokenAxes, TokenAxes
-from tokenseek_fx.passes.attention.positional import FindPositionalAttention, PositionalAttentions
-from tokenseek_fx.passes.capture.canonicalize import Canonicalize
-from tokenseek_fx.passes.graph.program import Program
+from tokenseek_fx.passes.analysis.token_axes import TokenAxes
+from tokenseek_fx.passes.attention.positional import PositionalAttentions
 
 B, T, HEADS, E, VOCAB = 3, 13, 4, 4, 11
 LEAST = torch.finfo(torch.float64).min
@@ -147,18 +146,7 @@ def data() -> dict[str, Tensor]:
 
 def by_position(model: nn.Module, batch: dict[str, Tensor]) -> tuple[int, int]:
     """The number of attentions that are recognised, and of all attentions."""
-    found: list[Program] = []
-
-    def look(gm, inputs):
-        program = Canonicalize().run(Program(gm, tuple(inputs)))
-        for step in (FindTokenAxes(), FindActivity(), FindPositionalAttention()):
-            program = step.run(program)
-        found.append(program)
-        return gm.forward
-
-    torch._dynamo.reset()
-    torch.compile(model, backend=look)(**batch)
-    (program,) = found
+    program = captured(model, batch).program
     return len(program[PositionalAttentions]), len(program[TokenAxes].attentions)
 
 
@@ -318,13 +306,15 @@ def test_dropout_of_attention_weights_is_left_to_the_model():
 
 # -- models -----------------------------------------------------------------------------------------------------------
 
+build = cache(zoo.build)  # one model for all tests, so that its graph is captured once for each form of the batch
+
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 @pytest.mark.parametrize("scorer", ["random", "tokenseek"])
 @pytest.mark.parametrize("name", ["gemma2", slow("qwen2")])
 def test_models_match_the_reference(name, scorer, padding):
     """Soft caps and windows of Gemma 2."""
-    model = zoo.build(name, attn="eager", dtype=torch.float32)
+    model = build(name, attn="eager", dtype=torch.float32)
     batch = zoo.batch(model, 5, 23, padding)
     assert by_position(model, batch) == (2, 2)
     assert_matches(model, batch, 2e-4, length=23, scorer=scorer, select="topk")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -127,7 +128,8 @@ def test_models_with_and_without_data_have_the_same_estimate(small, made):
     else:
         with FakeTensorMode():
             model = llama()
-    assert estimate(model, 2, 64, options=DROP) == small
+    plain = made == "real"
+    assert estimate(model, 2, 64, options=DROP, plain=plain) == (small if plain else replace(small, plain=None))
 
 
 def test_no_kernel_is_compiled_and_no_cache_is_filled(monkeypatch):
@@ -183,7 +185,7 @@ def test_on_a_gpu_chunks_are_those_of_a_gpu(monkeypatch):
         return estimate(llama("meta", layers=2, inner=512), 2, 256, options=options, plain=False, device="cuda").step
 
     whole = step()
-    monkeypatch.setitem(CHUNK_BYTES, "cuda", 64 * 1024)
+    monkeypatch.setitem(CHUNK_BYTES, "cuda", 256 * 1024)  # a fourth of the widest value
     assert step().saved == whole.saved and step().forward < whole.forward
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import compiled
+from compare import executed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from largest import Largest
@@ -308,8 +308,8 @@ OTHERS = {
 
 def assert_scored(model: Decoder, gradient_of: str, tol: float = 1e-9) -> None:
     """The full loss and the gradient of every token are those of autograd."""
-    how = {"scorer": "gradient", "report_loss": "full", "logits": "drop", "inner": "eager"}
-    run = compiled(model, tokens(), gradient_of=gradient_of, **how)
+    how = {"scorer": "gradient", "report_loss": "full", "logits": "drop"}
+    run = executed(model, tokens(), gradient_of=gradient_of, **how)
     eager, seen = copy.deepcopy(model), Watch()
     module = eager.head if gradient_of == "head" else eager.layers[-1]
     module.register_forward_pre_hook(seen.catch, with_kwargs=True)

@@ -149,7 +149,7 @@ def test_equals_the_reference(configuration, batch, ratio, scorer):
 
 
 @pytest.mark.slow
-@settings(max_examples=75, **{**RELAXED, "derandomize": False})
+@settings(max_examples=45, **{**RELAXED, "derandomize": False})
 @given(configurations(), batches(), RATIOS)
 def test_equals_the_reference_on_more(configuration, batch, ratio):
     assert_matches(Transformer(configuration), batch, 1e-9, keep_ratio=ratio)

@@ -81,7 +81,7 @@ def tokens(length: int = T) -> dict[str, Tensor]:
     return {"ids": ids, "labels": ids}
 
 
-@settings(max_examples=10, **RELAXED)
+@settings(max_examples=6, **RELAXED)
 @given(configurations(), batches(), RATIOS)
 def test_recomputed_rows_equal_the_reference(configuration, batch, ratio):
     assert_matches(Transformer(configuration), batch, 1e-9, keep_ratio=ratio, recompute="rows")
@@ -186,7 +186,7 @@ def test_no_block_holds_terms_of_the_scores_of_all_tokens_that_only_keys_give():
     assert square[0] and not square[1]
 
 
-@pytest.mark.parametrize("blocks", [slow(0), 1, slow(2), slow(3)])
+@pytest.mark.parametrize("blocks", [slow(0), 1, slow(3)])
 def test_by_default_as_many_last_blocks_are_kept_as_fit_into_the_forward_of_all_tokens(blocks):
     none, rows = (explained_with("grouped heads", way) for way in ("none", "rows"))
     # per row: query, attention and its log-sum-exps, three projections of the width, gate and up; key and value
@@ -201,7 +201,7 @@ def test_by_default_as_many_last_blocks_are_kept_as_fit_into_the_forward_of_all_
     assert none.forwards <= report.forwards <= rows.forwards and report.rewritten.bytes <= 1.15 * report.lower_bound
 
 
-@pytest.mark.parametrize("blocks", [slow(0), 1, slow(2), slow(3)])
+@pytest.mark.parametrize("blocks", [slow(0), 1, slow(3)])
 def test_a_number_of_bytes_recomputes_as_few_blocks_as_possible(blocks):
     none, rows = (explained_with("grouped heads", way).rewritten.bytes for way in ("none", "rows"))
     budget = int(none - (blocks - 0.5) * (none - rows) / 3) if blocks else none
