@@ -92,6 +92,7 @@ def test_models_in_chunks_equal_the_reference(small, name, padding):
     assert len(calls(small[-1])) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("inductor_for_chunks")
 def test_inductor_runs_chunks_whose_queries_keys_and_values_are_views_of_one_product(small, monkeypatch):
     """Those of GPT-2: Inductor would overwrite the ones that are read later. Of Llama, see the layouts below."""
@@ -159,6 +160,7 @@ def test_inductor_runs_chunks_that_return_slices(small, monkeypatch, name, dtype
     assert calls(small[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("inductor_for_chunks")
 def test_computed_and_cut_chunks_have_different_layouts(small, monkeypatch):
     """The first region is not cut: its block's chunks are slices with the strides of the whole sequence.
