@@ -257,15 +257,13 @@ class DitchStream:
 
     def _moved(self, node: fx.Node) -> Any:
         """A value whose rows are moved, for all tokens: without gradient in the rows outside the selection."""
-        in_context = node in self._in_context
         if node.target is operator.getitem:
             value = self._whole[node.args[0]][node.args[1]]  # type: ignore[index]
         elif node.target in LOSSES:
             value = self._restricted(RowOp(node, self, None))
         else:
-            call = RowOp(node, self, None)
-            value = applied(node, *(call.in_context if in_context else call.in_full))
-        if in_context or made_by(node).target in MOVES:
+            value = applied(node, *RowOp(node, self, None).in_context)
+        if node in self._in_context or made_by(node).target in MOVES:
             return value
         self.barriers.append(barrier_at(node, self.live, self.axes, moved=True))
         kept = self.row_numbers.kept(self.moved.rows[node], self.axes.of(node))
