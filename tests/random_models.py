@@ -447,7 +447,7 @@ def _refused(caught: BaseException) -> Outcome:
     cause: BaseException | None = caught
     while cause is not None and not isinstance(cause, TokenSeekError):
         cause = cause.__cause__ or cause.__context__ or getattr(cause, "inner_exception", None)
-    if cause is None or isinstance(cause, InvariantBroken):
+    if cause is None or isinstance(cause, InvariantBroken) or "internal error" in str(cause):
         return Outcome("different", f"{type(caught).__name__}: {str(caught)[:300]}")
     return Outcome("refused", _without_numbers(str(cause.args[0])))
 
