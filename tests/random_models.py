@@ -97,6 +97,9 @@ MIXING: dict[str, Callable[[nn.Conv1d, Tensor], Tensor]] = {
     "sort": lambda c, x: x.sort(1).values,
     "softmax over tokens": lambda c, x: x.softmax(1) * 9,
     "mean subtracted": lambda c, x: x - x.mean(1, keepdim=True),
+    "delta rule": lambda c, x: torch.linalg.solve_triangular(
+        torch.eye(x.shape[1]).double() + (x @ x.mT).tril(-1) / 9, x * c.bias, upper=False, unitriangular=True
+    ),
     "linear attention": lambda c, x: (x @ x.mT).tril() @ (x * c.bias),
 }
 
@@ -444,7 +447,7 @@ def _refused(caught: BaseException) -> Outcome:
     cause: BaseException | None = caught
     while cause is not None and not isinstance(cause, TokenSeekError):
         cause = cause.__cause__ or cause.__context__ or getattr(cause, "inner_exception", None)
-    if cause is None or isinstance(cause, InvariantBroken):
+    if cause is None or isinstance(cause, InvariantBroken) or "internal error" in str(cause):
         return Outcome("different", f"{type(caught).__name__}: {str(caught)[:300]}")
     return Outcome("refused", _without_numbers(str(cause.args[0])))
 

@@ -190,14 +190,17 @@ class _Follower:
 
     def _mixed(self, node: fx.Node, operation: fx.Node, known: dict[int, Rows]) -> Rows | None:
         """The rows of positions that combine several tokens."""
+        labelled = self._by_label(node)
         if attention_op(operation) is not None:  # its queries have no rows of these axes
-            return self._by_label(node)
+            return labelled
         for i, rows in known.items():
             if self.axes.flows[operation].unknown:
                 self._keep_batch(node, operands_of(operation)[i], rows.axis)
-            if label := self._new_label(node, operation, i, rows, known):
-                return self._standing(node, rows, label)
-        return self._by_label(node)
+            label = self._new_label(node, operation, i, rows, known)
+            standing = self._standing(node, rows, label) if label else None
+            if standing is not None and not (standing.mixed and labelled):
+                return standing
+        return labelled
 
     def _keep_batch(self, node: fx.Node, operand: fx.Node, axis: TokenAxis) -> None:
         """An unknown operation keeps the batch where it is, if the sizes are equal."""
@@ -212,7 +215,8 @@ class _Follower:
         before, after = self.axes.of(operands[operand]), self.axes.of(node)
         others = {f for i in known for f in sum(self.axes.of(operands[i]), ())}
         same_rank = len(before) == len(after)
-        places = [d for d in range(len(after)) if not same_rank or {*before[d]} & {*rows.token}]
+        own = {dim_of(f, before) for f in rows.token}  # the first dims: those of scores [T, T] are the queries
+        places = [d for d in range(len(after)) if not same_rank or d in own]
         return sum((after[d] for d in places if not {*after[d]} & others), ())
 
     def _standing(self, node: fx.Node, rows: Rows, label: Dim) -> Rows | None:

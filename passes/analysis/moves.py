@@ -99,8 +99,9 @@ def acted_dims(operation: fx.Node, before: Axes) -> list[int] | None:
         return sorted(padded) if constant else None
     if operation.target is aten.stack.default:
         return []
-    if operation.target is aten.gather.default and not _is_by_row(given["index"].meta["val"], given["dim"]):
-        return None
+    if operation.target is aten.gather.default:  # the index has the dims before as well
+        dim = given["dim"] % rank
+        return [*range(dim + 1)] if _is_by_row(given["index"].meta["val"], dim) else None
     dims = given.get("dims", given.get("dim"))
     dims = [dims] if isinstance(dims, int) else dims
     return [d % rank for d in dims] or None
@@ -108,7 +109,7 @@ def acted_dims(operation: fx.Node, before: Axes) -> list[int] | None:
 
 def _is_by_row(index: Tensor, dim: int) -> bool:
     """True if an index of ``gather`` was expanded over the features behind ``dim``, so that whole rows are gathered."""
-    features = [*zip(index.stride(), index.shape, strict=True)][dim % index.ndim + 1 :]
+    features = [*zip(index.stride(), index.shape, strict=True)][dim + 1 :]
     return all(stride == 0 or same_size(size, 1) for stride, size in features)
 
 

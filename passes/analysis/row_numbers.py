@@ -126,7 +126,7 @@ def _gathered(move: Move, sources: list[Tensor], lengths: list, arguments: dict[
     """Row numbers gathered by an index that is the same for all features."""
     (numbers,), index, dim = sources, arguments["index"], arguments["dim"] % sources[0].ndim
     for d in range(dim + 1, index.ndim):
-        index = index.narrow(d, 0, 1)
+        index = index.narrow(d, 0, 1) if numbers.shape[d] == 1 else index
     return numbers.gather(dim, index)
 
 

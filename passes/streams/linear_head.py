@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from ...ops.head import head_loss, loss_of_head
 from ..graph.factors import same_size
@@ -86,6 +87,7 @@ class Head:
         return hidden.reshape(-1, hidden.shape[-1]), weight, bias, call.own_rows(1), call["ignore_index"]
 
 
+@disable_proxy_modes_tracing()  # sizes are compared, which is no step of the forward
 def find_head(loss: fx.Node, rows: set[fx.Node], inside: set[fx.Node]) -> Head | None:
     """The linear head of ``loss``.
 
