@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from ..graph.factors import Dim, same_size
-from ..graph.nodes import is_tensor, made_by, operands_of
+from ..graph.nodes import bind, is_tensor, made_by, operands_of
 from ..graph.op_sets import LOSSES, PICKS
 from ..graph.program import Program
 from ..rules.attention import attention_op
@@ -171,7 +171,7 @@ class _Follower:
             return len({rows for _, rows in known}) > 1
         if operation.target not in JOINS:
             return False
-        (dim,), operands = acted_dims(operation, self.axes.of(operation)), operands_of(operation)
+        dim, operands = bind(operation)["dim"], operands_of(operation)
         labels = [
             (rows, self.axes.of(operands[i]))
             for i, rows in known

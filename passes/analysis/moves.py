@@ -103,8 +103,7 @@ def acted_dims(operation: fx.Node, before: Axes) -> list[int] | None:
         dim = given["dim"] % rank
         return [*range(dim + 1)] if _is_by_row(given["index"].meta["val"], dim) else None
     dims = given.get("dims", given.get("dim"))
-    dims = [dims] if isinstance(dims, int) else dims
-    return [d % rank for d in dims] or None
+    return [d % rank for d in ([dims] if isinstance(dims, int) else dims or [])] or None
 
 
 def _is_by_row(index: Tensor, dim: int) -> bool:
