@@ -254,8 +254,8 @@ class RegressionOnAPart(Model):
 REFUSED = {
     "no attention": (NoAttention, lambda: {"x": torch.randn(3, 4)}, "No attention was found"),
     "graph break": (Split, data, r"Dynamo split the model at .*test_backend.py:\d+"),
-    "regression on a part": (RegressionOnAPart, data, "positions that are neither all tokens nor one per sequence"),
-    "part of the tokens": (PartOfTheTokens, data, "positions that are neither all tokens nor one per sequence"),
+    "regression on a part": (RegressionOnAPart, data, "runs over a part of the tokens, chosen before the loss"),
+    "part of the tokens": (PartOfTheTokens, data, "runs over a part of the tokens, chosen before the loss"),
 }
 
 
