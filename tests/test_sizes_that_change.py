@@ -84,6 +84,8 @@ SHIFTED: dict[str, Form] = {
     ),
     "another ignored label": lambda m, x, y: flat(m.head(x)[:, :-1], y[:, 1:].clamp(min=0), ignore_index=0),
     "by token": masked_mean,
+    "before the head": lambda m, x, y: flat(m.head(x[:, :-1]), y[:, 1:]),
+    "before norm and head": lambda m, x, y: second(m.next(F.layer_norm(x, (D,))[:, 2:]), y[:, 2:]),
 }
 WHOLE: dict[str, Form] = {
     "padded labels": lambda m, x, y: flat(m.head(x), F.pad(y, (0, 1), value=-100)[:, 1:]),

@@ -1,7 +1,9 @@
 """Unshift labels: rewrite a loss over a slice of the tokens as the same loss over all tokens.
 
 ``cross_entropy(logits[:, a:b], labels)`` equals ``cross_entropy(logits, padded labels)`` if positions outside the slice
-are ignored. So the logits of a hand-written next-token loss keep the token axis, as in transformers.
+are ignored. So the logits of a hand-written next-token loss keep the token axis, as in transformers. A slice of the
+head's input is moved in the same way if it has at least half of the tokens (a prefix is cut off); then the head runs
+for all tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import fx
 from ..graph.copies import copied
 from ..graph.emit import emit
 from ..graph.factors import Space, guarded_same_size, same_size
-from ..graph.nodes import bind, is_random, operands_of
+from ..graph.nodes import bind, hint, is_random, operands_of
 from ..graph.op_sets import CONVERSIONS, COPIES, LABEL_LOSSES, NONE, VIEWS
 from ..graph.program import Program
 from ..graph.symbolic_sizes import Numbers, symbols_of
@@ -25,8 +27,11 @@ aten = torch.ops.aten
 _PERMUTES = (aten.transpose.int, aten.permute.default, aten.t.default)
 #: Operations that keep all values.
 _MOVES = (*VIEWS, *_PERMUTES, *COPIES)
-#: Operations on a whole dim, that of the classes.
-_BY_CLASS = (aten.slice.Tensor, aten.log_softmax.int)
+#: Operations on a whole dim that is their second argument, that of the classes.
+_BY_DIM = (aten.slice.Tensor, aten.log_softmax.int)
+#: Operations on the whole last dim.
+_BY_LAST_DIM = (aten.linear.default, aten.layer_norm.default, aten.rms_norm.default)
+_BY_CLASS = (*_BY_DIM, *_BY_LAST_DIM)
 
 
 @dataclass(frozen=True)
@@ -113,8 +118,8 @@ def _whole_logits(loss: fx.Node, cut: _Cut, number: Numbers) -> fx.Node:
     """The logits of all tokens, [N, C]."""
     whole: Any = cut.node.args[0]
     for step in cut.steps:
-        by_class = step.target in _BY_CLASS
-        args = (step.args[0], cut.classes, *step.args[2:]) if by_class else step.args
+        by_dim = step.target in _BY_DIM
+        args = (step.args[0], cut.classes, *step.args[2:]) if by_dim else step.args
         whole = _repeated(step, args, {_source(step): whole})
     order = [*cut.rows, cut.classes]
     whole = whole if order == sorted(order) else emit(loss, aten.permute.default, whole, order)
@@ -152,6 +157,8 @@ def _find_cut(logits: fx.Node) -> _Cut | None:
 
 def _source(node: fx.Node) -> fx.Node | None:
     """The operand of an operation that moves values, or processes each of them or its classes alone, else ``None``."""
+    if node.target in _BY_LAST_DIM:
+        return node.args[0] if all(x.op == "placeholder" for x in operands_of(node)[1:]) else None  # type: ignore
     operands = {x for x in operands_of(node) if x.meta["val"].ndim}
     is_pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ()) and not is_random(node)
     known = is_pointwise or node.target in (*_MOVES, *_BY_CLASS, *CONVERSIONS)
@@ -164,8 +171,11 @@ def _read(node: fx.Node, behind: Sequence[fx.Node]) -> _Cut | None:
     if not all(map(way.follow, behind)) or (found := way.rows_and_classes()) is None:
         return None
     cut = _Cut(node, tuple(step for step in behind if step.target not in _MOVES), *found)
-    part = node.meta["val"].shape[cut.dim]
-    known = bind(node)["step"] == 1 and not same_size(part, 0) and not guarded_same_size(part, 1)
+    whole, part = (x.meta["val"].shape for x in (node.args[0], node))
+    size = part[cut.dim]
+    known = bind(node)["step"] == 1 and not same_size(size, 0) and not guarded_same_size(size, 1)
+    if any(step.target in _BY_LAST_DIM for step in cut.steps):
+        known = known and cut.classes == len(part) - 1 and 2 * hint(size) >= hint(whole[cut.dim])
     return cut if known and cut.dim != cut.classes else None
 
 
@@ -192,7 +202,7 @@ class _Way:
         return True
 
     def _follow_classes(self, step: fx.Node) -> bool:
-        dim = bind(step)["dim"]
+        dim = bind(step).get("dim", -1)
         before, after = self.axes[dim], self.space.fresh(step.meta["val"].shape[dim])
         if before not in self.own:
             return False

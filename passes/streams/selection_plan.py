@@ -104,7 +104,9 @@ class PlanSelection:
                 raise GraphNotSupported(fact, 'Compute the loss inside the model, or choose scorer="attention".')
             return self._instead(fact, "attention")
         if "loss" in wanted and not has_token_loss(program):
-            return self._instead("The loss is not computed per token, so a token has no loss of its own.", "gradient")
+            return self._instead(
+                "The loss is not one over all tokens in order, so a token has no loss of its own.", "gradient"
+            )
         return scorer
 
     def _instead(self, fact: str, name: str) -> Scorer:
