@@ -9,7 +9,7 @@ from ..analysis.blocks import Blocks
 from ..analysis.token_axes import TokenAxes
 from ..graph.errors import GraphNotSupported
 from ..graph.nodes import is_tensor, operands_of
-from ..graph.op_sets import CONTRACTIONS
+from ..graph.op_sets import CONTRACTIONS, MULTIPLICATIONS
 from ..graph.program import Program
 from ..rules.attention import attention_op
 
@@ -58,6 +58,7 @@ def _reads_across(axes: TokenAxes, user: fx.Node, operand: int, node: fx.Node) -
     carried = None if row is None else axes.carried(user, operand, row)
     if user.target in CONTRACTIONS:
         return (row is not None or mine is not None) and (mine is None or carried != mine)
-    if mine is not None and row is not None and carried is None:
+    reads = operand == 0 or user.target in MULTIPLICATIONS  # of ``x.type_as(y)``, y is not read
+    if reads and mine is not None and row is not None and carried is None:
         return True  # rows are mixed, or those of another dim
     return axes.has_rows(user) and carried in axes.token_dims(node) and carried != mine
