@@ -516,7 +516,7 @@ class _Ditching(TorchFunctionMode):
         for y in results:
             source = sources[0]
             grown = self._tokens_in(y.shape) > self._tokens_in(source.shape)
-            folded = source.shape[: 1 + (source.shape[0] not in flat)].numel()  # [B*T, ..] or [B*n, t, ..]
+            folded = source.shape[: 1 + (source.shape[:1].numel() not in flat)].numel()  # [B*T, ..] or [B*n, t, ..]
             unfolds = folded in flat and y.shape[:2].numel() == folded
             slices = func in _BROADCASTS | _JOINS | _PADS or func in (Tensor.__getitem__, torch.narrow, Tensor.narrow)
             if grown and y.requires_grad and not (unfolds or slices or y.ndim < source.ndim):
