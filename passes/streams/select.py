@@ -178,7 +178,8 @@ def kept_tokens(tokens: Any, keep_ratio: float | None = None, keep: int | None =
 class Select:
     """How scores become rows.
 
-    Pinned tokens come before all others, padding after all others; noise decides between equal scores.
+    Pinned tokens come before all others, padding after all others. Noise decides between equal scores; for a scorer
+    that reads no signal, the position does.
 
     Args:
         scorer: ``scorer(inputs) -> scores [B, T]``.
@@ -202,8 +203,12 @@ class Select:
 
     @property
     def needs(self) -> frozenset[str]:
-        """The signals to compute for this selection; noise breaks ties, so that no position is preferred."""
-        return needs_of(self.scorer) | {"noise"}
+        """The signals to compute for this selection.
+
+        Noise decides between equal scores, so that no position is preferred; scorers of positions alone need none.
+        """
+        wanted = needs_of(self.scorer)
+        return wanted | {"noise"} if wanted or self.method == "sample" else wanted
 
     def kept(self, tokens: Any) -> Any:
         """k, the number of rows to keep of this many tokens."""
