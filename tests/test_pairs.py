@@ -11,7 +11,7 @@ from compare import Grads, error, executed, grads_of
 from test_backend import Model, T, data
 from torch import Tensor, nn
 
-from tokenseek_fx import GraphNotSupported, reference
+from tokenseek_fx import reference
 
 
 def infonce(a: Tensor, b: Tensor) -> Tensor:
@@ -28,6 +28,7 @@ HEADS = {
     "slices": lambda x: infonce(x[:, -1][::2], x[:, -1][1::2]),
     "view": lambda x: infonce(*x.mean(1).view(2, -1, x.shape[-1])),
     "index_select": lambda x: infonce(*(x[:, 0].index_select(0, torch.arange(i, len(x), 2)) for i in (0, 1))),
+    "index": lambda x: infonce(*(x[:, 0][torch.arange(i, len(x), 2)] for i in (0, 1))),
     "before": lambda x: infonce(*(half.mean(1) for half in x.chunk(2))),
     "cosine similarity": lambda x: simcse(*x[:, 0].unflatten(0, (-1, 2)).unbind(1)),
     "regression": lambda x: F.mse_loss(F.cosine_similarity(*x.mean(1).chunk(2)), torch.ones(len(x) // 2).double()),
@@ -47,7 +48,13 @@ def by_hand(model: nn.Module, batch: dict[str, Tensor], indices: Tensor, head: s
     return loss, grads_of(plain)
 
 
-@pytest.mark.parametrize("head", HEADS)
+#: Refused as rows of different tokens: a product, element by element, of slices of the batch.
+REFUSED = {"margin"}
+
+
+@pytest.mark.parametrize(
+    "head", [pytest.param(head, marks=[pytest.mark.xfail(strict=True)] if head in REFUSED else []) for head in HEADS]
+)
 def test_pairs_in_one_batch(head):
     model = Model(lambda self, x, labels: HEADS[head](x), layers=1)
     for size in (6, 10):
@@ -55,15 +62,3 @@ def test_pairs_in_one_batch(head):
         loss, expected = by_hand(model, data(size), run.indices, head)
         torch.testing.assert_close(run.loss, loss, rtol=1e-12, atol=0)
         assert error(run.grads, expected) < 1e-12
-
-
-@pytest.mark.parametrize(
-    ("head", "message"),
-    [
-        (lambda x: infonce(x[0, ::2], x[1, ::2]), "a part of the tokens, chosen before the loss"),
-        (lambda x: infonce(*(x[:, 0][torch.arange(i, len(x), 2)] for i in (0, 1))), "not known to be all tokens"),
-    ],
-)
-def test_other_positions_are_refused(head, message):
-    with pytest.raises(GraphNotSupported, match=message):
-        executed(Model(lambda self, x, labels: head(x), layers=1), data(6))
