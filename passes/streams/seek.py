@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.utils import _pytree as pytree
 
@@ -228,6 +229,7 @@ class Seek(Retrace):
         return none.scatter(0, picked, True).reshape(row_index.batch, -1)
 
 
+@disable_proxy_modes_tracing()  # sizes are compared, which is no step of the forward
 def _picks_one_token(program: Program, node: fx.Node, axis: TokenAxis) -> bool:
     """True for a live operation that reads one row per sequence (the position that a classification head reads)."""
     if node.target not in PICKS or node not in program[Activity].live:
