@@ -23,7 +23,7 @@ from ..graph.op_sets import LOSSES, PICKS
 from ..graph.program import Program
 from ..rules.attention import attention_op
 from .activity import Activity
-from .moves import JOINS, POSITIONS, SCATTERS, Move, Rows, acted_dims, arguments_of, dim_of, row_layout, rows_after
+from .moves import JOINS, POSITIONS, SCATTERS, Move, Rows, arguments_of, dim_of, row_layout, rows_after
 from .token_axes import TokenAxes, TokenAxis
 
 aten = torch.ops.aten
