@@ -187,8 +187,19 @@ class Difference(Base):
 
 
 def test_rows_of_no_single_token_are_refused():
-    with pytest.raises(Exception, match=r"aten.sub.Tensor combines rows of different tokens"):
+    with pytest.raises(Exception, match=r"rows of different tokens meet at aten.sub.Tensor"):
         executed(Difference(["0"], two_layers).double(), {"x": torch.randn(3, 8, 6, dtype=torch.float64)})
+
+
+class TwoGrids(Base):
+    def losses(self, h: Tensor, cut: Kept) -> Tensor:
+        a, b = self.branches["0"]
+        return a(h.unflatten(1, (4, 3))[:, 1:]).square().mean() + b(h.unflatten(1, (3, 4))[:, 1:]).square().mean()
+
+
+def test_views_that_cut_across_each_other_are_refused():
+    with pytest.raises(Exception, match=r"rows of different tokens meet at aten.view.default"):
+        executed(TwoGrids(["0"], two_layers).double(), {"x": torch.randn(3, 12, 6, dtype=torch.float64)})
 
 
 class Sides(Base):
@@ -214,8 +225,8 @@ class Merged(Base):
         passages = Kept(cut.keep if cut.keep is None else cut.keep.reshape(h.shape[0] // 3, -1))
         third = torch.arange(h.shape[1])[1::3]
         y = cut(b(h))
-        image = y.unflatten(1, (3, -1)).movedim(-1, 1)
-        kept = None if cut.keep is None else cut.keep.unflatten(1, (3, -1)).unsqueeze(1).expand(image.shape)
+        image = y.unflatten(1, (-1, 3)).movedim(-1, 1)
+        kept = None if cut.keep is None else cut.keep.unflatten(1, (-1, 3)).unsqueeze(1).expand(image.shape)
         total = passages.mse(passages(b(passages(a(h.reshape(h.shape[0] // 3, -1, D))))))
         total = total + cut.mse(cut(b(cut(a(h.unflatten(1, (-1, 3))[:, :, 1]), third)), third), third)
         return total + (F.l1_loss(image, torch.zeros_like(image)) if kept is None else image[kept].abs().mean())

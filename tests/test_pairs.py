@@ -48,13 +48,7 @@ def by_hand(model: nn.Module, batch: dict[str, Tensor], indices: Tensor, head: s
     return loss, grads_of(plain)
 
 
-#: Refused as rows of different tokens: a product, element by element, of slices of the batch.
-REFUSED = {"margin"}
-
-
-@pytest.mark.parametrize(
-    "head", [pytest.param(head, marks=[pytest.mark.xfail(strict=True)] if head in REFUSED else []) for head in HEADS]
-)
+@pytest.mark.parametrize("head", HEADS)
 def test_pairs_in_one_batch(head):
     model = Model(lambda self, x, labels: HEADS[head](x), layers=1)
     for size in (6, 10):

@@ -23,7 +23,7 @@ from ..graph.op_sets import LOSSES, PICKS
 from ..graph.program import Program
 from ..rules.attention import attention_op
 from .activity import Activity
-from .moves import JOINS, POSITIONS, SCATTERS, Move, Rows, arguments_of, dim_of, row_layout, rows_after
+from .moves import JOINS, POSITIONS, SCATTERS, Move, Rows, acts_on, arguments_of, dim_of, row_layout, rows_after
 from .token_axes import TokenAxes, TokenAxis
 
 aten = torch.ops.aten
@@ -139,6 +139,9 @@ class _Follower:
     def _behind(self, node: fx.Node, operation: fx.Node, known: dict[int, Rows]) -> Rows | None:
         if operation.target in POSITIONS and 0 in known:
             return self._moved(node, operation, [known[0]])
+        if self.axes.flows[operation].regrouped and not known[0].mixed:  # a view that cuts across other views
+            self.lost.add(node)
+            return None
         if operation.target in JOINS and (found := self._concatenated(node, operation, known)) is not None:
             return found
         return self._mixed(node, operation, known)
@@ -154,8 +157,9 @@ class _Follower:
                 self.lost.add(node)
             return rows
         found = sum(after, ())
-        batch = tuple(f for f in found if f in first.batch)
-        token = tuple(f for f in found if f not in first.batch)
+        of_batch = acts_on(operation, before[sources.index(first)], first.batch)
+        batch = tuple(f for f in found if f in first.batch or (of_batch and f not in first.token))
+        token = tuple(f for f in found if f not in batch)
         if first.mixed or not found:
             return self._standing(node, first, token)
         layout = tuple(row_layout(x, labels) for x, labels in zip(sources, before, strict=True))
@@ -227,15 +231,19 @@ class _Follower:
         has_batch = {*axis.batch} <= {*sum(self.axes.of(node), ())}
         if has_batch and same_size(space.size(label), space.size(axis.token)):
             self._equate(axis.token, label)
-            return self._by_label(node)
+            token = space.resolve(axis.token)
+            if {*token} <= {*sum(self.axes.of(node), ())}:
+                return self._by_label(node) or Rows(axis, axis.batch, token)
+            self.lost.add(node)
+            return None
         return Rows(axis, axis.batch, label, mixed=True)
 
     def _equate(self, known: Dim, label: Dim) -> None:
         """State that a dim is the same axis; factors of other sizes stay distinct."""
-        resolve = self.axes.space.resolve
-        if resolve(label) != resolve(known):
+        resolve, before = self.axes.space.resolve, self.axes.space.resolve(known)
+        if resolve(label) != before:
             self.axes.space.equate(known, label)
-            self.joined |= resolve(label) == resolve(known)
+            self.joined |= resolve(label) == resolve(known) or resolve(known) != before
 
     def _joined(self, node: fx.Node, found: list[Rows]) -> Rows | None:
         """The rows of a value that combines different rows: mixed tokens."""

@@ -86,6 +86,12 @@ def rows_after(before: Axes, after: Axes, rows: Rows, operation: fx.Node) -> Axe
     return tuple(tuple(f for f in dim if f not in same) for dim in after)
 
 
+def acts_on(operation: fx.Node, before: Axes, factors: Dim) -> bool:
+    """True if an operation moves positions of these factors alone."""
+    acted = {f for d in acted_dims(operation, before) or () for f in before[d]}
+    return bool(acted) and acted <= {*factors}
+
+
 def acted_dims(operation: fx.Node, before: Axes) -> list[int] | None:
     """The dims whose positions an operation moves; ``None`` if it is not a static move."""
     given, rank = bind(operation), len(before)

@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from torch import fx
 
+from ..analysis.moved_rows import MovedRows
 from ..analysis.token_axes import TokenAxes
 from ..graph.errors import GraphNotSupported
 from ..graph.nodes import bytes_hint, operands_of
@@ -52,7 +53,7 @@ def refuse_lost_rows(node: fx.Node) -> NoReturn:
         GraphNotSupported: always.
     """
     raise GraphNotSupported(
-        f"{node.target} combines rows of different tokens, and its result has neither a row for every token nor one "
+        f"The rows of different tokens meet at {node.target}, and its result has neither a row for every token nor one "
         "per sequence, so its rows belong to no single token.",
         "Combine values of all tokens, and mask positions instead of dropping them.",
         node,
@@ -71,6 +72,8 @@ def refuse_partial_loss(program: Program, node: fx.Node) -> None:
     operand = axes.of(node.args[0])
     positions = operand[:1] + operand[2:] if node.target in LABEL_LOSSES else ()
     batches = {f for axis in axes.tokens for f in (*axis.batch, *axes.space.parts_of(axis.batch))}
+    if (rows := program[MovedRows].rows.get(node.args[0])) is not None:  # type: ignore[call-overload]
+        batches |= {*rows.batch}
     parts = {f for axis in axes.tokens for f in axes.space.parts_of(axis.token)}
     if set(sum(operand, ())) & parts:
         raise GraphNotSupported(
