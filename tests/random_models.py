@@ -181,7 +181,7 @@ class Layer(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-#: Tokens put before the others, [N, P, D].
+#: Tokens put before the others, [N, P, D]. Their number differs from that of any padding, so sizes tell them apart.
 PREFIXES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cat": lambda p, x: torch.cat([p.expand(x.shape[0], -1, -1), x], 1),
     "repeat": lambda p, x: torch.cat((p.repeat(x.shape[0], 1, 1), x), dim=1),
@@ -324,7 +324,7 @@ def recipe(seed: int) -> dict[str, Any]:
         "in_heads": often(0.25),
         "layers": layers,
         "prefix": draw.choice(sorted(PREFIXES)),
-        "prefix_tokens": draw.choice([1, 3]),
+        "prefix_tokens": draw.choice([3, 6]),
         "prefix_before": prefix_before,
         "drop": draw.choice(sorted(DROPS)),
         "drop_after": depth - 1 if prefix_before is not None and (tail == "image" or sides or often(0.6)) else None,
