@@ -266,7 +266,8 @@ class DitchStream:
         if node in self._in_context or made_by(node).target in MOVES:
             return value
         self.barriers.append(barrier_at(node, self.live, self.axes, moved=True))
-        kept = self.row_numbers.kept(self.moved.rows[node], self.axes.of(node))
+        rows, labels = self.moved.rows[node], self.axes.of(node)
+        kept = self.once((rows, labels), lambda: self.row_numbers.kept(rows, labels))
         return torch.where(kept, value, self.seek[node].detach())
 
     def _source(self, node: fx.Node) -> None:
