@@ -45,8 +45,8 @@ def training(plan: Plan) -> Pipeline:
             UnshiftLabels(),  # before the token axes: it removes an axis that is a slice of the token axis
             FindActivity(),
             FindTokenAxes(plan.passed),
-            FindMovedRows(given),
             FindRoutes(),
+            FindMovedRows(given),
             FindBlocks(),
             FindPositionalAttention(),
             # plan the rewrite

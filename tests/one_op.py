@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from tokenseek_fx.passes.analysis.activity import Activity, FindActivity
+from tokenseek_fx.passes.analysis.moved_rows import MovedRows
 from tokenseek_fx.passes.analysis.routing import Routes
 from tokenseek_fx.passes.analysis.row_index import RowIndex
 from tokenseek_fx.passes.analysis.token_axes import TokenAxes, TokenAxis, find
@@ -143,7 +144,7 @@ def build(case: Case, n: SimpleNamespace, operands: Sequence[Tensor]) -> OneOp:
         axes[x] = flows[x].outputs
     program = Program(fx.GraphModule(torch.nn.Module(), graph), tuple(operands))
     found = TokenAxes(space, axes, flows, ())
-    program = FindActivity().run(program).with_(found, Routes(), PositionalAttentions())
+    program = FindActivity().run(program).with_(found, Routes(), MovedRows(), PositionalAttentions())
     return OneOp(program, found, node, results, names)
 
 

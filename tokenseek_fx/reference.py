@@ -391,7 +391,7 @@ class _Ditching(TorchFunctionMode):
 
     def _axes_of(self, rows: Tensor) -> set[int]:
         """The lengths of the token axes that these rows belong to."""
-        last = rows.max().item()
+        last = rows.max().item() if rows.numel() else -1
         return {n for n, first in self.firsts.items() if first <= last < first + n * self.batches[n]}
 
     def _pad(self, call: "_Call", rows: Tensor) -> Tensor:
@@ -433,8 +433,13 @@ class _Ditching(TorchFunctionMode):
         rows = self.rows[target].clone() if live else torch.full(target.shape, -1, device=target.device)
         if call.func is Tensor.__setitem__:
             rows[call.args[1]] = self.rows[value]
+        else:
+            rows = call.func(rows, self.rows[value], *call.args[2:], **call.kwargs)
+        if target.shape[-1] in self.firsts:
             return rows
-        return call.func(rows, self.rows[value], *call.args[2:], **call.kwargs)
+        return torch.where(
+            rows < 0, rows.amax(-1, keepdim=True), rows
+        )  # other features belong to the token beside them
 
     # ---- other operations: rows of an operand, or of the tokens that stand there
 

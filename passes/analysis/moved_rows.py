@@ -24,6 +24,7 @@ from ..graph.program import Program
 from ..rules.attention import attention_op
 from .activity import Activity
 from .moves import JOINS, POSITIONS, SCATTERS, Move, Rows, acts_on, arguments_of, dim_of, row_layout, rows_after
+from .routing import Routes
 from .token_axes import TokenAxes, TokenAxis
 
 aten = torch.ops.aten
@@ -46,8 +47,8 @@ class MovedRows:
 class FindMovedRows:
     """Follow the rows of tokens through slices, moves and operations that mix tokens.
 
-    Reads ``Activity``, ``TokenAxes``; writes ``MovedRows``, and ``TokenAxes`` with the positions behind mixing
-    operations as tokens and the axis of a loss over moved rows first.
+    Reads ``Activity``, ``TokenAxes``, ``Routes``; writes ``MovedRows``, and ``TokenAxes`` with the positions behind
+    mixing operations as tokens and the axis of a loss over moved rows first.
 
     Args:
         given: the rows are given. Otherwise a token that the model picks from all tokens of a sequence is always kept,
@@ -75,9 +76,9 @@ class FindMovedRows:
 
 
 def _followed(program: Program, live: frozenset[fx.Node], axes: TokenAxes) -> _Follower:
-    follower = _Follower(axes, live)
+    follower, routed = _Follower(axes, live), program[Routes].by_node(live)
     for node in program.graph.nodes:
-        if node in live and is_tensor(node) and node.op == "call_function":
+        if node in live and node not in routed and is_tensor(node) and node.op == "call_function":
             follower.visit(node)
     return follower
 

@@ -263,9 +263,11 @@ class DitchStream:
             value = self._restricted(RowOp(node, self, None))
         else:
             value = applied(node, *RowOp(node, self, None).in_context)
-        if node in self._in_context or made_by(node).target in MOVES:
+        target = made_by(node).target
+        if target not in LAYOUT:
+            self.barriers.append(barrier_at(node, self.live, self.axes, moved=True))
+        if node in self._in_context or target in MOVES:
             return value
-        self.barriers.append(barrier_at(node, self.live, self.axes, moved=True))
         rows, labels = self.moved.rows[node], self.axes.of(node)
         kept = self.once((rows, labels), lambda: self.row_numbers.kept(rows, labels))
         return torch.where(kept, value, self.seek[node].detach())
