@@ -437,9 +437,8 @@ class _Ditching(TorchFunctionMode):
             rows = call.func(rows, self.rows[value], *call.args[2:], **call.kwargs)
         if target.shape[-1] in self.firsts:
             return rows
-        return torch.where(
-            rows < 0, rows.amax(-1, keepdim=True), rows
-        )  # other features belong to the token beside them
+        beside = rows.amax(-1, keepdim=True)  # features that are not written belong to the token beside them
+        return torch.where(rows < 0, beside, rows)
 
     # ---- other operations: rows of an operand, or of the tokens that stand there
 
@@ -775,7 +774,7 @@ def _along(numbers: Tensor, dim: int, ndim: int) -> Tensor:
 
 
 def _varies(rows: Tensor, dim: int) -> bool:
-    return bool((rows != rows.narrow(dim, 0, 1)).any())
+    return bool(rows.numel() and (rows != rows.narrow(dim, 0, 1)).any())
 
 
 def _same_leading_dims(rows: Tensor, y: Tensor) -> Tensor | None:

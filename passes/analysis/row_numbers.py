@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..graph.factors import Axes, Dim, Space
+from ..graph.kinds import in_block
 from .moves import Move, Rows
 from .row_index import RowIndex
 from .token_axes import TokenAxis
@@ -19,7 +20,7 @@ aten = torch.ops.aten
 
 
 class RowNumbers:
-    """Row numbers of moved rows, computed once for every move.
+    """Row numbers of moved rows, computed once for every move, with the stream of all tokens.
 
     Args:
         row_index: returns the row index of a token axis.
@@ -35,9 +36,13 @@ class RowNumbers:
 
         Bool; broadcasts to the value.
         """
-        row_index = self.row_index(rows.axis)
-        none = torch.zeros(row_index.batch, row_index.tokens, dtype=torch.bool, device=row_index.indices.device)
-        return self._looked_up(none.scatter(1, row_index.indices, True), True, rows, labels)
+        if (rows, labels) not in self._known:
+            row_index = self.row_index(rows.axis)
+            with in_block(0):
+                none = torch.zeros(row_index.batch, row_index.tokens, dtype=torch.bool, device=row_index.indices.device)
+                by_token = none.scatter(1, row_index.indices, True)
+                self._known[rows, labels] = self._looked_up(by_token, True, rows, labels)
+        return self._known[rows, labels]
 
     def weights(self, rows: Rows, labels: Axes) -> Tensor:
         """The weights of the entries of a value with these axes; 0 for tokens that are not kept, 1 for no token."""

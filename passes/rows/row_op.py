@@ -115,9 +115,8 @@ class RowOp:
 
     def kept(self, labels: Axes) -> Tensor:
         """For moved rows: True where a value with these axes belongs to kept tokens; bool, broadcasts to the value."""
-        rows, numbers = self.moved, self.streams.row_numbers
-        assert rows is not None
-        return self.streams.once((rows, labels), lambda: numbers.kept(rows, labels))
+        assert self.moved is not None
+        return self.streams.row_numbers.kept(self.moved, labels)
 
     @cached_property
     def operands(self) -> list[fx.Node]:

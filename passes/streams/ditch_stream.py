@@ -268,8 +268,7 @@ class DitchStream:
             self.barriers.append(barrier_at(node, self.live, self.axes, moved=True))
         if node in self._in_context or target in MOVES:
             return value
-        rows, labels = self.moved.rows[node], self.axes.of(node)
-        kept = self.once((rows, labels), lambda: self.row_numbers.kept(rows, labels))
+        kept = self.row_numbers.kept(self.moved.rows[node], self.axes.of(node))
         return torch.where(kept, value, self.seek[node].detach())
 
     def _source(self, node: fx.Node) -> None:
