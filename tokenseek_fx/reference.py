@@ -411,7 +411,7 @@ class _Ditching(TorchFunctionMode):
     def _join(self, call: "_Call", sources: list[Tensor], y: Tensor) -> Tensor | None:
         """Joined rows; the entries of an operand without rows, or without gradient, belong to no token."""
         known = [x for x in sources if x in self.rows]
-        live = [x for x in known if call.is_live(x)] or known
+        live = [x for x in known if call.is_live(x) and x.numel()] or known
         parts = [self.rows[x] if _among(x, live) else torch.full(x.shape, -1, device=y.device) for x in sources]
         dim = call.argument(1, "dim", 0) % y.ndim
         stacked = call.func is torch.stack

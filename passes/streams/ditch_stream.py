@@ -263,8 +263,7 @@ class DitchStream:
             value = self._restricted(RowOp(node, self, None))
         else:
             value = applied(node, *RowOp(node, self, None).in_context)
-        target = made_by(node).target
-        if target not in LAYOUT:
+        if (target := made_by(node).target) not in LAYOUT:
             self.barriers.append(barrier_at(node, self.live, self.axes, moved=True))
         if node in self._in_context or target in MOVES:
             return value
