@@ -154,7 +154,9 @@ class _Follower:
         after = rows_after(before[sources.index(first)], self.axes.of(node), first, operation)
         if after is None:
             rows = self._mixed(node, operation, {i: x for i, x in enumerate(sources) if isinstance(x, Rows)})
-            if rows is None or rows.mixed:
+            if not (
+                operation.target is aten.pad.default or self._sorts(operation)
+            ):  # padding that is not constant mixes
                 self.lost.add(node)
             return rows
         found = sum(after, ())
@@ -169,6 +171,18 @@ class _Follower:
             return self._standing(node, first, token)
         move = Move(operation.target, arguments_of(operation), item, tuple(sources), layout, after)  # type: ignore[arg-type]
         return Rows(first.axis, batch, token, move)
+
+    def _sorts(self, operation: fx.Node) -> bool:
+        """True for positions that depend on activations: they mix tokens. Other positions are a move."""
+        pending, seen = operands_of(operation)[1:], set[fx.Node]()
+        while pending:
+            node = pending.pop()
+            if node in self.known:
+                return True
+            if node not in seen:
+                seen.add(node)
+                pending += node.all_input_nodes
+        return False
 
     def _joins_rows(self, operation: fx.Node, known: list[tuple[int, Rows]]) -> bool:
         """True for an operation that joins its operands along a dim that numbers their rows."""
