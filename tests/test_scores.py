@@ -181,7 +181,8 @@ def assert_scores(
     close(run.loss.detach(), expected.total, tol)
     for score, labels, indices in zip(seen.scores.tolist(), seen.labelled.tolist(), run.indices.tolist(), strict=True):
         attended = [s > -torch.inf for s in score]
-        assert indices == scores.Rules(len(indices), labels, attended).choose(score)
+        noise = [float(i in indices) for i in range(len(score))]  # of equal scores, those that were kept
+        assert indices == scores.Rules(len(indices), labels, attended, noise=noise).choose(score)
     return run
 
 
