@@ -200,9 +200,12 @@ class _Follower:
 
     def _concatenated(self, node: fx.Node, operation: fx.Node, known: dict[int, Rows]) -> Rows | None:
         """The rows of joined operands, if they are of one token axis; else ``None``."""
-        scatters = operation.target in SCATTERS
-        if scatters and not (1 in known and known[1].move is not None):
+        part = known.get(1) if operation.target in SCATTERS else None
+        if operation.target in SCATTERS and (part is None or part.move is None):
             return None
+        place = (part.move.sources, part.move.arguments) if part and part.move else None
+        if place == ((known.get(0),), arguments_of(operation)):
+            return known[0]  # written back to its own place
         if len({rows.axis for rows in known.values()}) > 1 or any(rows.mixed for rows in known.values()):
             return None
         return self._moved(node, operation, [known.get(i, x) for i, x in enumerate(operands_of(operation))])

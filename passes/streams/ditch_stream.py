@@ -181,7 +181,7 @@ class DitchStream:
     def head_of(self, loss: fx.Node) -> Head | None:
         """The linear head of a loss over labels; ``None`` if other operations lead to it, or round the logits."""
         having = {node for node in self.program.graph.nodes if is_tensor(node) and self.axes.has_rows(node)}
-        head = find_head(loss, having & self.live, having)
+        head = find_head(loss, having & self.live - self.moved.rows.keys(), having)
         return head if head is not None and head.dtype.itemsize >= head.product.itemsize else None
 
     def once(self, key: Any, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
