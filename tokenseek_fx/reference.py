@@ -481,6 +481,9 @@ class _Ditching(TorchFunctionMode):
 
     def _of_different_rows(self, y: Tensor, found: list[Tensor]) -> Tensor | None:
         """The rows of a value that combines rows of different tokens: the tokens that stand there."""
+        several = [rows for rows in found if len(rows.unique()) > self.batch]  # one row per sequence is broadcast
+        if several and all(torch.equal(rows, several[0]) for rows in several[1:]):
+            return several[0]
         rows = self._by_position(y)
         rows = self._in_order(found) if rows is None else rows
         if rows is None and y.requires_grad:
@@ -528,7 +531,7 @@ class _Ditching(TorchFunctionMode):
 
     def _check_grown(self, func: Function, sources: list[Tensor], y: Tensor, descent: Tensor) -> None:
         """ValueError if a reshape or slice of token rows has a new dim of size T that isn't the token axis."""
-        if func in _BROADCASTS or func in _JOINS or func in _PADS or not y.numel():
+        if func in _BROADCASTS | _JOINS | _PADS | {torch.gather, Tensor.gather} or not y.numel():
             return
         if y.ndim == 4 and y.shape[:-1] == sources[0].shape[:-1] and self._token_dims(descent):
             return  # scores without the columns of attention sinks: the rows are the queries

@@ -111,6 +111,7 @@ class _Follower:
             return self._by_label(node)
         if not carried or self._joins_rows(operation, known):
             return self._behind(node, operation, dict(known))
+        carried = [x for x in carried if x[1].token] or carried  # one row per sequence is broadcast to others
         first = min(dim for dim, _ in carried)
         found = {rows for dim, rows in carried if dim == first}
         return found.pop() if len(found) == 1 else self._joined(node, list(found))
@@ -154,9 +155,9 @@ class _Follower:
         after = rows_after(before[sources.index(first)], self.axes.of(node), first, operation)
         if after is None:
             rows = self._mixed(node, operation, {i: x for i, x in enumerate(sources) if isinstance(x, Rows)})
-            if not (
-                operation.target is aten.pad.default or self._sorts(operation)
-            ):  # padding that is not constant mixes
+            mixes = operation.target is aten.pad.default or self._sorts(operation)  # padding by reflection mixes
+            other = self._by_label(node)
+            if not mixes and (other is None or other.axis == first.axis):
                 self.lost.add(node)
             return rows
         found = sum(after, ())
