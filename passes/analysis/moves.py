@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from ..graph.factors import Axes, Dim, same_size
 from ..graph.nodes import bind, operands_of
@@ -107,14 +107,16 @@ def acted_dims(operation: fx.Node, before: Axes) -> list[int] | None:
         return []
     if operation.target is aten.gather.default:  # the index has the dims before as well
         dim = given["dim"] % rank
-        return [*range(dim + 1)] if _is_by_row(given["index"].meta["val"], dim) else None
+        return [*range(dim + 1)] if _is_by_row(given["index"], dim) else None
     dims = given.get("dims", given.get("dim"))
     return [d % rank for d in ([dims] if isinstance(dims, int) else dims or [])] or None
 
 
-def _is_by_row(index: Tensor, dim: int) -> bool:
+def _is_by_row(index: fx.Node, dim: int) -> bool:
     """True if an index of ``gather`` was expanded over the features behind ``dim``, so that whole rows are gathered."""
-    features = [*zip(index.stride(), index.shape, strict=True)][dim + 1 :]
+    repeated = index.args[0] if index.target is aten.repeat.default else index
+    value = repeated.meta["val"]  # type: ignore[union-attr]
+    features = [*zip(value.stride(), value.shape, strict=True)][dim + 1 :]
     return all(stride == 0 or same_size(size, 1) for stride, size in features)
 
 
