@@ -72,6 +72,7 @@ _WRITES = {Tensor.__setitem__, torch.slice_scatter, torch.select_scatter, Tensor
 _RESHAPES_IN_PLACE = {
     getattr(Tensor, f"{name}_") for name in ("transpose", "t", "squeeze", "unsqueeze", "swapaxes", "swapdims", "resize")
 }
+_CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
 _SOFTMAX = {torch.softmax, Tensor.softmax, torch.log_softmax, Tensor.log_softmax}
 _OPAQUE = {
     Tensor.backward, Tensor.register_hook, Tensor.retain_grad, Tensor.detach, Tensor.requires_grad_, Tensor.__repr__,
@@ -451,7 +452,8 @@ class _Ditching(TorchFunctionMode):
         ranks = [[x for x in floats if call.is_live(x)], [x for x in floats if not call.is_live(x)]]
         ranks.append([x for x in call.operands if not _is_float(x) and x in self.rows])
         readings, mixed = self._by_size(y), []
-        for match, some in product((_same_leading_dims, _broadcast), ranks):
+        alike = _same_but_channels if call.func in _CONVOLUTIONS else _same_leading_dims
+        for match, some in product((alike, _broadcast), ranks):
             if match is _broadcast and readings:
                 continue
             matching = [(x, rows) for x in some if (rows := match(self.rows[x], y)) is not None]
@@ -791,6 +793,12 @@ def _same_leading_dims(rows: Tensor, y: Tensor) -> Tensor | None:
     if rows.shape[:-1] == y.shape[:-1]:
         return rows[..., :1].expand(y.shape)
     return rows[..., 0] if rows.shape[:-1] == y.shape else None
+
+
+def _same_but_channels(rows: Tensor, y: Tensor) -> Tensor | None:
+    """Rows of the operand of a convolution for a result of the same positions."""
+    fits = rows.ndim == y.ndim and rows.shape[2:] == y.shape[2:] and not _varies(rows, 1)
+    return rows[:, :1].expand(y.shape) if fits else None
 
 
 def _broadcast(rows: Tensor, y: Tensor) -> Tensor | None:

@@ -111,7 +111,8 @@ class _Follower:
             return self._by_label(node)
         if not carried or self._joins_rows(operation, known):
             return self._behind(node, operation, dict(known))
-        carried = [x for x in carried if x[1].token] or carried  # one row per sequence is broadcast to others
+        # rows are combined with values without rows, and with one row per sequence, which is broadcast
+        carried = [x for x in carried if x[1].token and not x[1].mixed] or carried
         first = min(dim for dim, _ in carried)
         found = {rows for dim, rows in carried if dim == first}
         return found.pop() if len(found) == 1 else self._joined(node, list(found))
@@ -121,7 +122,10 @@ class _Follower:
         return self.known[node] if node in self.known else self._by_label(node)
 
     def _by_label(self, node: fx.Node) -> Rows | None:
-        axis = self.axes.axis_of(node) if self.axes.has_rows(node) else None
+        """The tokens in order, in one dim or split over several, by the factors of the dims."""
+        axis, factors = self.axes.axis_of(node), {*sum(self.axes.of(node), ())}
+        if axis is None or not self.axes.has_rows(node):
+            axis = next((axis for axis in self.axes.tokens if {*axis.batch, *axis.token} <= factors), None)
         return None if axis is None else Rows(axis, axis.batch, axis.token)
 
     def _carried(self, node: fx.Node, operation: fx.Node, operand: int, rows: Rows) -> int | None:
@@ -250,9 +254,8 @@ class _Follower:
         has_batch = {*axis.batch} <= {*sum(self.axes.of(node), ())}
         if has_batch and same_size(space.size(label), space.size(axis.token)):
             self._equate(axis.token, label)
-            token = space.resolve(axis.token)
-            if {*token} <= {*sum(self.axes.of(node), ())}:
-                return self._by_label(node) or Rows(axis, axis.batch, token)
+            if {*space.resolve(axis.token)} <= {*sum(self.axes.of(node), ())}:
+                return self._by_label(node)
             self.lost.add(node)
             return None
         return Rows(axis, axis.batch, label, mixed=True)
