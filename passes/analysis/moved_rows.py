@@ -23,7 +23,19 @@ from ..graph.op_sets import LOSSES, PICKS
 from ..graph.program import Program
 from ..rules.attention import attention_op
 from .activity import Activity
-from .moves import JOINS, POSITIONS, SCATTERS, Move, Rows, acts_on, arguments_of, dim_of, row_layout, rows_after
+from .moves import (
+    JOINS,
+    POSITIONS,
+    SCATTERS,
+    Move,
+    Rows,
+    acts_on,
+    acts_on_features,
+    arguments_of,
+    dim_of,
+    row_layout,
+    rows_after,
+)
 from .routing import Routes
 from .token_axes import TokenAxes, TokenAxis
 
@@ -105,21 +117,19 @@ class _Follower:
 
     def _rows(self, node: fx.Node, operation: fx.Node) -> Rows | None:
         operands = operands_of(operation)
-        known = [(i, self._of(x)) for i, x in enumerate(operands) if x in self.live and self._of(x) is not None]
-        carried = [(dim, rows) for i, rows in known if (dim := self._carried(node, operation, i, rows)) is not None]
+        found = {i: self.known.get(x) or self._by_label(x) for i, x in enumerate(operands) if x in self.live}
+        known = {i: rows for i, rows in found.items() if rows is not None}
         if not known:
             return self._by_label(node)
+        dims = {i: self._carried(node, operation, i, rows) for i, rows in known.items()}
+        carried = [(dim, known[i]) for i, dim in dims.items() if dim is not None]
         if not carried or self._joins_rows(operation, known):
-            return self._behind(node, operation, dict(known))
+            return self._behind(node, operation, known)
         # rows are combined with values without rows, and with one row per sequence, which is broadcast
         carried = [x for x in carried if x[1].token and not x[1].mixed] or carried
         first = min(dim for dim, _ in carried)
-        found = {rows for dim, rows in carried if dim == first}
-        return found.pop() if len(found) == 1 else self._joined(node, list(found))
-
-    def _of(self, node: fx.Node) -> Rows | None:
-        """The rows of an operand."""
-        return self.known[node] if node in self.known else self._by_label(node)
+        several = list(dict.fromkeys(rows for dim, rows in carried if dim == first))
+        return several[0] if len(several) == 1 else self._combined(node, several)
 
     def _by_label(self, node: fx.Node) -> Rows | None:
         """The tokens in order, in one dim or split over several, by the factors of the dims."""
@@ -156,7 +166,10 @@ class _Follower:
         """The rows of ``node``, by the operation on the row numbers of ``sources``."""
         first = next(rows for rows in sources if isinstance(rows, Rows))
         before = [self.axes.of(x) for x in operands_of(operation)[: len(sources)]]
-        after = rows_after(before[sources.index(first)], self.axes.of(node), first, operation)
+        own = before[sources.index(first)]
+        if acts_on_features(operation, own, first) and {*first.factors} <= {*sum(self.axes.of(node), ())}:
+            return first
+        after = rows_after(own, self.axes.of(node), first, operation)
         if after is None:
             rows = self._mixed(node, operation, {i: x for i, x in enumerate(sources) if isinstance(x, Rows)})
             mixes = operation.target is aten.pad.default or self._sorts(operation)  # padding by reflection mixes
@@ -165,16 +178,18 @@ class _Follower:
                 self.lost.add(node)
             return rows
         found = sum(after, ())
-        of_batch = acts_on(operation, before[sources.index(first)], first.batch)
+        of_batch = acts_on(operation, own, first.batch)
         batch = tuple(f for f in found if f in first.batch or (of_batch and f not in first.token))
         token = tuple(f for f in found if f not in batch)
         if first.mixed or not found:
             return self._standing(node, first, token)
-        layout = tuple(row_layout(x, labels) for x, labels in zip(sources, before, strict=True))
+        factors = [x.factors if isinstance(x, Rows) else () for x in sources]
+        layout = tuple(map(row_layout, factors, before))
         item = node.args[1] if node.target is operator.getitem else None
         if (other := self._by_label(node)) is not None and other.axis != first.axis:
             return self._standing(node, first, token)
-        move = Move(operation.target, arguments_of(operation), item, tuple(sources), layout, after)  # type: ignore[arg-type]
+        arguments = arguments_of(operation)
+        move = Move(operation.target, arguments, item, tuple(sources), layout, after)  # type: ignore[arg-type]
         return Rows(first.axis, batch, token, move)
 
     def _sorts(self, operation: fx.Node) -> bool:
@@ -189,19 +204,19 @@ class _Follower:
                 pending += node.all_input_nodes
         return False
 
-    def _joins_rows(self, operation: fx.Node, known: list[tuple[int, Rows]]) -> bool:
+    def _joins_rows(self, operation: fx.Node, known: dict[int, Rows]) -> bool:
         """True for an operation that joins its operands along a dim that numbers their rows."""
         if operation.target is aten.stack.default:
-            return len({rows for _, rows in known}) > 1
+            return len({*known.values()}) > 1
         if operation.target not in JOINS:
             return False
         dim, operands = bind(operation)["dim"], operands_of(operation)
         labels = [
             (rows, self.axes.of(operands[i]))
-            for i, rows in known
+            for i, rows in known.items()
             if operands[i].meta["val"].ndim == operation.meta["val"].ndim
         ]
-        return any({*of[dim]} & {*rows.factors} or not (of[dim] or rows.token) for rows, of in labels)
+        return any(row_layout(rows.factors, of)[dim] or not (of[dim] or rows.token) for rows, of in labels)
 
     def _concatenated(self, node: fx.Node, operation: fx.Node, known: dict[int, Rows]) -> Rows | None:
         """The rows of joined operands, if they are of one token axis; else ``None``."""
@@ -267,7 +282,7 @@ class _Follower:
             self.axes.space.equate(known, label)
             self.joined |= resolve(label) == resolve(known) or resolve(known) != before
 
-    def _joined(self, node: fx.Node, found: list[Rows]) -> Rows | None:
+    def _combined(self, node: fx.Node, found: list[Rows]) -> Rows | None:
         """The rows of a value that combines different rows: mixed tokens."""
         if (rows := self._by_label(node)) is not None:
             return rows

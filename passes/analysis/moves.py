@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,19 +72,31 @@ class Rows:
         return self.batch + self.token
 
 
-def row_layout(source: Rows | fx.Node, labels: Axes) -> Axes:
-    """The factors of rows in every dim of an operand."""
-    factors = source.factors if isinstance(source, Rows) else ()
-    return tuple(tuple(f for f in dim if f in factors) for dim in labels)
+def row_layout(factors: Collection[int], labels: Axes) -> Axes:
+    """The factors of rows in every dim of a value: those of ``factors``, each in the first dim that has it.
+
+    Scores have the tokens twice; their rows are the queries.
+    """
+    layout, seen = [], set[int]()
+    for dim in labels:
+        layout.append(tuple(f for f in dim if f in factors and f not in seen))
+        seen.update(layout[-1])
+    return tuple(layout)
 
 
 def rows_after(before: Axes, after: Axes, rows: Rows, operation: fx.Node) -> Axes | None:
     """The factors of rows in every dim of a result; ``None`` if rows can't be followed through the operation."""
-    acted = acted_dims(operation, before)
-    if acted is None or not all({*before[d]} <= {*rows.factors} for d in acted):
+    acted, layout = acted_dims(operation, before), row_layout(rows.factors, before)
+    if acted is None or any(before[d] != layout[d] for d in acted):
         return None
     same = {f for d, dim in enumerate(before) if d not in acted for f in dim if f not in rows.factors}
-    return tuple(tuple(f for f in dim if f not in same) for dim in after)
+    return row_layout({*sum(after, ())} - same, after)
+
+
+def acts_on_features(operation: fx.Node, before: Axes, rows: Rows) -> bool:
+    """True if an operation moves positions of features alone."""
+    acted, layout = acted_dims(operation, before) or [], row_layout(rows.factors, before)
+    return any(before[d] for d in acted) and not any(layout[d] for d in acted)
 
 
 def acts_on(operation: fx.Node, before: Axes, factors: Dim) -> bool:

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..graph.factors import Axes, Dim, Space
 from ..graph.kinds import in_block
-from .moves import Move, Rows
+from .moves import Move, Rows, row_layout
 from .row_index import RowIndex
 from .token_axes import TokenAxis
 
@@ -89,8 +89,9 @@ class RowNumbers:
     def _laid_out(self, rows: Rows, labels: Axes) -> Tensor:
         """The row numbers laid out as a value with these axes; a dim without rows has size 1."""
         factors, numbers = rows.factors, self._numbers(rows)
-        used = tuple(dim if {*dim} & {*factors} and dim not in labels[:i] else () for i, dim in enumerate(labels))
-        order = [f for dim in used for f in dim if f in factors]
+        layout = row_layout(factors, labels)
+        used = [dim if own else () for dim, own in zip(labels, layout, strict=True)]
+        order = list(sum(layout, ()))
         numbers = numbers.permute([factors.index(f) for f in order])
         sizes = dict(zip(order, numbers.shape, strict=True))
         every = {f: sizes[f] if f in sizes else self._space.size((f,)) for dim in used for f in dim}

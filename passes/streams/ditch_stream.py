@@ -268,7 +268,7 @@ class DitchStream:
         if node in self._in_context or target in MOVES:
             return value
         kept = self.row_numbers.kept(self.moved.rows[node], self.axes.of(node))
-        return torch.where(kept, value, self.seek[node].detach())
+        return torch.where(kept, value, value.detach())
 
     def _source(self, node: fx.Node) -> None:
         value = self._inputs[node] if node.op == "placeholder" else attribute(self.program.module, str(node.target))
@@ -302,7 +302,8 @@ class DitchStream:
             refuse_lost_rows(node)
         has_rows = self.axes.has_rows(node)
         call = RowOp(node, self, self.axes.row_dim(node) if has_rows else None)
-        result = self._restricted(call) if self._meets_rows(node) else NotImplemented
+        is_restricted = self._meets_rows(node) or call.moved is not None
+        result = self._restricted(call) if is_restricted else NotImplemented
         if result is NotImplemented:
             result = self._in_full(call)
             if has_rows:
@@ -313,9 +314,7 @@ class DitchStream:
 
     def _meets_rows(self, node: fx.Node) -> bool:
         """False for an operation on parameters and values without rows only, which runs unchanged."""
-        operands = [arg for arg in operands_of(node) if arg in self.live]
-        moved = any(self.moved.rows[arg].token for arg in operands if arg in self.moved.rows)
-        return moved or any(map(self.axes.has_rows, (node, *operands)))
+        return any(map(self.axes.has_rows, (node, *(arg for arg in operands_of(node) if arg in self.live))))
 
     def _restricted(self, call: RowOp) -> Any:
         rule = row_rule_for(call.node)
