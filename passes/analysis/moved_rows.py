@@ -88,9 +88,9 @@ class FindMovedRows:
 
 
 def _followed(program: Program, live: frozenset[fx.Node], axes: TokenAxes) -> _Follower:
-    follower, routed = _Follower(axes, live), program[Routes].by_node(live)
+    follower, without = _Follower(axes, live), program[Routes].by_node(live).keys() | axes.pooling
     for node in program.graph.nodes:
-        if node in live and node not in routed and is_tensor(node) and node.op == "call_function":
+        if node in live and node not in without and is_tensor(node) and node.op == "call_function":
             follower.visit(node)
     return follower
 
@@ -134,6 +134,8 @@ class _Follower:
     def _by_label(self, node: fx.Node) -> Rows | None:
         """The tokens in order, in one dim or split over several, by the factors of the dims."""
         axis, factors = self.axes.axis_of(node), {*sum(self.axes.of(node), ())}
+        if node in self.axes.pooling:
+            return None
         if axis is None or not self.axes.has_rows(node):
             axis = next((axis for axis in self.axes.tokens if {*axis.batch, *axis.token} <= factors), None)
         return None if axis is None else Rows(axis, axis.batch, axis.token)
