@@ -380,3 +380,56 @@ def test_a_scorer_that_needs_attention_refuses_a_model_without(scorer, reason):
     with pytest.raises(GraphNotSupported, match=reason):
         executed(built(sigmoid, True), data(3, 7), scorer=scorer)
     assert_exact(sigmoid, None, (3, 7), marked=True, scorer="gradient", gradient_of="head")
+
+
+# -- pooling by a learned query ---------------------------------------------------------------------------------------
+
+
+class Pooling(Model):
+    """A class for each sequence, from what ``pool(query, keys, values)`` makes of the tokens."""
+
+    def __init__(self, pool: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__(softmax)
+        self.pool, self.keys, self.query = pool, nn.Linear(D, D), nn.Parameter(torch.randn(1, 1, D))
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return F.cross_entropy(self.head(self.pool(self.query, self.keys(x), x))[:, 0], labels[:, -1])
+
+
+def pooled_by_operation(q, k, v):
+    return F.scaled_dot_product_attention(q.expand(len(k), 1, D), k, v, scale=1.0)
+
+
+def pooled_by_product(q, k, v):
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def pooled_by_exp(q, k, v):
+    e = (q @ k.mT).exp()
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+def pooled_by_einsum(q, k, v):
+    return torch.einsum("bqt,btd->bqd", torch.einsum("qd,btd->bqt", q[0], k).softmax(-1), v)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("pool", [pooled_by_operation, pooled_by_product, pooled_by_exp, pooled_by_einsum])
+def test_scores_of_a_single_query_have_no_rows(pool, size):
+    """The query learns from all tokens, in every spelling, as it does in an attention operation."""
+    run = executed(Pooling(pool).double(), data(*size), report_loss="kept")
+    for spelling in (pool, pooled_by_operation):
+        expected = by_reference(Pooling(spelling).double(), data(*size), run.indices, size[1])
+        assert error(run.grads, expected.grads) < 1e-12
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_gate_is_a_value_with_rows(size):
+    """What a weight computes from each row is a row, also where a softmax over the tokens follows."""
+    pool = lambda q, k, v: ((k @ q[0].mT).softmax(1) * v).sum(1, keepdim=True)  # noqa: E731
+    run = executed(Pooling(pool).double(), data(*size), report_loss="kept")
+    expected = by_reference(Pooling(pool).double(), data(*size), run.indices, size[1])
+    assert error(run.grads, expected.grads) < 1e-12

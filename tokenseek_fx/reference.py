@@ -17,7 +17,7 @@ The token of each entry of a value is its row number, which is determined in two
   of this operand, on its own row alone: rows are set to NaN to see how far they reach;
 - by size, for what an operation mixes, for operands with different rows, and for inputs: the dim of size T is the token
   axis with position i = token i, the dim of size B is the batch. So T and B must be distinctive numbers. A result of
-  mixing with another number of positions has no rows.
+  mixing with another number of positions has no rows, nor have the scores [.., 1, T] of a single query.
 
 Shapes that could be read in several ways are errors, and so are different rows that are combined into a value without a
 dim of size T.
@@ -73,6 +73,10 @@ _RESHAPES_IN_PLACE = {
     getattr(Tensor, f"{name}_") for name in ("transpose", "t", "squeeze", "unsqueeze", "swapaxes", "swapdims", "resize")
 }
 _CONVOLUTIONS = {torch.conv1d, torch.conv2d, torch.conv3d}
+_PRODUCTS = {
+    torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.bmm, Tensor.bmm, torch.baddbmm,
+    Tensor.baddbmm, torch.einsum,
+}  # fmt: skip
 _SOFTMAX = {torch.softmax, Tensor.softmax, torch.log_softmax, Tensor.log_softmax}
 _OPAQUE = {
     Tensor.backward, Tensor.register_hook, Tensor.retain_grad, Tensor.detach, Tensor.requires_grad_, Tensor.__repr__,
@@ -293,10 +297,16 @@ class _Ditching(TorchFunctionMode):
                 rows = self._written(call)
             if rows is None and (call.func not in _MOVES or call.func in _JOINS):
                 rows = self._inherit(call, number, y)
+            if rows is None and self._scores_one_query(call, y):
+                rows = torch.full(y.shape, -1, device=y.device)
             rows = self._by_position(y) if rows is None else rows
             if rows is None:
                 self._check_lost(call, y)
             self._record(y, rows)
+
+    def _scores_one_query(self, call: "_Call", y: Tensor) -> bool:
+        """True for the scores [.., 1, T] of a query that is no token: the tokens are its keys, as in attention."""
+        return call.func in _PRODUCTS and y.shape[-2:-1] == (1,) and y.shape[-1] in self.firsts
 
     def _record(self, y: Tensor, rows: Tensor | None) -> None:
         if rows is not None:

@@ -182,6 +182,8 @@ def _is_feature(place: Place, found: ValueAxes, parameters: Set[fx.Node]) -> boo
         weight = 1 + (node.target in _WITH_BIAS)
         if node.target in _PRODUCTS:
             return weight in carriers and _unmoved(operands[weight]) in parameters
+        if not carriers and len(operands) == 1 and len(found.of(operands[0])) == len(found.of(node)):
+            carriers[0] = dim  # a part of the features
         data = [i for i in carriers if _unmoved(operands[i]) not in parameters]
         if not data:
             return False

@@ -196,6 +196,8 @@ class _Follower:
 
     def _sorts(self, operation: fx.Node) -> bool:
         """True for positions that depend on activations: they mix tokens. Other positions are a move."""
+        if operation.target not in POSITIONS:
+            return False
         pending, seen = operands_of(operation)[1:], set[fx.Node]()
         while pending:
             node = pending.pop()

@@ -134,7 +134,10 @@ def _traced(function: Any, inputs: tuple) -> fx.GraphModule:
 
 
 def _tidy(module: fx.GraphModule, number: Numbers) -> None:
-    """Remove operations without effect (asserts, aliases, full slices, idle dropout and autocast); expand ``copy``."""
+    """Remove operations without effect (asserts, aliases, slices of everything, idle dropout and autocast).
+
+    Expand ``copy``; writes to everything are what is written.
+    """
     for node in list(module.graph.nodes):
         if node.op != "call_function":
             continue
@@ -143,6 +146,9 @@ def _tidy(module: fx.GraphModule, number: Numbers) -> None:
             module.graph.erase_node(node)
         elif name == "alias" or (name == "slice" and _is_whole(node)) or (name == "dropout" and not is_random(node)):
             node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+        elif name == "slice_scatter" and all(map(same_size, node.args[1].meta["val"].shape, node.meta["val"].shape)):
+            node.replace_all_uses_with(node.args[1])
             module.graph.erase_node(node)
         elif name == "cat" and len(rest := _not_empty(node)) == 1:
             node.replace_all_uses_with(rest[0])

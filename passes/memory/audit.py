@@ -8,14 +8,15 @@ from ..graph.program import Program
 from ..keep.kv_modes import KEEP, KVMode
 from ..lower.split import Segments
 from .recompute import RecomputePlan
-from .saved import saved_in
+from .saved import SavedTensors
 
 
 @dataclass(frozen=True)
 class AuditSaved:
     """List the tensors that are saved for backward.
 
-    Reads ``Segments`` and, if it was written, ``RecomputePlan`` (else nothing is recomputed); writes ``Audit``.
+    Reads ``Segments`` and, if they were written, ``RecomputePlan`` and ``SavedTensors`` (else nothing is recomputed);
+    writes ``Audit``.
     """
 
     kv: KVMode = KEEP
@@ -23,7 +24,8 @@ class AuditSaved:
 
     def run(self, program: Program) -> Program:
         plan = program.get(RecomputePlan)
-        return program.with_(saved_in(program[Segments], 0 if plan is None else plan.segments, self.kv))
+        saved = program.get(SavedTensors) or SavedTensors(program[Segments], self.kv)
+        return program.with_(saved.if_recomputed(0 if plan is None else plan.segments))
 
     def check(self, program: Program) -> None:
         """Nothing to verify: an activation of full length is reported (``Audit.unexplained``), but not wrong."""

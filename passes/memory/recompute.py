@@ -18,7 +18,7 @@ from ..keep.kv_modes import KEEP, KVMode
 from ..lower.chunks import ChunkedPrefill
 from ..lower.split import Segment, Segments
 from ..rules.attention import attention_op
-from .saved import saved_in
+from .saved import SavedTensors
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class RecomputePlan:
 class PlanRecompute:
     """Choose the segments that backward recomputes.
 
-    Reads ``Segments``, ``ChunkedPrefill``; writes ``RecomputePlan``. The first segments are recomputed, since their
+    Reads ``Segments``, ``ChunkedPrefill``; writes ``RecomputePlan``, ``SavedTensors``. The first segments are recomputed, since their
     values are held longest.
 
     Args:
@@ -56,24 +56,25 @@ class PlanRecompute:
 
     def run(self, program: Program) -> Program:
         segments, spare = program[Segments], program[ChunkedPrefill].spare_bytes
-        return program.with_(RecomputePlan(self._count(segments, spare), len(segments.segments)))
+        saved = SavedTensors(segments, self.kv)
+        return program.with_(RecomputePlan(self._count(saved, spare), len(segments.segments)), saved)
 
     def check(self, program: Program) -> None:
         """No more segments are recomputed than there are."""
         plan = program[RecomputePlan]
         assert 0 <= plan.segments <= plan.of
 
-    def _count(self, segments: Segments, spare_bytes: int) -> int:
-        every = len(segments.segments)
+    def _count(self, saved: SavedTensors, spare_bytes: int) -> int:
+        every = len(saved.segments.segments)
         if self.recompute is None:
-            return every - _fitting(segments.segments[1:], spare_bytes)
+            return every - _fitting(saved.segments.segments[1:], spare_bytes)
         if isinstance(self.recompute, str):
             return every if self.recompute == "rows" else 0
-        key = lambda count: -saved_in(segments, count, self.kv).bytes  # noqa: E731
+        key = lambda count: -saved.if_recomputed(count).bytes  # noqa: E731
         count = bisect_left(range(every + 1), -self.recompute, key=key)
         if count > every:
             raise ConfigError(
-                f"recompute={self.recompute}: {saved_in(segments, every, self.kv).bytes} bytes are saved for backward "
+                f"recompute={self.recompute}: {saved.if_recomputed(every).bytes} bytes are saved for backward "
                 "even if every block is recomputed. Allow at least as many, or keep fewer tokens."
             )
         return count

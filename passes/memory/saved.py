@@ -70,33 +70,41 @@ class Audit:
         return tuple(edge for edge in self.edges if edge.kind not in EXPLAINED and edge.dtype.is_floating_point)
 
 
-def saved_in(segments: Segments, recomputed: int, kv: KVMode = KEEP) -> Audit:
-    """The tensors that segments save if backward recomputes the first ``recomputed`` of them.
+class SavedTensors:
+    """The tensors that segments save; no two partitions of the same graph are made."""
 
-    Tensors in host memory are not counted.
-    """
-    found: dict[Any, Edge | None] = dict.fromkeys(segments.placeholders)
-    numbers = {segment: number for number, segment in enumerate(segments.segments)}
-    known: dict[Any, tuple[Forward, fx.GraphModule]] = {}
+    def __init__(self, segments: Segments, kv: KVMode = KEEP) -> None:
+        self.segments, self.kv = segments, kv
+        self.known: dict[Any, tuple[Forward, fx.GraphModule]] = {}
 
-    def look(segment: Segment, taken: list, _: Sequence[Any]) -> None:
-        number, recompute = numbers[segment], numbers[segment] < recomputed
-        key = _likeness(segment.run, taken, recompute)
-        if key not in known:
-            known[key] = partitioned(segment.run, taken, partition_of(segment.run, taken, recompute, kv)), segment.run
-        forward, alike = known[key]
-        places = _places(alike, segment.run)
-        given = dict(zip(forward.outputs, segment.gives, strict=True))
-        takes = dict(zip(forward.inputs, _distinct(segment.takes, taken), strict=False))
-        for node in forward.saved:
-            base = _base(node)
-            if mark_of(node) is Mark.ON_HOST:
-                continue
-            value = _base(takes.get(base, given.get(base, (number, base))))
-            found.setdefault(value, _edge(takes[base]) if base in takes else _edge(node, places))
+    def if_recomputed(self, recomputed: int) -> Audit:
+        """The saved tensors if backward recomputes the first ``recomputed`` segments, without those in host memory."""
+        segments = self.segments
+        found: dict[Any, Edge | None] = dict.fromkeys(segments.placeholders)
+        numbers = {segment: number for number, segment in enumerate(segments.segments)}
 
-    segments.on_examples(look)
-    return Audit(tuple(edge for edge in found.values() if edge is not None), recomputed / len(segments.segments))
+        def look(segment: Segment, taken: list, _: Sequence[Any]) -> None:
+            number = numbers[segment]
+            forward, alike = self._partitioned(segment.run, taken, number < recomputed)
+            places = _places(alike, segment.run)
+            given = dict(zip(forward.outputs, segment.gives, strict=True))
+            takes = dict(zip(forward.inputs, _distinct(segment.takes, taken), strict=False))
+            for node in forward.saved:
+                base = _base(node)
+                if mark_of(node) is Mark.ON_HOST:
+                    continue
+                value = _base(takes.get(base, given.get(base, (number, base))))
+                found.setdefault(value, _edge(takes[base]) if base in takes else _edge(node, places))
+
+        segments.on_examples(look)
+        return Audit(tuple(edge for edge in found.values() if edge is not None), recomputed / len(segments.segments))
+
+    def _partitioned(self, run: fx.GraphModule, taken: list, recompute: bool) -> tuple[Forward, fx.GraphModule]:
+        """The forward of a segment, and the graph that was partitioned: this one or an equal one."""
+        key = _likeness(run, taken, recompute)
+        if key not in self.known:
+            self.known[key] = partitioned(run, taken, partition_of(run, taken, recompute, self.kv)), run
+        return self.known[key]
 
 
 def saved_edges(module: fx.GraphModule, inputs: Sequence[Any]) -> Audit:
