@@ -13,6 +13,8 @@ from math import prod
 
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from .nodes import hint
+
 Dim = tuple[int, ...]
 Axes = tuple[Dim, ...]
 
@@ -24,7 +26,7 @@ def same_size(a, b) -> bool:
 
 def guarded_same_size(a, b) -> bool:
     """True if two sizes are equal for the example inputs; symbolic sizes get a guard."""
-    return same_size(a, b) or bool(a == b)
+    return same_size(a, b) or (hint(a) == hint(b) and bool(a == b))
 
 
 def divides(a, b) -> bool:
@@ -101,7 +103,8 @@ class Space:
         """State that two dims are the same axis. Factors that can't be aligned stay distinct."""
         while True:
             left, right = self._strip_common(self.resolve(left), self.resolve(right))
-            if not left or not right or not self._equate_first(left[0], right[0], len(left) == len(right)):
+            aligned = left and right and (self._equate_first(left[0], right[0]) or self._equate_several(left, right))
+            if not aligned:
                 return
 
     @staticmethod
@@ -111,14 +114,13 @@ class Space:
             n += 1
         return left[n:], right[n:]
 
-    def _equate_first(self, a: int, b: int, one_to_one: bool) -> bool:
+    def _equate_first(self, a: int, b: int) -> bool:
         """Equate the outermost factors of two dims; False if their sizes don't align.
 
-        If the rest may correspond one to one, symbolic sizes that Dynamo has not equated (ids and labels have symbols
-        of their own) are compared by a guard.
+        Symbolic sizes that Dynamo has not equated (ids and labels have symbols of their own) are compared by a guard.
         """
         size_a, size_b = self._sizes[a], self._sizes[b]
-        if same_size(size_a, size_b) or (one_to_one and guarded_same_size(size_a, size_b)):
+        if guarded_same_size(size_a, size_b):
             self._meaning[b] = (a,)
         elif divides(size_a, size_b):
             self._split(b, size_a)
@@ -127,6 +129,15 @@ class Space:
         else:
             return False
         return True
+
+    def _equate_several(self, left: Dim, right: Dim) -> bool:
+        """Equate the outermost factor of one dim with several factors of the other, by a guard; False if none fit."""
+        for one, others in ((right[0], left), (left[0], right)):
+            for n in range(2, len(others) + 1):
+                if guarded_same_size(self.size(others[:n]), self._sizes[one]):
+                    self._meaning[one] = others[:n]
+                    return True
+        return False
 
     def _split(self, factor: int, head) -> tuple[int, int]:
         """Define ``factor`` as ``(head, tail)`` in every value that has it."""
