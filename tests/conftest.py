@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch._inductor.config
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -25,6 +26,14 @@ def _no_internal_errors(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
     monkeypatch.setattr(errors, "_failed", lambda error: (found.append(failed(error)), found[-1])[1])
     yield
     assert not found, found[0]
+
+
+@pytest.fixture(autouse=True)
+def _scalar_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
+    """C++ without SIMD, which compiles a quarter faster; tests marked ``simd`` compile the kernels that users run."""
+    simd = request.node.get_closest_marker("simd") is not None
+    with torch._inductor.config.patch({} if simd else {"cpp.simdlen": 1}):
+        yield
 
 
 def pytest_collection_finish() -> None:

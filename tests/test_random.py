@@ -217,6 +217,12 @@ def test_models_of_moves_and_mixing_at_other_sizes(seed):
     assert outcome({**recipe(seed), "other_sizes": True}).kind == "exact"
 
 
+@pytest.mark.parametrize("seed", [715, 797, 1212])
+def test_models_that_were_different_once(seed):
+    """A softmax over the tokens of sliced features; unreduced losses of one row per sequence."""
+    assert outcome(recipe(seed)).kind == "exact"
+
+
 @needs_float64_attention
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 4])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -55,9 +56,10 @@ def choose(config: Config, held: Callable[[Config], int], small: int) -> Config:
         if sizes[-1] <= budget:
             return way
     best = min(ways, key=lambda way: sizes[ways.index(way)])
-    fewer = next((less for less in _fewer(best) if held(less) <= budget), None)
+    fewer = list(_fewer(best))
+    first = bisect_left(fewer, True, key=lambda less: held(less) <= budget)
     fact = f"memory_budget={config.memory_budget!r}: forward and backward hold at least {min(sizes) / 2**20:.1f} MiB."
-    error = GraphNotSupported(fact, _remedy(fewer))
+    error = GraphNotSupported(fact, _remedy(fewer[first] if first < len(fewer) else None))
     if config.strict:
         raise error
     warnings.warn(f"tokenseek: {error}", TokenSeekWarning, stacklevel=2)
@@ -78,7 +80,7 @@ def _candidates(config: Config, small: int) -> Iterator[Config]:
 
 
 def _fewer(config: Config) -> Iterator[Config]:
-    """``config`` with fewer kept tokens."""
+    """``config`` with fewer and fewer kept tokens."""
     for share in _SHARES:
         if config.keep_tokens is not None:
             if config.keep_tokens * share >= 1:

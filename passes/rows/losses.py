@@ -140,7 +140,7 @@ def elementwise_loss(call: RowOp) -> Any:
             call.node,
         )
     has_rows = call.moved is not None or call.streams.axes.row_dim(call.operands[0]) is not None
-    if call.row_index.weights is not None and has_rows:
+    if has_rows and call.row_index.weights is not None:
         return _weighted_elementwise_loss(call)
     if call.moved is not None:
         return _moved_elementwise_loss(call)
@@ -179,7 +179,7 @@ def _weighted_elementwise_loss(call: RowOp) -> Any:
 
 
 def _refuse_weights(call: RowOp) -> None:
-    if call.row_index.weights is not None and (call.moved is not None or call.carries_rows):
+    if (call.moved is not None or call.carries_rows) and call.row_index.weights is not None:
         raise GraphNotSupported(
             "The losses of tokens are reduced outside the loss call, so drawn tokens have no place for a weight.",
             'Let the loss reduce them (reduction="mean" or "sum"), or use select="topk".',

@@ -259,10 +259,10 @@ class DitchStream:
         """A value whose rows are moved, for all tokens: without gradient in the rows outside the selection."""
         if node.target is operator.getitem:
             value = self._whole[node.args[0]][node.args[1]]  # type: ignore[index]
-        elif node.target in LOSSES:
-            value = self._restricted(RowOp(node, self, None))
         else:
-            value = applied(node, *RowOp(node, self, None).in_context)
+            call = RowOp(node, self, None)
+            value = self._restricted(call) if node.target in LOSSES else NotImplemented
+            value = applied(node, *call.in_context) if value is NotImplemented else value
         if (target := made_by(node).target) not in LAYOUT:
             self.barriers.append(barrier_at(node, self.live, self.axes, moved=True))
         if node in self._in_context or target in MOVES:
