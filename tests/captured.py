@@ -21,6 +21,7 @@ from tokenseek_fx.passes import Program, training
 from tokenseek_fx.passes.analysis.row_index import runtime_sizes
 from tokenseek_fx.passes.analysis.token_axes import TokenAxes
 from tokenseek_fx.passes.lower.split import Segments
+from tokenseek_fx.passes.memory.saved import SavedTensors
 from tokenseek_fx.passes.pipeline import ANALYSED
 from tokenseek_fx.passes.streams.two_streams import TwoStreams
 from tokenseek_fx.recording import Selection, selection
@@ -59,6 +60,10 @@ class Captured:
         outputs = program[Segments](*args, *_noise(program, args, config.seed))
         count = len(program.outputs)
         return self._result(program, args, outputs[:count], selections_of(program, outputs[count:]))
+
+    def saved(self, config: Config) -> SavedTensors:
+        """What the segments of the rewritten graph save."""
+        return SavedTensors(training(config.plan()).run(self.program)[Segments])
 
     def _args(self, batch: dict[str, Any]) -> tuple[Any, ...]:
         self.model.zero_grad(set_to_none=True)

@@ -13,6 +13,7 @@ from torch import nn
 
 import tokenseek_fx
 from tokenseek_fx import Config, reference
+from tokenseek_fx.passes.memory.saved import SavedTensors
 
 #: How the comparisons select rows by default.
 TOPK = {"scorer": "random", "select": "topk"}
@@ -74,6 +75,11 @@ def executed(model: nn.Module, batch: dict[str, Any], **options: Any) -> Run:
 def traced(model: nn.Module, batch: dict[str, Any], **options: Any) -> Run:
     """The same step, computed by the graph traced from the two streams, in segments that are not compiled."""
     return _run(Captured.trace, model, batch, options)
+
+
+def saved(model: nn.Module, batch: dict[str, Any], **options: Any) -> SavedTensors:
+    """What the rewritten graph saves for backward, as ``explain`` reports it."""
+    return captured(model, batch).saved(Config.from_options({"inner": "aot_eager", **options}))
 
 
 def _run(step: Callable[..., Any], model: nn.Module, batch: dict[str, Any], options: dict[str, Any]) -> Run:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch._inductor.utils import fresh_cache
 
 from tokenseek_fx import compat
 
 
+@pytest.mark.simd
 def test_threads_add_to_the_right_places():
     """The gradient of a position bias [buckets, heads] from transposed tiles (pytorch#191837)."""
 

@@ -24,7 +24,7 @@ def test_models_with_frozen_parameters_equal_the_reference(configuration, batch,
     for parameter in parameters:
         parameter.requires_grad_(bool(torch.rand((), generator=generator) > share))
     parameters[-1].requires_grad_()
-    assert_matches(model, batch, 1e-9, keep_ratio=ratio, inner="eager")
+    assert_matches(model, batch, 1e-9, keep_ratio=ratio)
 
 
 def tuned() -> tuple[nn.Module, dict]:

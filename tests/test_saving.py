@@ -12,8 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from captured import captured as analysed
-from compare import assert_matches, error, grads_of
+from compare import assert_matches, error, grads_of, saved
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from marks import slow
@@ -26,12 +25,10 @@ from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 
 import tokenseek_fx
-from tokenseek_fx import Config, ConfigError, TokenSeekWarning
-from tokenseek_fx.passes import training
+from tokenseek_fx import ConfigError, TokenSeekWarning
 from tokenseek_fx.passes.keep.kv_modes import KV_MODES
 from tokenseek_fx.passes.lower.split import Segments
 from tokenseek_fx.passes.memory.kv_storage import store_kv
-from tokenseek_fx.passes.memory.saved import SavedTensors
 
 RELAXED = {"deadline": None, "suppress_health_check": list(HealthCheck), "derandomize": True}
 B, T, D, V = 2, 13, 12, 29
@@ -92,10 +89,8 @@ def test_recomputed_rows_equal_the_reference(configuration, batch, ratio):
 
 def halfway(model: nn.Module, batch: dict[str, Tensor], **options) -> int:
     """A number of bytes between those saved if no block and if every block is recomputed."""
-    plan = Config.from_options({**options, "inner": "aot_eager"}).plan()
-    segments = training(plan).run(analysed(model, batch).program)[Segments]
-    saved = SavedTensors(segments)
-    most, least = (saved.if_recomputed(count).bytes for count in (0, len(segments.segments)))
+    found = saved(model, batch, **{**options, "inner": "aot_eager"})
+    most, least = (found.if_recomputed(count).bytes for count in (0, len(found.segments.segments)))
     assert most > least + 2
     return (most + least) // 2
 

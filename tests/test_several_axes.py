@@ -35,12 +35,10 @@ def test_every_axis_has_its_own_ratio(name):
     reason="Dynamo of PyTorch 2.11 can't trace copy.deepcopy, which a new cache calls: T5 is refused there",
 )
 def test_inductor_with_the_cache_that_is_on_by_default():
-    """The first keys are concatenated with an empty cache; Inductor lays out the result like the keys.
-
-    Several threads add up the gradient of the position bias.
-    """
+    """The first keys are concatenated with an empty cache; Inductor lays out the result like the keys."""
     model, batch = build("t5", "sdpa", T)
-    options = {"keep_ratio": [0.5, 0.2], "inner": "inductor", "inductor_options": {"cpp.threads": 2}}
+    del model.encoder.block[1:], model.decoder.block[1:]
+    options = {"keep_ratio": [0.5, 0.2], "inner": "inductor"}
     with fresh_cache():  # a cached kernel would hide an error in compiling it now
         assert_matches(model, {**batch, "use_cache": True}, 1e-5, length=T, **options)  # its norms are float32
 

@@ -37,6 +37,11 @@ CASES = [(name, attn) for name in ARCHITECTURES for attn in forms(name)]
 SINGLE = {"gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"}
 #: A scan in chunks has barriers by its length.
 OF_LENGTH = {"bamba"}
+#: Architectures whose saved bytes and cost are measured: each has a part, or a form of attention, of its own.
+MEASURED = OF_LENGTH | {
+    "llama", "gemma2", "gpt2", "bloom", "mpt", "deepseek_v3", "qwen3_moe", "gpt_oss", "mamba", "jamba",
+    "deberta_v2 mlm", "modernbert mlm", "t5", "vit", "segformer", "clip",
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -51,9 +56,10 @@ def quiet() -> Iterator[None]:
 def test_what_the_page_says_of_an_architecture(name, attn):
     """Also keys and values of all tokens are live as defined (``kv_grad="all"``), in the same graph.
 
-    Saved bytes and the cost are measured for the first form of attention of every architecture. For the others those of
-    the page are taken: eager attention by position saves and costs the same, and ``test_size`` and ``test_saving``
-    compare the forms. Barriers are counted for every form.
+    Saved bytes and the cost are measured for the first form of attention of ``MEASURED``, and where rows are
+    regenerated. Otherwise those of the page are taken: the other architectures are made of the same parts, and eager
+    attention by position saves and costs the same (``test_size`` and ``test_saving`` compare the forms). Barriers are
+    counted for every form.
 
     In DPT the input of a layer is not the residual stream alone: the neck reads the layers before it too.
     """
@@ -64,7 +70,7 @@ def test_what_the_page_says_of_an_architecture(name, attn):
         )
     case = build(name, attn, SHORT, torch.float32 if name in SINGLE else torch.float64)
     accept = PYTORCH == (2, 13) and bool(os.environ.get("EXPECTTEST_ACCEPT"))
-    measures = accept or attn == forms(name)[0] or name in OF_LENGTH
+    measures = accept or name in OF_LENGTH or (name in MEASURED and attn == forms(name)[0])
     row = f"| {' | '.join((name, attn, *result(name, attn, case, measures)))} |"
     if accept:
         write(name, attn, row)
@@ -150,8 +156,10 @@ def test_a_recurrence_in_a_loop_is_exact():
 @pytest.mark.slow
 def test_inductor_reads_the_sum_of_experts_after_it_is_complete():
     """PyTorch alone is wrong if the sum is fused with its reader (``compat``)."""
+    model, batch = build("deepseek_v3", "sdpa", SHORT, torch.float32)
+    del model.model.layers[0]  # which has no experts
     with fresh_cache():  # a cached kernel would hide an error in compiling it now
-        check_exact(*build("deepseek_v3", "sdpa", SHORT, torch.float32), compiled, inner="inductor")
+        check_exact(model, batch, compiled, inner="inductor")
 
 
 def test_the_page_has_every_architecture():
