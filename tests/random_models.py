@@ -182,10 +182,11 @@ class Layer(nn.Module):
 
 
 #: Tokens put before the others, [N, P, D]. Their number differs from that of any padding, so sizes tell them apart.
+#: No two are equal: a sort has no derivative at ties.
 PREFIXES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cat": lambda p, x: torch.cat([p.expand(x.shape[0], -1, -1), x], 1),
     "repeat": lambda p, x: torch.cat((p.repeat(x.shape[0], 1, 1), x), dim=1),
-    "written": lambda p, x: _written(p.new_zeros(x.shape[0], p.shape[1] + x.shape[1], D) + 0, x, p.shape[1]),
+    "written": lambda p, x: _written(F.pad(p, (0, 0, 0, x.shape[1])).repeat(x.shape[0], 1, 1), x, p.shape[1]),
 }
 #: The last n of T positions.
 DROPS: dict[str, Callable[[Tensor, int], Tensor]] = {
