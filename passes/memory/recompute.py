@@ -38,8 +38,8 @@ class RecomputePlan:
 class PlanRecompute:
     """Choose the segments that backward recomputes.
 
-    Reads ``Segments``, ``ChunkedPrefill``; writes ``RecomputePlan``, ``SavedTensors``. The first segments are recomputed, since their
-    values are held longest.
+    Reads ``Segments``, ``ChunkedPrefill``; writes ``RecomputePlan``, ``SavedTensors``. The first segments are
+    recomputed, since their values are held longest.
 
     Args:
         recompute: "none", "rows" (all segments), or the bytes that may be saved. ``None``: all segments except the last

@@ -66,14 +66,19 @@ def _instances_stay_apart(call: RowOp) -> bool:
 
 
 def _has_instances(call: RowOp, operand: int, at: int) -> bool:
-    """True if an operand carries the batch to dim ``at`` of the result, or can be broadcast there."""
+    """True if an operand carries the batch to dim ``at`` of the result, or is broadcast to another one that does.
+
+    An operation that makes the batch itself (``repeat``, ``cat``, ``index_select``) needs its operand as it is.
+    """
     axes = call.streams.axes
     labels, rank = axes.of(call.operands[operand]), len(axes.of(call.node))
     own = call.row_index.axis.batch_dim_of(labels)
     if own is not None:
         return axes.carried(call.node, operand, at) == own
-    place = at + len(labels) - rank
-    return call.target not in _FIXED_RANK and (place < 0 or not labels[place])
+    place, others = at + len(labels) - rank, range(len(call.operands))
+    is_matrix = call.target is aten.matmul.default and at >= rank - 2
+    is_broadcast = not is_matrix and call.target not in _FIXED_RANK and (place < 0 or not labels[place])
+    return is_broadcast and any(axes.carried(call.node, i, at) is not None for i in others)
 
 
 @rows_rule(
