@@ -272,6 +272,7 @@ def test_selected_and_flash_attention_have_the_same_rows():
     torch.testing.assert_close(rows, operands.rows(every.detach()).detach())
 
 
+@pytest.mark.simd  # flex attention's C++ template doesn't compile without vectors
 @pytest.mark.slow
 def test_flex_attention_has_the_same_rows():
     operands = attention.Operands.of(attention.QUICK[0], "cpu")
