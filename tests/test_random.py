@@ -150,7 +150,7 @@ def test_equals_the_reference(configuration, batch, ratio, scorer):
 
 
 @pytest.mark.slow
-@settings(max_examples=45, **{**RELAXED, "derandomize": False})
+@settings(max_examples=25, **{**RELAXED, "derandomize": False})
 @given(configurations(), batches(), RATIOS)
 def test_equals_the_reference_on_more(configuration, batch, ratio):
     assert_matches(Transformer(configuration), batch, 1e-9, keep_ratio=ratio)
@@ -159,7 +159,7 @@ def test_equals_the_reference_on_more(configuration, batch, ratio):
 @needs_float64_attention
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", [None, "rows"])
-@settings(max_examples=2, **RELAXED)
+@settings(max_examples=1, **RELAXED)
 @given(configurations(), batches(), RATIOS)
 def test_inductor_equals_the_reference(recompute, configuration, batch, ratio):
     options = {"keep_ratio": ratio, "inner": "inductor", "recompute": recompute}
@@ -217,14 +217,13 @@ def test_models_of_moves_and_mixing_at_other_sizes(seed):
     assert outcome({**recipe(seed), "other_sizes": True}).kind == "exact"
 
 
-@pytest.mark.parametrize("seed", [715, 797, 1212])
+@pytest.mark.parametrize("seed", [9, 715, 797, 1212])
 def test_models_that_were_different_once(seed):
-    """A softmax over the tokens of sliced features; unreduced losses of one row per sequence."""
+    """Tokens written behind a prefix; a softmax over sliced features; unreduced losses of one row per sequence."""
     assert outcome(recipe(seed)).kind == "exact"
 
 
 @needs_float64_attention
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 4])
-def test_models_of_moves_and_mixing_with_inductor(seed):
-    assert outcome(recipe(seed), inner="inductor").kind == "exact"
+def test_models_of_moves_and_mixing_with_inductor():
+    assert outcome(recipe(4), inner="inductor").kind == "exact"

@@ -435,12 +435,15 @@ class _Ditching(TorchFunctionMode):
         return found[0] if same else self._of_different_rows(y, found)
 
     def _written(self, call: "_Call") -> Tensor | None:
-        """The rows after a write: those of a written value that has rows, else they stay; None if there are none."""
+        """The rows after a write: those of a written value that has rows, else they stay; None if there are none.
+
+        They also stay if the value's rows are those of another token axis.
+        """
         target, value = call.args[0], call.args[2 if call.func is Tensor.__setitem__ else 1]
         known = isinstance(value, Tensor) and value in self.rows and call.is_live(value)
-        if not known or self._starts_axis([value], target):
-            return self.rows.get(target)
         live = call.is_live(target) and target in self.rows
+        if not known or self._starts_axis([target, value] if live else [value], target):
+            return self.rows.get(target)
         rows = self.rows[target].clone() if live else torch.full(target.shape, -1, device=target.device)
         if call.func is Tensor.__setitem__:
             rows[call.args[1]] = self.rows[value]
