@@ -6,10 +6,14 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch._inductor.config
+from functorch.compile import make_boxed_func
+from torch import fx
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -34,6 +38,19 @@ def _scalar_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
     simd = request.node.get_closest_marker("simd") is not None
     with torch._inductor.config.patch({} if simd else {"cpp.simdlen": 1}):
         yield
+
+
+@pytest.fixture
+def without_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor without its C++: graphs are traced, decomposed and partitioned as for users, and then interpreted."""
+    from torch._inductor.compile_fx import compile_fx
+
+    from tokenseek_fx import compat
+
+    def interpreted(gm: fx.GraphModule, *_: Any, **__: Any) -> Any:
+        return make_boxed_func(gm.forward)
+
+    monkeypatch.setattr(compat, "inductor", lambda mode, options: partial(compile_fx, inner_compile=interpreted))
 
 
 def pytest_collection_finish() -> None:

@@ -47,6 +47,8 @@ from tokenseek_fx.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+#: What a new user tries first.
+FIRST = ("README.md", "docs/quickstart.md")
 #: Pages with slow code.
 LONG = ("docs/memory.md", "docs/setups.md", "docs/cli.md")
 SUBJECTS = [page for page in PAGES if re.search(r"^```(python|sh title)", page.read_text(), re.MULTILINE)]
@@ -143,7 +145,10 @@ def _fresh():
 
 
 @pytest.mark.parametrize("page", [slow(page) if name(page) in LONG else page for page in SUBJECTS], ids=name)
-def test_code_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch):
+def test_code_runs_and_prints_what_the_page_shows(page, tmp_path, monkeypatch, request):
+    """Inductor's C++ is compiled for the pages that a new user tries first."""
+    if name(page) not in FIRST:
+        request.getfixturevalue("without_code")
     monkeypatch.chdir(tmp_path)
     namespace, printed = {"__name__": "__main__"}, ""
     with warnings.catch_warnings():

@@ -179,7 +179,7 @@ def test_recognised_forms_match_the_reference(**form):
 
 @pytest.mark.slow
 @every_form
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_more_forms_match_the_reference(**form):
     assert_form_matches(**form)
 

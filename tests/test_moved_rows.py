@@ -176,8 +176,9 @@ def test_every_spelling_has_the_gradient_of_the_definition(kind):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_by_inductor(kind):
+    """Every third spelling: those between are other ways to the same operations."""
     form, spellings, branch = MODELS[kind]
-    model, x = form(list(spellings), branch).double(), torch.randn(4, 9, 6, dtype=torch.float64)
+    model, x = form(list(spellings)[::3], branch).double(), torch.randn(4, 9, 6, dtype=torch.float64)
     check(model, {"x": x}, compiled(model, {"x": x}, inner="inductor", keep_ratio=0.4))
 
 

@@ -95,7 +95,7 @@ def test_a_budget_below_the_held_bytes_recomputes_rows():
     options = {**DROP, "keep_ratio": 0.5, "scorer": "random", "strict": True}
 
     def step(**more):
-        return estimate(llama("meta", layers=3), 2, 64, options={**options, **more}, plain=False).step
+        return estimate(llama("meta", layers=2), 2, 32, options={**options, **more}, plain=False).step
 
     kept, recomputed = step(recompute="none"), step(recompute="rows")
     assert max(recomputed.forward, recomputed.backward) < max(kept.forward, kept.backward)

@@ -200,7 +200,7 @@ def test_scores_of_random_transformers(configuration, batch, ratio, coefficients
 
 
 @pytest.mark.slow
-@settings(max_examples=45, **{**RELAXED, "derandomize": False})
+@settings(max_examples=25, **{**RELAXED, "derandomize": False})
 @given(
     configurations(), batches(), st.floats(0.05, 0.95), COEFFICIENTS, LAYERS, st.sampled_from(["last_block", "head"])
 )
@@ -292,7 +292,7 @@ def test_lengths_that_change_under_chunks(monkeypatch):
     model = Decoder()
     options = {"scorer": "tokenseek", "select": "topk", "inner": "eager", "strict": True}
     step = torch.compile(model, backend="tokenseek", dynamic=True, options=options)
-    for length in (13, 10, 5, 3):
+    for length in (13, 10, 3):
         batch = {name: value[:, :length] for name, value in tokens().items()}
         with tokenseek_fx.record() as rec:
             loss = step(**batch)

@@ -258,6 +258,7 @@ def test_qlora_with_options(saved_llama, options):
 @pytest.mark.slow
 def test_qlora_by_inductor(saved_llama):
     model = qlora(saved_llama)
+    del model.get_base_model().model.layers[1:]
     assert_matches(model, batch(model), 1e-5, inner="inductor")
 
 
