@@ -27,6 +27,7 @@ from .lower.split import CopyKV, Split
 from .lower.unalias import UnaliasOutputs
 from .memory.recompute import PlanRecompute
 from .plan import Plan
+from .streams.rounds import PlanRounds
 from .streams.selection_plan import PlanSelection
 from .streams.trace import TraceStreams
 from .streams.two_streams import BuildStreams, PlanScoring
@@ -53,6 +54,7 @@ def training(plan: Plan) -> Pipeline:
             FindFrozenRows(),
             PlanKV(plan.kv, plan.is_inductor, plan.strict),
             PlanSelection(plan.selects, signals, plan.logits, plan.report_loss, plan.substitutes, given, plan.strict),
+            PlanRounds(plan.rounds, plan.kv_grad, plan.given, plan.is_fragment),
             PlanScoring(signals, plan.logits, plan.report_loss, given),
             # rewrite the graph
             BuildStreams(signals, plan.logits, plan.kv_grad, plan.given, plan.is_fragment),

@@ -39,6 +39,7 @@ class Plan:
         is_fragment: the graph is a fragment of a model; all its outputs stay live in the kept rows.
         passed: batch dim (``None``: one instance) and token dim of inputs, by position, known from another fragment.
         is_inductor: Inductor compiles the result.
+        rounds: the kept rows are run in this many rounds in backward (``streams/rounds.py``); 1: in the forward.
         strict: an option without effect on the graph is an error instead of a warning.
 
     >>> from tokenseek_fx.scorers import strided
@@ -59,13 +60,18 @@ class Plan:
     is_fragment: bool = False
     passed: tuple[tuple[int, RowPlace], ...] = ()
     is_inductor: bool = False
+    rounds: int = 1
     strict: bool = True
 
     def keeps_all(self, program: Program) -> bool:
         """True if every token is kept and no option changes the result, so that the plain graph can be compiled."""
         axes = enumerate(program[TokenAxes].tokens)
         lengths = {i: example_sizes(program, axis)[1] for i, axis in axes}
-        return self.logits == "keep" and all(same_size(self.select_of(i).kept(n), n) for i, n in lengths.items())
+        return (
+            self.logits == "keep"
+            and self.rounds == 1
+            and all(same_size(self.select_of(i).kept(n), n) for i, n in lengths.items())
+        )
 
     def select_of(self, axis: int) -> Select:
         """How the tokens of an axis are chosen, by its number."""

@@ -300,3 +300,19 @@ def _backend_of(context: Any) -> Any:
     while hasattr(found, "_torchdynamo_orig_backend"):
         found = found._torchdynamo_orig_backend
     return getattr(found, "compiler_fn", found)
+
+
+def adds_to_grad(value: torch.Tensor) -> bool:
+    """True if the running backward adds to ``value.grad``, and nothing else sees the gradient that is added.
+
+    ``torch.autograd.grad`` returns gradients instead, and hooks may read or change them.
+    """
+    hooks = (value._backward_hooks, getattr(value, "_post_accumulate_grad_hooks", None))
+    if not value.is_leaf or value.grad is None or any(hooks):
+        return False
+    if value.grad.is_sparse or type(value.grad) is not torch.Tensor or value.grad.dtype is not value.dtype:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(value).node)
+    except RuntimeError:  # torch.autograd.grad
+        return False

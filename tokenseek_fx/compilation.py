@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -28,7 +29,9 @@ from .passes.lower.split import Segments
 from .passes.memory.partition import partition_of, partitioning
 from .passes.memory.recompute import RecomputePlan
 from .passes.pipeline import ANALYSED, training
+from .passes.streams.rounds import Rounds
 from .planner import within_budget
+from .rounds import InRounds, rewritten
 from .variants import Variants
 from .warnings import TokenSeekWarning
 
@@ -106,7 +109,9 @@ class Trained:
         self.split, self.call = split_at(gm), compat.compiled_call()
         #: the graph is a fragment of the model: other graphs, or plain Python, may run before or after it
         self.is_fragment = self.split is not None or any(map(is_activation, inputs))
-        self.own = self._compile_own(inputs) if given() is None else Variants(self.examples, self._compile_own)
+        in_rounds = config.rounds > 1
+        is_lazy = given() is not None or in_rounds
+        self.own = Variants(self.examples, self._compile_own, in_rounds) if is_lazy else self._compile_own(inputs)
         self.with_rows: dict[Any, Variants] = {}
         self.attends = True
 
@@ -124,7 +129,7 @@ class Trained:
     def _variants(self, count: int, passed: Passed) -> Variants:
         if (count, passed) not in self.with_rows:
             compile = partial(bugs_reported()(self._compile_with_rows), count=count, passed=passed)
-            self.with_rows[count, passed] = Variants(self.examples, compile)
+            self.with_rows[count, passed] = Variants(self.examples, compile, self.config.rounds > 1)
         return self.with_rows[count, passed]
 
     def _compile_own(self, inputs: Sequence[Any]) -> Compiled:
@@ -155,7 +160,7 @@ class Trained:
                 raise unknown_tokens("a loss") from None
             return RowWise(inner_compiler(self.config)(self.gm, inputs), known)
         check_rows(program, tuple(map(hint, example_sizes(program, program[TokenAxes].main))))
-        program = pipeline.run(program)
+        program = rewritten(program, plan)
         with in_pass("compile"):
             why = "" if self.split is None else self.split.fact
             return WithRows(compile_segments(program, self.config), program, self.is_fragment, why)
@@ -191,17 +196,21 @@ def _compile_rewritten(gm: fx.GraphModule, inputs: Sequence[Any], config: Config
     if plan.keeps_all(program):
         return KeepAll(inner_compiler(config)(gm, inputs), program)
     config = within_budget(gm, inputs, config)
-    program = training(config.plan()).run(program)
+    plan = config.plan()
+    known = rewritten(program, plan)
+    if replace(plan, rounds=known[Rounds].count).keeps_all(program):
+        return KeepAll(inner_compiler(config)(gm, inputs), program)
     with in_pass("compile"):
-        return Rewritten(compile_segments(program, config), program, config.seed)
+        return Rewritten(compile_segments(known, config), known, config.seed)
 
 
-def compile_segments(program: Program, config: Config) -> Segments:
+def compile_segments(program: Program, config: Config) -> Callable[..., Sequence[Any]]:
     """The segments of a rewritten program, compiled."""
     recomputed, kv = program[RecomputePlan].segments, config.plan().kv
-    return program[Segments].compiled(
+    segments = program[Segments].compiled(
         lambda number, segment, taken: _compiled_segment(segment, taken, config, kv, number < recomputed)
     )
+    return InRounds(segments, program) if segments.phases else segments
 
 
 def _compiled_segment(

@@ -20,7 +20,6 @@ from .passes.graph.errors import GraphNotSupported
 from .passes.graph.nodes import is_tensor
 from .passes.graph.program import Program
 from .passes.keep.token_parallel import parallel_dims
-from .passes.lower.split import Segments
 from .passes.streams.trace import Rewrite
 
 Compiled = Callable[..., Any]
@@ -29,7 +28,7 @@ Compiled = Callable[..., Any]
 class Rewritten:
     """The compiled rewritten graph, called with the inputs of Dynamo's graph."""
 
-    def __init__(self, compiled: Segments, program: Program, seed: int | None) -> None:
+    def __init__(self, compiled: Compiled, program: Program, seed: int | None) -> None:
         self.compiled, self.noise, self.program = compiled, noise_for(program, seed), program
         self.instances, self.marked = fingerprints(program), without_gradient(program)
 

@@ -86,6 +86,12 @@ class Config:
         memory_budget: Limit on the bytes that forward and backward may hold beside parameters, gradients and optimizer
             states that exist before, a number or "8GiB". ``recompute``, ``chunk_bytes`` and ``kv`` are chosen for it at
             compile time, by estimates, unless they are set.
+        rounds: In how many rounds backward runs the kept tokens, >= 1: a few of them at a time, over keys and values of
+            one forward of all tokens. More rounds need less memory; the gradient is the same.
+
+            With ``keep_ratio=1`` this is the exact gradient of all tokens. The value of the loss is that of all tokens.
+            Models in which tokens attend in both directions, or are mixed in another way than by causal attention, are
+            compiled with one round, with a warning.
         report_loss: The value of the returned loss: "full", the loss of all tokens; "kept", that of the kept ones.
             ``None``: "full" if the scorer needs it anyway. The gradient is always that of the kept tokens.
         inner: The compiler of the rewritten graph: "inductor", "aot_eager" or "eager".
@@ -122,6 +128,7 @@ class Config:
     kv: str = "keep"
     chunk_bytes: str | int | None = None
     memory_budget: str | int | None = None
+    rounds: int = 1
     report_loss: str | None = None
     inner: str = "inductor"
     logits: str = "keep"
@@ -225,6 +232,7 @@ class Config:
             recompute=bytes_in(self.recompute) or self.recompute,
             given=tuple(given),
             is_fragment=is_fragment,
+            rounds=self.rounds,
             passed=tuple(passed),
             is_inductor=self.inner == "inductor",
             strict=self.strict,
@@ -266,6 +274,8 @@ class Config:
             if not _is_number(value) or not low <= value <= high or value == math.inf:
                 limit = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
                 raise ConfigError(f"{name}={value!r}: expected a number {limit}.")
+        if not _is_int(self.rounds) or self.rounds < 1:
+            raise ConfigError(f"rounds={self.rounds!r}: expected an integer of at least 1.")
         if self.alpha == self.beta == 0:
             raise ConfigError("alpha=0 and beta=0: the score has no terms; set one of them above 0.")
 
@@ -307,6 +317,11 @@ class Config:
         for name in given & {"alpha", "beta"}:
             if name not in self._factors():
                 yield name, f"the scorer has no {name}"
+        if self.rounds > 1:
+            if self.report_loss == "kept":
+                yield "report_loss", "with rounds, the forward computes the loss of all tokens"
+            if self.kv_grad == "all":
+                yield "rounds", "kv_grad='all' trains keys and values of all tokens, so rounds would not be exact"
         if "attention_layers" in given and not needs_of(self.scoring) - {"noise"}:
             yield "attention_layers", "the scorer needs no attention"
         if "gradient_of" in given and not needs_of(self.scoring) & {"gradient", "loss"}:

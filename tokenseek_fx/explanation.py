@@ -26,6 +26,7 @@ from .passes.attention.positional import PositionalAttentions, read_by
 from .passes.graph.errors import ConfigError, TokenSeekError
 from .passes.graph.fake import fake_mode_of
 from .passes.graph.kinds import Kind, kind_of, tag
+from .passes.graph.nodes import hint
 from .passes.graph.program import Program, module_path, source_line
 from .passes.keep.recompute_kv import KVRecompute
 from .passes.memory.audit import AuditSaved
@@ -35,7 +36,10 @@ from .passes.pipeline import ANALYSED, training
 from .passes.plan import Plan
 from .passes.show import show_blocks
 from .passes.streams.barriers import Barrier
+from .passes.streams.rounds import Rounds
 from .passes.streams.trace import Rewrite
+from .passes.streams.two_streams import TwoStreams
+from .rounds import rewritten as rewrite
 
 _MIB = 2**20
 #: How often a step computes values that have no backward, by kind. Recomputed keys and values are computed for the
@@ -66,6 +70,8 @@ class Explanation:
         lower_bound: the least bytes that the rewritten graph has to save (``passes/memory/lower_bound.py``).
         recomputed_kv: for how many attentions keys and values are recomputed; ``None`` without ``kv="recompute"``.
         forwards: predicted cost of a training step, in forwards of the model (training on all tokens costs 3).
+        rounds: in how many rounds backward runs the kept tokens.
+        collected: bytes of the gradients of keys and values that the rounds collect.
         graphs: the rewritten graph as text, block by block (``passes.show.show_blocks``).
     """
 
@@ -84,6 +90,8 @@ class Explanation:
     lower_bound: int = 0
     recomputed_kv: int | None = None
     forwards: float = 3.0
+    rounds: int = 1
+    collected: int = 0
     graphs: tuple[str, ...] = field(default=(), repr=False)
 
     def __str__(self) -> str:
@@ -107,6 +115,7 @@ class Explanation:
             f"  loss          {loss}",
             f"  operations    {self.row_ops} of {self.live_ops} with gradient run on the kept rows only",
             *self._keys_values(),
+            *self._rounds(),
             f"  cost          {self.forwards:.2f} forwards a step (3.00 with all tokens)",
         ]
 
@@ -117,6 +126,13 @@ class Explanation:
         return [
             f"  keys/values   recomputed for {self.recomputed_kv} of {_some(len(self.attentions), 'attention')}{kept}"
         ]
+
+    def _rounds(self) -> list[str]:
+        if self.rounds == 1:
+            return []
+        rows = -(-self.kept // self.rounds)
+        collected = f"{self.collected / _MIB:.2f} MiB of gradients of keys and values are collected"
+        return [f"  rounds        {self.rounds}, of {rows} rows in each sequence at most; {collected}"]
 
     def _barriers(self) -> list[str]:
         if not self.barriers:
@@ -206,15 +222,14 @@ def explain_graph(gm: fx.GraphModule, inputs: Sequence[Any], config: Config) -> 
     try:
         refuse_split(gm)
         plan = config.plan()
-        pipeline = training(plan) + AuditSaved(plan.kv)
-        plain = pipeline.run(Program(gm, tuple(inputs)), until=ANALYSED)
+        plain = training(plan).run(Program(gm, tuple(inputs)), until=ANALYSED)
         refuse_fragment(plain, inputs)
-        rewritten = pipeline.run(plain)
+        known = rewrite(plain, plan, AuditSaved(plan.kv))
     except ConfigError:
         raise
     except TokenSeekError as error:
         return Explanation(str(error))
-    return _described(plain, rewritten, plan)
+    return _described(plain, known, plan)
 
 
 def _described(plain: Program, rewritten: Program, plan: Plan) -> Explanation:
@@ -228,7 +243,9 @@ def _described(plain: Program, rewritten: Program, plan: Plan) -> Explanation:
         tag(node, kind_of_value(plain, node, classes))
     barriers, everything = rewritten[Rewrite].barriers, saved_edges(plain.module, plain.inputs)
     recomputed = rewritten[Audit].recomputed_share
-    shares = {axis: k / t for axis, k, t in zip(plain[TokenAxes].tokens, kept, lengths, strict=True)}
+    rounds = rewritten[Rounds].count
+    at_once = [-(-kept[0] // rounds), *kept[1:]]
+    shares = {axis: k / t for axis, k, t in zip(plain[TokenAxes].tokens, at_once, lengths, strict=True)}
     return Explanation(
         batch=int(sizes[0][0]),
         tokens=lengths[0],
@@ -247,6 +264,8 @@ def _described(plain: Program, rewritten: Program, plan: Plan) -> Explanation:
         ),
         recomputed_kv=len(rewritten[KVRecompute].attentions) if plan.kv.recomputes else None,
         forwards=predicted_forwards(plain, rewritten, recomputed),
+        rounds=rounds,
+        collected=sum(x.numel() * x.element_size() for x in rewritten[TwoStreams].collecting),
         graphs=tuple(show_blocks(rewritten)),
     )
 
@@ -266,7 +285,9 @@ def predicted_forwards(plain: Program, rewritten: Program, recomputed_share: flo
     """
     forward = _flops(plain.module, plain.inputs, _for_scores(plain)).total()
     step = flops_of_step(rewritten[Rewrite].module, rewritten[Rewrite].inputs, recomputed_share)
-    return step.total() / forward if forward else 3.0
+    of_rows = sum(count for kind, count in step.items() if kind not in _WITHOUT_GRADIENT)
+    total = step.total() + (rewritten[Rounds].count - 1) * of_rows
+    return total / forward if forward else 3.0
 
 
 def flops_of_step(module: fx.GraphModule, inputs: Sequence[Any], recomputed_share: float = 0.0) -> Counter[str | None]:
@@ -296,7 +317,7 @@ def _flops(module: fx.GraphModule, inputs: Sequence[Any], but: Set[fx.Node] = fr
             with FlopCounterMode(display=False) as counter:
                 result = super().run_node(n)
             if n not in but:
-                counts[kind_of(n)] += counter.get_total_flops()
+                counts[kind_of(n)] += hint(counter.get_total_flops())
             return result
 
         def call_function(self, target: Any, args: tuple, kwargs: dict) -> Any:

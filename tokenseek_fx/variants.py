@@ -16,15 +16,17 @@ Compiled = Callable[..., Any]
 
 
 class Variants:
-    """The compiled variants of a graph of Dynamo with ``extra`` tensors after its inputs, which Dynamo doesn't know.
+    """The compiled variants of a graph of Dynamo, possibly with tensors after its inputs that Dynamo doesn't know.
 
     ``compile`` compiles the graph for fake arguments. Dims that Dynamo made dynamic are dynamic here. Dims of the extra
     tensors are dynamic if any input has a dynamic dim; otherwise they become dynamic when they change. Each variant has
-    the guards of its own trace and runs for arguments that satisfy them.
+    the guards of its own trace and runs for arguments that satisfy them. ``static``: no dim is dynamic.
     """
 
-    def __init__(self, examples: Sequence[Any], compile: Callable[[tuple[Any, ...]], Compiled]) -> None:
-        self.compile, self.known = compile, list[tuple[Callable[..., bool], Compiled]]()
+    def __init__(
+        self, examples: Sequence[Any], compile: Callable[[tuple[Any, ...]], Compiled], static: bool = False
+    ) -> None:
+        self.compile, self.known, self.static = compile, list[tuple[Callable[..., bool], Compiled]](), static
         self.dynamic = [_dynamic_dims(example) for example in examples]
         self.first: list[torch.Size] | None = None
 
@@ -35,14 +37,17 @@ class Variants:
     def _add(self, args: tuple[Any, ...]) -> Compiled:
         env = ShapeEnv()
         mode = FakeTensorMode(shape_env=env)
-        dynamic = [*self.dynamic, *self._changing(args[len(self.dynamic) :])]
+        known = 0 if self.static else len(self.dynamic)
+        dynamic = [*self.dynamic[:known], *self._changing(args[known:])]
         fakes = tuple(_fake(mode, x, dims, f"input_{i}") for i, (x, dims) in enumerate(zip(args, dynamic, strict=True)))
         with tracing(TracingContext(mode)):
             compiled = self.compile(fakes)
-        self.known.append((_guard(env, fakes, dynamic, args, len(self.dynamic)), compiled))
+        self.known.append((_guard(env, fakes, dynamic, args, known), compiled))
         return compiled
 
-    def _changing(self, extra: Sequence[Tensor]) -> list[tuple[bool, ...]]:
+    def _changing(self, extra: Sequence[Any]) -> list[tuple[bool, ...]]:
+        if self.static:
+            return [(False,) * len(_sizes(x)) for x in extra]
         if any(any(dims) for dims in self.dynamic):
             return [(True,) * x.ndim for x in extra]
         if self.first is None:
@@ -55,8 +60,12 @@ class Variants:
 
 def _dynamic_dims(example: Any) -> tuple[bool, ...]:
     """For each dim of a tensor, or for a single number: whether it is dynamic."""
-    sizes = example.shape if isinstance(example, Tensor) else (example,)
-    return tuple(isinstance(size, torch.SymInt) for size in sizes)
+    return tuple(isinstance(size, torch.SymInt) for size in _sizes(example))
+
+
+def _sizes(value: Any) -> Sequence[Any]:
+    """The sizes of a tensor; a single number."""
+    return value.shape if isinstance(value, Tensor) else (value,)
 
 
 def _fake(mode: FakeTensorMode, x: Any, dynamic: tuple[bool, ...], name: str) -> Any:
@@ -79,11 +88,14 @@ def _guard(
     places = [i for i, dims in enumerate(dynamic) if any(dims)]
     code = env.produce_guards_expression([fakes[i] for i in places]) if places else None
     static = {
-        (i, dim): size for i in range(known, len(args)) for dim, size in enumerate(args[i].shape) if not dynamic[i][dim]
+        (i, dim): size
+        for i in range(known, len(args))
+        for dim, size in enumerate(_sizes(args[i]))
+        if not dynamic[i][dim]
     }
 
     def fits(args: Sequence[Any]) -> bool:
-        if any(args[i].shape[dim] != size for (i, dim), size in static.items()):
+        if any(_sizes(args[i])[dim] != size for (i, dim), size in static.items()):
             return False
         return code is None or bool(env.evaluate_guards_expression(code, [args[i] for i in places]))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ class RowIndex:
         batch: the size of the batch axis.
         tokens: the size of the token axis.
         weights: float [B, k], the weights of the rows in the loss; ``None``: all 1.
+        round_of: the kept rows of all rounds, if these are the rows of one round.
+        places: int64 [m], the places of the rows of a round among those of all rounds.
     """
 
     axes: TokenAxes
@@ -36,6 +38,29 @@ class RowIndex:
     batch: Any
     tokens: Any
     weights: torch.Tensor | None = None
+    round_of: RowIndex | None = None
+    places: torch.Tensor | None = None
+
+    @property
+    def every_round(self) -> RowIndex:
+        """The kept rows of all rounds."""
+        return self.round_of or self
+
+    def in_round(self, places: torch.Tensor) -> RowIndex:
+        """The rows of one round: those at ``places``, int64 [m], among these rows."""
+        weights = None if self.weights is None else self.weights.index_select(1, places)
+        indices = self.indices.index_select(1, places)
+        return replace(self, indices=indices, weights=weights, round_of=self, places=places)
+
+    @property
+    def among_kept(self) -> RowIndex:
+        """The rows of a round as those of values that have the rows of all rounds."""
+        assert self.round_of is not None and self.places is not None
+        return self.round_of.among_all(self.places)
+
+    def among_all(self, places: torch.Tensor) -> RowIndex:
+        """The rows at ``places``, int64 [m], as those of values that have these rows alone."""
+        return replace(self, indices=places.expand(self.indices.shape[0], -1), tokens=self.kept)
 
     @property
     def kept(self) -> Any:

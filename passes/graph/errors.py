@@ -88,6 +88,10 @@ class NothingToSelect(GraphNotSupported):
     """Sequences have a single token, so there is nothing to select; the model is trained as usual."""
 
 
+class RoundsNotSupported(GraphNotSupported):
+    """The gradient of a graph can't be computed in several rounds; one round is exact."""
+
+
 class NoAttention(GraphNotSupported):
     """The graph has no attention, so its token axis is unknown."""
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 from torch.utils import _pytree as pytree
 
 
@@ -36,3 +38,12 @@ def fake_mode_of(values: Any) -> AbstractContextManager:
     """The fake mode of the fake tensors in ``values``; a null context if there are none."""
     leaves = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, torch.Tensor)]
     return detect_fake_mode(leaves) or nullcontext()
+
+
+def varying(mode: FakeTensorMode, x: torch.Tensor) -> torch.Tensor:
+    """A vector like ``x`` in ``mode`` whose length is a symbol."""
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC], constraint_sizes=[None])
+    real = torch.empty(x.shape, dtype=x.dtype, device="meta")
+    found = mode.from_tensor(real, static_shapes=False, symbolic_context=context, source=ConstantSource("varying"))
+    with mode:
+        return torch.empty(found.shape, dtype=x.dtype, device=x.device)

@@ -30,6 +30,7 @@ from ..graph.nodes import bytes_hint, hint, is_tensor
 from ..graph.program import Program
 from ..graph.strides import copied_in_order, order_in_memory
 from ..graph.symbolic_sizes import canonical_symint, places_of_symbols
+from ..streams.rounds import Rounds
 from ..streams.trace import Rewrite
 
 Run = Callable[..., Any]
@@ -63,6 +64,7 @@ class Segments:
             is a number).
         segments: the segments, in order.
         outputs: the outputs of the graph.
+        phases: the number of the first segment of every phase of the rounds; empty if the rows run in the forward.
     """
 
     inputs: tuple[Any, ...]
@@ -70,9 +72,15 @@ class Segments:
     sizes: dict[sympy.Symbol, tuple[int, int | None]]
     segments: tuple[Segment, ...]
     outputs: tuple[Any, ...]
+    phases: tuple[int, ...] = ()
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         return self._each(lambda segment, taken: segment.run(*taken), args)
+
+    def known(self, args: Sequence[Any]) -> dict[Any, Any]:
+        """The values that the segments start from: the inputs, and the sizes that they have."""
+        values: dict[Any, Any] = dict(zip(self.placeholders, args, strict=True))
+        return values | {s: args[i] if dim is None else args[i].shape[dim] for s, (i, dim) in self.sizes.items()}
 
     def on_examples(self, look: Callable[[Segment, list, Sequence[Any]], None]) -> None:
         """Call ``look(segment, example inputs, example outputs)`` for every segment.
@@ -108,14 +116,20 @@ class Segments:
 
     def _each(self, run: Callable[[Segment, list], Sequence[Any]], args: Sequence[Any]) -> tuple[Any, ...]:
         """Run the segments in order; a value is freed as soon as no later segment takes it."""
-        values: dict[Any, Any] = dict(zip(self.placeholders, args, strict=True))
-        values |= {s: args[i] if dim is None else args[i].shape[dim] for s, (i, dim) in self.sizes.items()}
-        for segment in self.segments:
-            taken = [values[key] for key in segment.takes]
-            for key in segment.last:
-                del values[key]
-            values.update(zip(segment.gives, run(segment, taken), strict=True))
+        values = self.known(args)
+        run_each(self.segments, values, run)
         return tuple(values[out] if isinstance(out, fx.Node) else out for out in self.outputs)
+
+
+def run_each(
+    segments: Sequence[Segment], values: dict[Any, Any], run: Callable[[Segment, list], Sequence[Any]]
+) -> None:
+    """Run segments in order: they take ``values`` and add to them. Values that no later segment takes are removed."""
+    for segment in segments:
+        taken = [values[key] for key in segment.takes]
+        for key in segment.last:
+            del values[key]
+        values.update(zip(segment.gives, run(segment, taken), strict=True))
 
 
 def _laid_out(run: Run, examples: Sequence[Any]) -> Run:
@@ -177,11 +191,13 @@ class Split:
         outputs = tuple(returned)
         sizes = places_of_symbols(inputs)
         segments, wanted = list[Segment](), set(outputs)
-        for nodes in reversed(_blocks(module.graph)):
+        blocks = _blocks(module.graph, program[Rounds].inputs)
+        for nodes in reversed(blocks.values()):
             segments.insert(0, _segment(module, nodes, sizes, wanted))
             wanted |= {*segments[0].takes}
         placeholders = tuple(module.graph.find_nodes(op="placeholder"))
-        return program.with_(Segments(inputs, placeholders, sizes, tuple(segments), outputs))
+        phases = tuple(sum(number < first for number in blocks) for _, first in program[Rewrite].rounds)
+        return program.with_(Segments(inputs, placeholders, sizes, tuple(segments), outputs, phases))
 
     def check(self, program: Program) -> None:
         """Every segment is well-formed and takes only values that exist when it runs."""
@@ -194,19 +210,21 @@ class Split:
             there |= {*segment.gives}
 
 
-def _blocks(graph: fx.Graph) -> list[list[fx.Node]]:
-    """The operations of every segment.
+def _blocks(graph: fx.Graph, of_rounds: int) -> dict[int, list[fx.Node]]:
+    """The operations of every segment, by the number of its block.
 
-    A node belongs to the block in which it was traced, or to that of its operands if that is later.
+    A node belongs to the block in which it was traced, or to that of its operands if that is later. The last
+    ``of_rounds`` inputs belong to the first block of a round.
     """
-    numbers: dict[fx.Node, int] = {}
+    inputs = graph.find_nodes(op="placeholder")
+    numbers: dict[fx.Node, int] = dict.fromkeys(inputs[len(inputs) - of_rounds :], 1)
     found: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
         if node.op not in ("placeholder", "get_attr", "output"):
             own = 0 if node.target is operator.getitem else block_of(node.meta)
             numbers[node] = max([own, *(numbers.get(arg, 0) for arg in node.all_input_nodes)])
             found.setdefault(numbers[node], []).append(node)
-    return [found[number] for number in sorted(found)]
+    return {number: found[number] for number in sorted(found)}
 
 
 def _copy_views(graph: fx.Graph) -> None:

@@ -78,12 +78,6 @@ def _attend(call: RowOp, found: PositionalAttention) -> Tensor:
     streams = call.streams
     sinks = {} if found.sinks is None else {found.sinks: streams.full(found.sinks)}
     values = ChainMap(sinks, streams.looked_at)
-    return found(values, streams.rows(found.query, 2), call.row_index.indices, _live_keys(call, found))
-
-
-def _live_keys(call: RowOp, found: PositionalAttention) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The kept rows of keys and values, and their positions [B, m]; ``None`` if none of them carries gradient."""
-    streams = call.streams
-    if found.key not in streams.live and found.value not in streams.live:
-        return None
-    return streams.rows(found.key, 2), streams.rows(found.value, 2), streams.row_index_of(found.key).indices
+    return found(
+        values, streams.rows(found.query, 2), call.row_index.indices, streams.kept_keys(found.key, found.value)
+    )

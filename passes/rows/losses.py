@@ -26,10 +26,10 @@ def label_loss(call: RowOp) -> Any:
         return _weighted_label_loss(call)
     if call["target"].is_floating_point():
         return elementwise_loss(call)
-    target, total, dtype = _own_labels(call), _total_loss(call), call.node.meta["val"].dtype
+    counted, total, dtype = _labels_of_every_round(call), _total_loss(call), call.node.meta["val"].dtype
     if call["reduction"] == MEAN:
-        return (total / divisor(target, call["ignore_index"], call["weight"])).to(dtype)
-    kept, labelled = (_labelled(t, call["ignore_index"], None) for t in (target, call.full(1)))
+        return (total / divisor(counted, call["ignore_index"], call["weight"])).to(dtype)
+    kept, labelled = (_labelled(t, call["ignore_index"], None) for t in (counted, call.full(1)))
     return (total * labelled / torch.where(kept > 0, kept, 1)).to(dtype)
 
 
@@ -49,6 +49,15 @@ def _own_labels(call: RowOp) -> Any:
     if call.moved is None or labels.is_floating_point():
         return labels
     return torch.where(call.kept(_axes_of_losses(call)), labels, call["ignore_index"])
+
+
+def _labels_of_every_round(call: RowOp) -> Any:
+    """The labels that the loss counts: those of all kept rows, of which the rows may be one round."""
+    index, labels, node = call.row_index.every_round, call.streams.axes.of(call.operands[1]), call.operands[1]
+    dim = call.streams.axes.row_dim(node)
+    if index is call.row_index or dim is None:
+        return _own_labels(call)
+    return index.take(call.full(1), labels, dim)
 
 
 def _axes_of_losses(call: RowOp) -> Axes:
@@ -145,8 +154,16 @@ def elementwise_loss(call: RowOp) -> Any:
     if call.moved is not None:
         return _moved_elementwise_loss(call)
     options = call.arguments_but("self", "target")
-    scale = 1 if call["reduction"] == MEAN else call.row_index.tokens / call.row_index.kept
+    scale = (
+        _share_of_round(call) if call["reduction"] == MEAN else call.row_index.tokens / call.row_index.every_round.kept
+    )
     return call.target(self=call.own_rows(0), target=call.own_rows(1), **options) * scale
+
+
+def _share_of_round(call: RowOp) -> Any:
+    """The share of the kept rows that are in this round, as the factor of their mean."""
+    index = call.row_index
+    return 1 if index.round_of is None else index.kept / index.every_round.kept
 
 
 def _is_by_token(call: RowOp, weight: fx.Node) -> bool:

@@ -64,6 +64,10 @@ class Streams(Protocol):
         """True if rows read this value live in all tokens."""
         ...
 
+    def kept_keys(self, key: fx.Node, value: fx.Node) -> tuple[Tensor, Tensor, Tensor] | None:
+        """The kept rows of keys and values, and their positions; ``None`` if none of them carries gradient."""
+        ...
+
     def row_index_of(self, node: fx.Node) -> RowIndex:
         """The row index of the token axis of a node's rows."""
         ...

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from ..analysis.activity import Activity
 from ..analysis.blocks import Blocks
@@ -43,6 +42,7 @@ from ..rows.rules import rerun
 from .autocast import Autocast
 from .barriers import Barrier, barrier_at, refuse_lost_rows, refuse_partial_loss
 from .linear_head import Head, find_head
+from .routed import in_route
 
 aten = torch.ops.aten
 
@@ -91,10 +91,11 @@ class DitchStream:
         self.looked_at = ChainMap(self._recomputed, seek)  # type: ignore[arg-type]
         self._autocast = Autocast(Retrace(program.module))
 
-    def run(self) -> None:
+    def run(self, block: int = 1) -> int:
+        """Execute the live nodes in blocks numbered from ``block``, and return the number of the last block."""
         classes = class_factors(self.program)
         routed = self.program[Routes].by_node(self.live)
-        block, blocks = 1, self.program.get(Blocks)
+        blocks = self.program.get(Blocks)
         ends = () if blocks is None else blocks.ends
         for node in self.program.graph.nodes:
             with in_block(block):
@@ -102,6 +103,7 @@ class DitchStream:
             if node in ends:
                 self._autocast.reenter(block)
                 block += 1
+        return block
 
     def _run_node(self, node: fx.Node, classes: set[int], routed: Collection[fx.Node]) -> None:
         if node in self._to_recompute:
@@ -111,7 +113,7 @@ class DitchStream:
             self._autocast.run(node)
         elif node in routed:
             with tagged(Kind.ROWS, node), located(node):
-                self._rows[node] = self._in_route(node, routed)
+                self._rows[node] = in_route(node, routed, self, self._rows)
         elif node in self.live:
             kind = kind_of_value(self.program, node, classes)
             kind = Kind.ROWS if kind in (Kind.ACTIVATIONS, Kind.KEYS_VALUES) else kind
@@ -171,6 +173,12 @@ class DitchStream:
         axis = self.axes.axis_at(labels[dim])
         assert axis is not None
         return self._row_indices[axis].take(value, labels, dim)
+
+    def kept_keys(self, key: fx.Node, value: fx.Node) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """The kept rows of keys and values, and their positions [B, m]; ``None`` if none of them carries gradient."""
+        if key not in self.live and value not in self.live:
+            return None
+        return self.rows(key, 2), self.rows(value, 2), self.row_index_of(key).indices
 
     def row_index_of(self, node: fx.Node) -> RowIndex:
         """The row index of the token axis of a node's rows."""
@@ -276,21 +284,6 @@ class DitchStream:
             self._rows[node] = self.take(value, self.axes.of(node), self.axes.row_dim(node))
         else:
             self._whole[node] = value
-
-    def _in_route(self, node: fx.Node, routed: Collection[fx.Node]) -> Any:
-        """Run one operation of a route on the kept rows; its inputs from outside are restricted to them."""
-
-        def restricted(arg: Any) -> Any:
-            if not isinstance(arg, fx.Node) or arg in routed:
-                return self._rows[arg] if isinstance(arg, fx.Node) else arg
-            dim = self.axes.row_dim(arg) if is_tensor(arg) else None
-            return self.full(arg) if dim is None else self.rows(arg, dim)
-
-        if node.target is aten.arange.default:  # the indices of all rows
-            (places,) = (user for user in node.users if user in routed)
-            return torch.arange(self._rows[places.args[0]].shape[0], device=node.meta["val"].device)
-        args, kwargs = pytree.tree_map(restricted, (node.args, node.kwargs))
-        return node.target(*args, **kwargs)
 
     def _getitem(self, node: fx.Node) -> None:
         source, index = node.args

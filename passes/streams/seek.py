@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, get_proxy_slot
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.utils import _pytree as pytree
 
 from ..analysis.activity import Activity
@@ -22,6 +22,7 @@ from ..graph.kinds import Kind, Mark, tagged
 from ..graph.nodes import bind, bind_values
 from ..graph.op_sets import LABEL_LOSSES, MEAN, PICKS
 from ..graph.program import Program
+from ..graph.traced import node_of
 from ..keep.recompute_kv import Value
 from ..rules.attention import attention_op
 from .select import SIGNALS, ScoreInputs
@@ -114,11 +115,8 @@ class Seek(Retrace):
 
     def _note(self, node: fx.Node, value: Any) -> None:
         """Note the node of a value in the traced graph: now, since an operation that returns its operand moves it."""
-        mode = get_proxy_mode()
-        if mode is not None and isinstance(value, Tensor):
-            place = get_proxy_slot(value, mode.tracer, None, lambda p: p.proxy.node)
-            if place is not None:
-                self.nodes[node] = place
+        if isinstance(value, Tensor) and (place := node_of(value)) is not None:
+            self.nodes[node] = place
 
     def look(
         self,

@@ -6,16 +6,20 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
+from torch import Tensor
+
 from ...warnings import TokenSeekWarning
 from ..analysis.activity import Activity
 from ..analysis.losses import refuse_unweighted, weighted_losses
 from ..analysis.row_index import example_sizes
 from ..analysis.token_axes import TokenAxes, TokenAxis
 from ..graph.errors import GraphNotSupported, tell_no_effect
+from ..graph.factors import same_size
 from ..graph.nodes import hint
 from ..graph.program import Program
 from .scoring_tail import has_token_loss
-from .select import SIGNALS, Scorer, Select, method_of, needs_of
+from .select import SIGNALS, ScoreInputs, Scorer, Select, method_of, needs_of
 from .signals import Signals
 
 
@@ -34,6 +38,11 @@ class Selections:
     def noisy(self) -> tuple[int, ...]:
         """The numbers of the token axes whose selection needs noise."""
         return tuple(i for i, select in enumerate(self.by_axis.values()) if "noise" in select.needs)
+
+
+def _alike(inputs: ScoreInputs) -> Tensor:
+    """The scores of tokens that are all kept."""
+    return torch.ones(inputs.batch, inputs.tokens, device=inputs.device)
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,9 @@ class PlanSelection:
 
         Tokens of a further axis have no loss to be weighted in, so their scores are ranks.
         """
-        select = self._of(number)
+        select, tokens = self._of(number), example_sizes(program, axis)[1]
+        if same_size(select.kept(tokens), tokens):  # in rounds, or with an option that changes the result
+            return replace(select, scorer=_alike, method="topk", labelled_first=0.0, keep_label=False)
         scorer = select.scorer if self.given else self._scorer(program, select.scorer, axis)
         weighted = number == 0 and weighted_losses(program)
         method = select.method if number == 0 else None

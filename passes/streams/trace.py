@@ -17,6 +17,7 @@ from ..graph.errors import InvariantBroken
 from ..graph.fake import fake_mode_of
 from ..graph.program import Program
 from .barriers import Barrier
+from .rounds import Rounds
 from .two_streams import Run, TwoStreams
 
 
@@ -31,6 +32,8 @@ class Rewrite:
         names: the names of the ``selected`` outputs, one tuple for each token axis.
         noisy: as in ``TwoStreams``.
         seek: for nodes of the program, the node of the seek stream's value in this graph.
+        rounds: for every phase of the rounds, how many of the last outputs of the graph are its own, and the number of
+            its first block.
     """
 
     module: fx.GraphModule
@@ -39,6 +42,7 @@ class Rewrite:
     names: tuple[tuple[str, ...], ...]
     noisy: tuple[int, ...] = ()
     seek: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    rounds: tuple[tuple[int, int], ...] = ()
 
     def copied(self) -> Rewrite:
         """A copy with its own graph, for a pass that changes it."""
@@ -68,15 +72,21 @@ class TraceStreams:
             return runs[-1].flat
 
         module = _traced(forward, streams.inputs, program)
-        names = tuple(tuple(told) for told in runs[-1].selected)
-        return program.with_(Rewrite(module, streams.inputs, runs[-1].barriers, names, streams.noisy, places))
+        while any(missing := [one.missing for one in runs[-1].rounds]):
+            streams = streams.reading(missing)
+            module = _traced(forward, streams.inputs, program)
+        program, run = program.with_(streams.program[Rounds], streams), runs[-1]
+        names = tuple(tuple(told) for told in run.selected)
+        rounds = tuple((len(one.flat), one.block) for one in run.rounds)
+        return program.with_(Rewrite(module, streams.inputs, run.barriers, names, streams.noisy, places, rounds))
 
     def check(self, program: Program) -> None:
         """The graph is well-formed and has every output of the model and of the selections."""
         rewrite = program[Rewrite]
         rewrite.module.graph.lint()
         outputs = 0 if self.choice_only else len(program.outputs)
-        if len(rewrite.module.graph.output_node().args[0]) != outputs + sum(map(len, rewrite.names)):
+        outputs += sum(map(len, rewrite.names)) + sum(count for count, _ in rewrite.rounds)
+        if len(rewrite.module.graph.output_node().args[0]) != outputs:
             raise InvariantBroken("The rewritten graph lost an output.")
 
 

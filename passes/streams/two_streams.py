@@ -14,7 +14,7 @@ The function runs on real tensors; ``trace.py`` makes a graph of it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,9 +28,12 @@ from ..graph.errors import GraphNotSupported
 from ..graph.fake import fake_mode_of
 from ..graph.kinds import Kind, tagged
 from ..graph.program import Program
+from ..graph.traced import nodes_kept
 from ..keep.recompute_kv import KVRecompute
 from .barriers import Barrier
 from .ditch_stream import DitchStream
+from .round_stream import RoundStream, round_inputs
+from .rounds import Rounds
 from .seek import Seek
 from .select import ScoreInputs, Selected
 from .selection_plan import Selections
@@ -58,8 +61,8 @@ class ScoringTail:
 class PlanScoring:
     """Trace the scoring tail if a signal, or the loss of all tokens, needs it.
 
-    Reads ``Selections``, ``TokenAxes``, ``Activity``, ``Blocks``; writes ``ScoringTail``. The options are those of
-    ``Plan``; ``given``: rows are given, so nothing is scored.
+    Reads ``Selections``, ``Rounds``, ``TokenAxes``, ``Activity``, ``Blocks``; writes ``ScoringTail``. The options are
+    those of ``Plan``; ``given``: rows are given, so nothing is scored.
 
     Raises:
         GraphNotSupported: the graph has no loss for a signal that needs one.
@@ -73,13 +76,37 @@ class PlanScoring:
 
     def run(self, program: Program) -> Program:
         needs = frozenset() if self.given else program[Selections].needs
-        full = (self.report_loss or ("full" if needs & {"gradient", "loss"} else "kept")) == "full"
+        in_full = needs & {"gradient", "loss"} or program[Rounds].phases
+        full = (self.report_loss or ("full" if in_full else "kept")) == "full"
         builds_no_logits = full and self.logits == "drop" and bool(program[Activity].losses)
         tail = None if self.given else self.signals.tail(program, needs, builds_no_logits)
         return program.with_(ScoringTail(tail, full))
 
     def check(self, program: Program) -> None:
         """Nothing to verify: the tests compare its values with an independent computation."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """The results of one round.
+
+    Args:
+        indices: the rows of the round.
+        outputs: the outputs of the model that it computes a part of: rows, or the part of a sum.
+        sent: its rows of the keys and values that other rounds read.
+        block: the number of its first block.
+        missing: what it read of other rounds although nothing collects the gradient.
+    """
+
+    indices: Tensor
+    outputs: tuple[Tensor, ...]
+    sent: tuple[Tensor, ...]
+    block: int
+    missing: tuple[fx.Node, ...]
+
+    @property
+    def flat(self) -> tuple[Tensor, ...]:
+        return (self.indices, *self.outputs, *self.sent)
 
 
 @dataclass(frozen=True)
@@ -91,17 +118,20 @@ class Run:
         selected: what is recorded about the rows of every token axis.
         barriers: the barriers of the ditch stream.
         seek: the seek stream.
+        rounds: the results of a round of every phase, if the rows run in rounds.
     """
 
     outputs: tuple[Any, ...]
     selected: tuple[Told, ...]
     barriers: tuple[Barrier, ...] = ()
     seek: Seek | None = None
+    rounds: tuple[Round, ...] = ()
 
     @property
     def flat(self) -> tuple[Any, ...]:
-        """The outputs of the graph: those of the model, then the recorded values of every token axis."""
-        return (*self.outputs, *(x for told in self.selected for x in told.values()))
+        """The outputs of the graph: those of the model, what is recorded about the rows, and those of the rounds."""
+        told = (x for told in self.selected for x in told.values())
+        return (*self.outputs, *told, *(x for one in self.rounds for x in one.flat))
 
 
 @dataclass(frozen=True)
@@ -111,7 +141,8 @@ class TwoStreams:
     Args:
         program: the analysed program.
         signals: the signals that scores are computed from.
-        inputs: example inputs: those of the program, then the given rows, or noise for the axes ``noisy``.
+        inputs: example inputs: those of the program, then the given rows, or noise for the axes ``noisy``, then those
+            of a round (``Rounds.inputs``).
         noisy: the numbers of the token axes whose selection needs noise.
         logits, kv_grad, is_fragment: as in ``Plan``.
         given: the rows are inputs.
@@ -131,14 +162,48 @@ class TwoStreams:
         program, count = self.program, len(self.program.inputs)
         written, extra = args[:count], args[count:]
         inputs = tuple(x.clone() if i in program.mutated else x for i, x in enumerate(written))
+        before = len(extra) - program[Rounds].inputs
         seek = Seek(program, inputs, program[KVRecompute].sources)
-        row_indices, selected = self._take(seek, *extra) if self.given else self._choose(seek, *extra)
-        ditch = DitchStream(program, seek.values, row_indices, inputs, self.kv_grad, seek.cast)
-        ditch.run()
-        outputs = tuple(self._outputs(ditch))
+        row_indices, selected = self._take(seek, *extra[:before]) if self.given else self._choose(seek, *extra[:before])
+        ditch, rounds = None, ()
+        if program[Rounds].phases:
+            rounds = tuple(self._rounds(seek, row_indices, inputs, *extra[before:]))
+        else:
+            ditch = DitchStream(program, seek.values, row_indices, inputs, self.kv_grad, seek.cast)
+            ditch.run()
+        outputs = tuple(self._outputs(seek, ditch))
         for index, update in zip(program.mutated, program.updates, strict=True):
             written[index].copy_(seek.values[update])
-        return Run(outputs, tuple(selected), tuple(ditch.barriers), seek)
+        return Run(outputs, tuple(selected), tuple(ditch.barriers) if ditch else (), seek, rounds)
+
+    def _rounds(
+        self, seek: Seek, kept: list[RowIndex], inputs: tuple, places: Tensor, *leaves: Tensor
+    ) -> Iterator[Round]:
+        """One round of every phase. ``places`` of the rows and ``leaves``: as in ``RoundStream``."""
+        program, block = self.program, 1
+        collecting = dict(zip(program[Rounds].collected, leaves, strict=True))
+        for phase in program[Rounds].phases:
+            own = {node: collecting[node] for node in phase.read}
+            stream = RoundStream(
+                program, seek.values, inputs, seek.cast, phase, kept, own, places if phase.in_rounds else None
+            )
+            with nodes_kept((*inputs, *seek.values.values(), *(index.indices for index in kept))):
+                after = stream.run(block) + 1
+                outputs = tuple(map(stream.own, (program.outputs[i] for i in phase.outputs)))
+                sent = tuple(map(stream.own, phase.sent))
+            yield Round(stream.row_index(phase.axis), outputs, sent, block, tuple(dict.fromkeys(stream.missing)))
+            block = after
+
+    @property
+    def collecting(self) -> tuple[Any, ...]:
+        """The inputs that collect gradient of keys and values."""
+        return self.inputs[len(self.inputs) - len(self.program[Rounds].collected) :]
+
+    def reading(self, missing: Sequence[Sequence[fx.Node]]) -> TwoStreams:
+        """The same streams, whose phases collect the gradient of these values too."""
+        program = self.program.with_(self.program[Rounds].reading(self.program, missing))
+        before = len(self.inputs) - self.program[Rounds].inputs
+        return replace(self, program=program, inputs=(*self.inputs[:before], *round_inputs(program)))
 
     def choose(self, *args: Any) -> Run:
         """Execute the seek stream and the selection only; nothing is mutated."""
@@ -175,10 +240,11 @@ class TwoStreams:
         sizes = sizes_of(program, axes.main, seek.values)
         return [RowIndex(axes, axes.main, indices, *sizes, *weights)], []
 
-    def _outputs(self, ditch: DitchStream) -> Iterator[Any]:
+    def _outputs(self, seek: Seek, ditch: DitchStream | None) -> Iterator[Any]:
         """The outputs: losses live, other values from the seek stream.
 
-        Without a loss, and in a fragment, values are full values that are live in the kept rows.
+        Without a loss, and in a fragment, values are full values that are live in the kept rows. Without a ditch stream
+        (rounds), all are values of the seek stream.
         """
         program, activity = self.program, self.program[Activity]
         classes = class_factors(program)
@@ -186,15 +252,15 @@ class TwoStreams:
             if not isinstance(out, fx.Node):
                 yield out
             elif out not in activity.live:
-                yield ditch.seek[out]
-            elif out in activity.losses:
+                yield seek.values[out]
+            elif ditch is not None and out in activity.losses:
                 yield self._loss(ditch, out)
-            elif self.is_fragment or not activity.losses:
+            elif ditch is not None and (self.is_fragment or not activity.losses):
                 yield ditch.full(out)
             elif self.logits == "drop" and _are_logits(program, out, classes):
-                yield _without_tokens(ditch, out)
+                yield _without_tokens(program[TokenAxes], seek, out)
             else:
-                yield ditch.seek[out].detach()
+                yield seek.values[out].detach()
 
     def _loss(self, ditch: DitchStream, out: fx.Node) -> Tensor:
         """The loss of the kept tokens, or the value of the full loss with the gradient of the kept tokens."""
@@ -208,8 +274,9 @@ class TwoStreams:
 class BuildStreams:
     """Build the function that executes the two streams.
 
-    Reads ``Selections``, ``ScoringTail``, ``KVRecompute``, ``FrozenRows`` and the results of the analysis; writes
-    ``TwoStreams``. The options are those of ``Plan``; ``given``: examples of row indices [B, k] (and their weights).
+    Reads ``Selections``, ``Rounds``, ``ScoringTail``, ``KVRecompute``, ``FrozenRows`` and the results of the analysis;
+    writes ``TwoStreams``. The options are those of ``Plan``; ``given``: examples of row indices [B, k] (and their
+    weights).
     """
 
     signals: Signals
@@ -221,7 +288,7 @@ class BuildStreams:
 
     def run(self, program: Program) -> Program:
         noisy = () if self.given else program[Selections].noisy
-        inputs = (*program.inputs, *(self.given or _noise(program, noisy)))
+        inputs = (*program.inputs, *(self.given or _noise(program, noisy)), *round_inputs(program))
         form = (self.logits, self.kv_grad, bool(self.given), self.is_fragment)
         return program.with_(TwoStreams(program, self.signals, inputs, noisy, *form))
 
@@ -244,9 +311,11 @@ def _are_logits(program: Program, node: fx.Node, classes: set[int]) -> bool:
     return program[TokenAxes].has_rows(node) and bool(classes & set(sum(program[TokenAxes].of(node), ())))
 
 
-def _without_tokens(ditch: DitchStream, node: fx.Node) -> Tensor:
+def _without_tokens(axes: TokenAxes, seek: Seek, node: fx.Node) -> Tensor:
     """An empty tensor in place of ``node``, created without computing the node."""
-    value, row_index, axes = ditch.seek[node], ditch.row_index_of(node), ditch.axes
-    sizes = {row_index.axis.token: 0, row_index.axis.batch: row_index.batch}
+    axis = axes.axis_of(node)
+    assert axis is not None
+    value, (batch, _) = seek.values[node], sizes_of(seek.program, axis, seek.values)
+    sizes = {axis.token: 0, axis.batch: batch}
     shape = [sizes.get(label, size) if label else size for label, size in zip(axes.of(node), value.shape, strict=True)]
     return torch.empty(shape, dtype=value.dtype, device=value.device)
