@@ -144,6 +144,16 @@ ROWS: dict[str, Make] = {
     WHOLE: tokenseek(scorer="random", select="topk", report_loss="full"),
     "tokenseek, the paper's recipe": tokenseek(**PAPER),
 }
+#: Rows of benchmarks/rounds.py: the share of the tokens, and the rounds that run them.
+IN_ROUNDS = [(1, n) for n in (2, 4, 8, 16, 32, 64)] + [(0.4, n) for n in (1, 4, 8)] + [(0.1, n) for n in (1, 4)]
+
+
+def in_rounds(share: float, rounds: int) -> str:
+    """The name of the row that trains on this share of the tokens in rounds."""
+    return f"tokenseek, {share:.0%} in {rounds} rounds" if rounds > 1 else f"tokenseek, {share:.0%}"
+
+
+ROUNDS: dict[str, Make] = {in_rounds(share, n): tokenseek(keep_ratio=share, rounds=n) for share, n in IN_ROUNDS}
 MAIN = [EAGER, CHECKPOINT, RIVAL, COMPILE, FORWARD, DEFAULT, NONE]
 CAVEATS = (
     "activation_memory_budget: its peak is not monotone in the budget (pytorch #197838), and dropout is recomputed "

@@ -8,10 +8,15 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import rounds
 
 from tokenseek_fx import Config
 from tokenseek_fx.passes.pipeline import training
@@ -26,6 +31,7 @@ LINKS = {
     "recompute": ("What backward recomputes", "memory.md#recompute"),
     "kv": ("keys and values of all tokens", "memory.md#keys-and-values"),
     "chunk_bytes": ("in chunks", "memory.md#chunk_bytes"),
+    "rounds": ("In how many rounds", "memory.md#rounds"),
     "memory_budget": ("Limit on the bytes", "memory.md#memory_budget"),
 }
 
@@ -99,4 +105,14 @@ def _item(line: str) -> str:
     return textwrap.fill(f"{number} **{name}**: {_markdown(text)}", 118, subsequent_indent=" " * (len(number) + 1))
 
 
-SECTIONS = (Section("backend.md", "options", options_table), Section("how-it-works.md", "pipeline", pipeline_list))
+def rounds_table() -> str:
+    """The results of ``benchmarks/rounds.py``."""
+    records = json.loads(rounds.OUT.read_text())["records"]
+    return "\n".join(line for name in rounds.SETTINGS for line in rounds.table(records, name))
+
+
+SECTIONS = (
+    Section("backend.md", "options", options_table),
+    Section("how-it-works.md", "pipeline", pipeline_list),
+    Section("memory.md", "rounds", rounds_table),
+)

@@ -122,6 +122,14 @@ class Grouped(Model):
         return x + mixed.transpose(1, 2).flatten(2)
 
 
+class Mixing(Grouped):
+    """Every token gets the mean of all tokens too."""
+
+    def hidden(self, x: Tensor) -> Tensor:
+        mean = torch.full((T, T), 1 / T)
+        return super().hidden(x + mean @ self.block.linear1.weight[:WIDTH, 0].mul(x))
+
+
 class WithoutLoss(Model):
     def forward(self, ids: Tensor, labels: Tensor | None = None) -> Any:
         return self.head(self.hidden(self.embed(ids)))
@@ -187,6 +195,8 @@ option("a value that `recompute` doesn't accept", "one of the list, or bytes", r
 option("a mode of keys and values that doesn't exist", "one of the list", kv="fp16")
 option("a mode of keys and values without saved tensors", "another `inner`", inner="eager", kv="recompute")
 option("a mode of keys and values that get gradient", "remove one of them", kv_grad="all", kv="recompute")
+option("a number of rounds below 1", "1 or more", rounds=0)
+option("the loss of the kept tokens, in rounds", "remove one of them", rounds=4, report_loss="kept")
 option("an amount of memory with an unknown unit", "GiB, not GB", memory_budget="8GB")
 option("chunks of 0 bytes", "1 or more", chunk_bytes=0)
 option(
@@ -270,6 +280,16 @@ def _(**options):
 @misuse("Options", "recomputed keys and values that grouped heads make small", "remove it")
 def _(**options):
     forward(Grouped(), inner="aot_eager", kv="recompute", **options)
+
+
+@misuse("Options", "rounds of tokens that attend in both directions", "`rounds=1`")
+def _(**options):
+    forward(Model(), rounds=2, keep_ratio=0.5, **options)
+
+
+@misuse("Options", "rounds of tokens that are mixed in both directions", "`rounds=1`")
+def _(**options):
+    train(Mixing(), rounds=2, keep_ratio=0.5, **options)
 
 
 # -- scorers ----------------------------------------------------------------------------------------------------------

@@ -181,6 +181,27 @@ def test_equals_the_definition_where_the_rows_are_consecutive(start, rows, later
         assert_same(given | {"positions": torch.stack([positions[0], positions[0].flip(0)])}, tolerance=0.03)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize(("start", "rows"), [(0, 5), (7, 5), (12, 1), (0, 13)])
+@pytest.mark.parametrize("heads", [2, 6])
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float32, 2e-5), (torch.float64, 1e-11)])
+def test_every_key_may_have_gradient(dtype, tol, heads, start, rows, window, softcap):
+    """In rounds of all rows: consecutive rows, whose three gradients come from the same scores."""
+    query = torch.randn(2, heads, rows, 8, dtype=dtype, requires_grad=True)
+    key, value = (torch.randn(2, 2, 13, 8, dtype=dtype) for _ in range(2))
+    live = query, key.clone().requires_grad_(), value.clone().requires_grad_()
+    positions, columns = torch.arange(start, start + rows).expand(2, -1), torch.arange(13).expand(2, -1)
+    options = {"columns": columns, "visibility": Visibility(causal=True, window=window), "softcap": softcap}
+    grad = torch.randn(2, heads, rows, 8, dtype=dtype)
+    found, expected = (
+        torch.autograd.grad(attend(*live, key, value, positions, **options), live, grad)
+        for attend in (selected_attention, definition)
+    )
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=tol)
+
+
 def test_columns_after_all_rows_have_no_gradient():
     last = {"positions": torch.tensor([[1, 2]]), "columns": torch.tensor([[1, 9, 12]])}
     given = operands(1, 4, 2, 2, 13, causal=True, columns=last["columns"]) | last

@@ -36,7 +36,13 @@ _DEVICES = ("cpu", "cuda", "xpu", "mtia")
 #: Operations with Triton kernels on a GPU, and the dtypes of these kernels, which hold nothing but their results.
 _KERNELS = {
     **dict.fromkeys(
-        ("selected_attention", "selected_attention_grad_query", "selected_attention_grad_keys", "attention_received"),
+        (
+            "selected_attention",
+            "selected_attention_grad_query",
+            "selected_attention_grad_keys",
+            "selected_attention_grad_every",
+            "attention_received",
+        ),
         (*HALF, torch.float32),
     ),
     "head_loss": HALF,

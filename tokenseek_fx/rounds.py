@@ -142,7 +142,7 @@ class InRounds:
         """
         for node in self.rounds.unproved:
             grad = _grad(collected[node])
-            if not isinstance(grad, FakeTensor) and grad.any():
+            if not isinstance(grad, FakeTensor) and (grad.abs() > 0).any():  # not NaN, which a scaled gradient may be
                 raise RoundsNotSupported(
                     "A row sent gradient to a later row, whose round was over: tokens attend, or are mixed, in both "
                     "directions. The gradient of this step is not complete.",

@@ -18,6 +18,7 @@ from ..keep.kv_modes import KEEP, KVMode
 from ..lower.chunks import ChunkedPrefill
 from ..lower.split import Segment, Segments
 from ..rules.attention import attention_op
+from ..streams.rounds import Rounds
 from .saved import SavedTensors
 
 
@@ -38,12 +39,13 @@ class RecomputePlan:
 class PlanRecompute:
     """Choose the segments that backward recomputes.
 
-    Reads ``Segments``, ``ChunkedPrefill``; writes ``RecomputePlan``, ``SavedTensors``. The first segments are
-    recomputed, since their values are held longest.
+    Reads ``Segments``, ``ChunkedPrefill``, ``Rounds``; writes ``RecomputePlan``, ``SavedTensors``. The first segments
+    are recomputed, since their values are held longest.
 
     Args:
         recompute: "none", "rows" (all segments), or the bytes that may be saved. ``None``: all segments except the last
-            ones whose matrix products and attentions fit into the spare bytes of the chunked prefill.
+            ones whose matrix products and attentions fit into the spare bytes of the chunked prefill; in rounds none,
+            since more rounds save as much and compute nothing again.
         kv: the keys/values mode.
 
     Raises:
@@ -56,8 +58,9 @@ class PlanRecompute:
 
     def run(self, program: Program) -> Program:
         segments, spare = program[Segments], program[ChunkedPrefill].spare_bytes
-        saved = SavedTensors(segments, self.kv)
-        return program.with_(RecomputePlan(self._count(saved, spare), len(segments.segments)), saved)
+        saved, by_rounds = SavedTensors(segments, self.kv), bool(program[Rounds].phases) and self.recompute is None
+        count = 0 if by_rounds else self._count(saved, spare)
+        return program.with_(RecomputePlan(count, len(segments.segments)), saved)
 
     def check(self, program: Program) -> None:
         """No more segments are recomputed than there are."""

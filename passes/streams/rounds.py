@@ -3,8 +3,8 @@
 A round is the forward and backward of some of the kept rows. It reads keys and values of the seek stream; the gradient
 that it sends to keys and values of other kept rows is collected, and enters the round of those rows. With causal
 attention no row sends gradient to a later one, so the sum over the rounds is the gradient of all kept rows at once. Of
-other operations that mix tokens (attention whose mask is not read, a convolution), the backward checks this.
-Rows of another token axis (the encoder's) run after them, in one round of their own.
+other operations that mix tokens (attention whose mask is not read, a convolution), the backward checks this. Rows of
+another token axis (the encoder's) run after them, in one round of their own.
 
 The rounds of one token axis are a *phase*. Outputs without rows must be sums over rows; anything else is refused.
 """
@@ -40,7 +40,7 @@ SUMS = (aten.sum.default, aten.sum.dim_IntList)
 MEANS = (aten.mean.default, aten.mean.dim)
 _ADDITIONS = (aten.add.Tensor, aten.sub.Tensor, aten.stack.default, aten.cat.default)
 #: Operations without rows that are linear in any one operand.
-_LINEAR = {*LAYOUT, *CASTS, *SUMS, *MULTIPLICATIONS, *_ADDITIONS, aten.neg.default, aten.select.int}
+_LINEAR = {*LAYOUT, *CASTS, *SUMS, *MEANS, *MULTIPLICATIONS, *_ADDITIONS, aten.neg.default, aten.select.int}
 
 
 @dataclass(frozen=True)

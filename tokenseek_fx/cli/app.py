@@ -62,6 +62,10 @@ Ratio = Annotated[
 Scorer = Annotated[
     str | None, typer.Option(help="How tokens are scored: loss, tokenseek, random, ...", rich_help_panel=_SELECTION)
 ]
+Rounds = Annotated[
+    int | None,
+    typer.Option(min=1, help="Run the kept tokens in so many rounds in backward.", rich_help_panel=_SELECTION),
+]
 Options = Annotated[
     list[str] | None,
     typer.Option(
@@ -92,7 +96,7 @@ Batch = Annotated[int, typer.Option("--batch", "-b", min=1, help="Sequences in a
 Length = Annotated[int, typer.Option("--length", "-l", min=2, help="Tokens in a sequence.")]
 
 
-def chosen(ratio: float | None, scorer: str | None, others: list[str] | None) -> dict[str, Any]:
+def chosen(ratio: float | None, scorer: str | None, rounds: int | None, others: list[str] | None) -> dict[str, Any]:
     """The options of the backend by name, checked.
 
     Raises:
@@ -105,7 +109,8 @@ def chosen(ratio: float | None, scorer: str | None, others: list[str] | None) ->
         if not equals:
             raise Usage(f"--option {each}: expected NAME=VALUE.")
         found[name.strip()] = _value(value)
-    found |= {} if scorer is None else {"scorer": scorer}
+    named = {"scorer": scorer, "rounds": rounds}
+    found |= {name: value for name, value in named.items() if value is not None}
     if "keep_tokens" not in found and ratio is not None:
         found = {"keep_ratio": ratio} | found
     Config.from_options(found)
@@ -160,6 +165,7 @@ def explain(
     length: Length = 512,
     keep_ratio: Ratio = 0.1,
     scorer: Scorer = None,
+    rounds: Rounds = None,
     option: Options = None,
     lora: Lora = False,
     rank: Rank = 16,
@@ -169,7 +175,7 @@ def explain(
     """Show how a model would be rewritten: token axis, cost, barriers, saved bytes. Needs its configuration only."""
     from . import models, predict
 
-    options = chosen(keep_ratio, scorer, option)
+    options = chosen(keep_ratio, scorer, rounds, option)
     needs_transformers()
     adapter = models.adapter_of(lora, False, rank, None, 0.0, targets)
     return predict.explain(model, batch, length, adapter, options)
@@ -202,6 +208,7 @@ def estimate(
         Optimizer, typer.Option(help="Optimizer; its states have the dtype of the weights.")
     ] = Optimizer.adamw,
     scorer: Scorer = None,
+    rounds: Rounds = None,
     option: Options = None,
     lora: Lora = False,
     rank: Rank = 16,
@@ -211,9 +218,9 @@ def estimate(
     """Will it fit? Estimate a step's memory for lengths, ratios and GPUs. Needs the model's configuration only."""
     from . import models, predict
 
-    options = chosen(None, scorer, option)
+    options = chosen(None, scorer, rounds, option)
     for ratio in keep_ratio:
-        chosen(ratio, scorer, option)
+        chosen(ratio, scorer, rounds, option)
     needs_transformers()
     adapter = models.adapter_of(lora, False, rank, None, 0.0, targets)
     return predict.estimate(model, batch, length, keep_ratio, gpu, adapter, dtype.value, optimizer.value, options)
@@ -259,6 +266,7 @@ def finetune(
     ] = False,
     keep_ratio: Ratio = 0.1,
     scorer: Scorer = None,
+    rounds: Rounds = None,
     option: Options = None,
     columns: Annotated[
         str | None,
@@ -340,7 +348,7 @@ def finetune(
     Ctrl-C saves a checkpoint and prints the command that resumes. Uses one GPU: the first in CUDA_VISIBLE_DEVICES.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-    options = chosen(keep_ratio, scorer, option)
+    options = chosen(keep_ratio, scorer, rounds, option)
     needs_transformers()
     from . import finetune as work
     from . import models
@@ -395,6 +403,7 @@ def bench(
     dtype: Annotated[Weights, typer.Option(help="Dtype of the weights, as in `finetune`.")] = Weights.auto,
     keep_ratio: Ratio = 0.1,
     scorer: Scorer = None,
+    rounds: Rounds = None,
     option: Options = None,
     lora: Lora = False,
     rank: Rank = 16,
@@ -405,7 +414,7 @@ def bench(
 
     Needs the model's configuration only: its weights are random.
     """
-    options = chosen(keep_ratio, scorer, option)
+    options = chosen(keep_ratio, scorer, rounds, option)
     needs_transformers()
     from . import bench as work
     from . import models

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from . import attention_blocks as blocks
 from .attention_blocks import ScoreSpec, lse_like, rows_like
@@ -186,12 +187,26 @@ def _grad_keys(
     return blocks.grad_selected(grad, delta, lse, query, key, value, columns, spec)
 
 
+@torch.library.custom_op("tokenseek_fx::selected_attention_grad_every", mutates_args=())
+@with_flat_visibility
+def _grad_every(
+    grad: Tensor, out: Tensor, delta: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
+    positions: Tensor | None, scale: float | None, softcap: float, visibility: Visibility,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    spec = ScoreSpec.of(query, key, positions, visibility, scale, softcap)
+    return blocks.grad_every(grad, out, delta, lse, query, key, value, spec)
+
+
 def _fake_forward(query, row_key, row_value, key, value, *rest):
     return rows_like(query, value.shape[-1]), lse_like(query)
 
 
 def _fake_grad_query(grad, delta, lse, query, *rest):
     return rows_like(query, query.shape[-1])
+
+
+def _fake_grad_every(grad, out, delta, lse, query, key, value, *rest):
+    return tuple(rows_like(t, t.shape[-1]) for t in (query, key, value))
 
 
 def _fake_grad_keys(grad, delta, lse, query, key, value, positions, columns, *rest):
@@ -206,8 +221,11 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(query, key, value, positions, columns, sinks, *tensors, *output)
 
 
-def register(forward: Any, grad_query: Any, grad_keys: Any) -> None:
-    """Register fake implementations of three operators, and the other two as the backward of ``forward``."""
+def register(forward: Any, grad_query: Any, grad_keys: Any, grad_every: Any = None) -> None:
+    """Register fake implementations of the operators, and the others as the backward of ``forward``.
+
+    ``grad_every`` takes the place of the other two where every key gets gradient.
+    """
 
     def backward(ctx, grad, _):
         query, key, value, positions, columns, sinks, *tensors, out, lse = ctx.saved_tensors
@@ -224,6 +242,9 @@ def register(forward: Any, grad_query: Any, grad_keys: Any) -> None:
         delta = (grad.to(lse.dtype) * out).sum(-1)
         operands = (grad, delta, lse, query, key, value, positions)
         form = (ctx.scale, ctx.softcap, *visibility.without_means().flat())
+        if grad_every is not None and needs[0] and _is_every(columns, key):
+            grads[:3] = grad_every(grad, out, *operands[1:], *form)
+            needs = (False, False, False, *needs[3:])
         if needs[0]:
             grads[0] = grad_query(*operands, *form)
         if needs[1] or needs[2]:
@@ -236,8 +257,15 @@ def register(forward: Any, grad_query: Any, grad_keys: Any) -> None:
 
     forward.register_fake(_fake_forward)
     grad_query.register_fake(_fake_grad_query)
+    if grad_every is not None:
+        grad_every.register_fake(_fake_grad_every)
     grad_keys.register_fake(_fake_grad_keys)
     forward.register_autograd(backward, setup_context=_setup_context)
 
 
-register(_forward, _grad_query, _grad_keys)
+def _is_every(columns: Tensor | None, key: Tensor) -> bool:
+    """Whether ``columns``, which are sorted, are all keys."""
+    return columns is not None and statically_known_true(columns.shape[1] == key.shape[2])
+
+
+register(_forward, _grad_query, _grad_keys, _grad_every)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from .visibility import Visibility
 
@@ -24,6 +25,8 @@ _ROWS = 128
 _FUSED_ROWS = 32
 #: Scores in a block, in elements: few enough to stay in the cache between operations.
 _SCORES = 2**19
+#: PyTorch's flash attention for CPU takes grouped heads in its backward, too.
+_FLASH_BACKWARD_GROUPS = TorchVersion(torch.__version__) >= "2.13"
 #: Scores in a block of several instances: fewer, since their keys are copied into one batch of matrices.
 _SMALL = 2**18
 
@@ -266,6 +269,49 @@ def grad_keys(
         block.add(grad_value, block.fold(weights).mT @ block.folded(grad))
         block.add(grad_key, block.fold(grad_scores).mT @ block.folded(query))
     return grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
+def grad_every(
+    grad: Tensor, out: Tensor, delta: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, spec: ScoreSpec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv over all keys; the scores are computed once."""
+    if _takes_flash_backward(query, key, value, spec) and (start := spec.start) is not None:
+        return _grad_consecutive(grad, out, lse, query, key, value, start, spec.scale)
+    result = rows_like(query, query.shape[-1])
+    grad_key, grad_value = (torch.zeros_like(rows_like(t, t.shape[-1]), dtype=lse.dtype) for t in (key, value))
+    for block in _blocks(query, key, spec):
+        weights, grad_scores = _backward(block, grad, delta, lse, query, key, value, spec)
+        grad_scores = block.fold(grad_scores)
+        block.of_rows(result)[...] = block.unfold(grad_scores @ block.of_keys(key))
+        block.add(grad_value, block.fold(weights).mT @ block.folded(grad))
+        block.add(grad_key, grad_scores.mT @ block.folded(query))
+    return result, grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
+def _takes_flash_backward(query: Tensor, key: Tensor, value: Tensor, spec: ScoreSpec) -> bool:
+    """Whether PyTorch's flash attention for CPU has a backward for these operands."""
+    grouped = query.shape[1] != key.shape[1]
+    plain = not spec.softcap and spec.weight is None and query.shape[-1] == value.shape[-1]
+    return query.is_cpu and query.dtype is torch.float32 and plain and (_FLASH_BACKWARD_GROUPS or not grouped)
+
+
+def _grad_consecutive(
+    grad: Tensor, out: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, start: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk and dv of consecutive rows from ``start``, in the two parts of ``_forward_consecutive``."""
+    flash = partial(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward, scale=scale)
+    grad, out, query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad, out, query, key, value))
+    own, earlier = slice(start, start + query.shape[2]), slice(start)
+    grad_key, grad_value = (torch.zeros_like(rows_like(t, t.shape[-1])) for t in (key, value))
+    result, grad_key[:, :, own], grad_value[:, :, own] = flash(
+        grad, query, key[:, :, own], value[:, :, own], out, lse, 0.0, True
+    )
+    if start:
+        more, grad_key[:, :, earlier], grad_value[:, :, earlier] = flash(
+            grad, query, key[:, :, earlier], value[:, :, earlier], out, lse, 0.0, False
+        )
+        result = result + more
+    return rows_like(query, query.shape[-1]).copy_(result), grad_key, grad_value
 
 
 def grad_selected(
