@@ -58,6 +58,7 @@ class Base(nn.Module):
     def __init__(self, names: list[str], branch: Callable[[], nn.Module]) -> None:
         super().__init__()
         torch.manual_seed(0)
+        self.names = names
         self.embed, self.qkv, self.out = nn.Linear(6, D), nn.Linear(D, 3 * D), nn.Linear(D, D)
         self.branches = nn.ModuleDict({name.replace(".", "_"): branch() for name in names})
 
@@ -101,7 +102,7 @@ MOVES: dict[str, Move] = {
 class Moved(Base):
     def losses(self, h: Tensor, cut: Kept) -> Tensor:
         total = torch.zeros((), dtype=h.dtype)
-        for (move, number), branch in zip(MOVES.values(), self.branches.values(), strict=True):
+        for (move, number), branch in zip((MOVES[name] for name in self.names), self.branches.values(), strict=True):
             tokens = number(torch.arange(h.shape[1]))
             z = cut(F.gelu(cut(branch[0](move(h)), tokens)), tokens)
             total = total + cut.mse(cut(branch[1](z), tokens), tokens)
@@ -140,7 +141,7 @@ class Mixed(Base):
 
     def losses(self, h: Tensor, cut: Kept) -> Tensor:
         total = torch.zeros((), dtype=h.dtype)
-        for mix, branch in zip(MIXED.values(), self.branches.values(), strict=True):
+        for mix, branch in zip((MIXED[name] for name in self.names), self.branches.values(), strict=True):
             weights = [layer.weight.unflatten(0, (D, 4)).transpose(1, 2) for layer in list(branch)[:4]]
             stream, q, k, v = (cut(mix(h, weight)) for weight in weights)
             total = total + cut.mse(cut(branch[4](stream))) + cut.mse(cut(branch[4](cut(attended(q, k, v)))))

@@ -325,5 +325,7 @@ def test_options():
             Config(rounds=rounds)
     with pytest.raises(tokenseek_fx.ConfigError, match="report_loss='kept' has no effect"):
         Config(rounds=2, report_loss="kept")
+    with pytest.raises(tokenseek_fx.ConfigError, match="mode='reduce-overhead' has no effect"):
+        Config(rounds=2, mode="reduce-overhead")
     with pytest.raises(tokenseek_fx.ConfigError, match="rounds=2 has no effect"):
         Config(rounds=2, kv_grad="all")

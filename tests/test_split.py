@@ -23,6 +23,7 @@ from tokenseek_fx.passes import Pipeline, Program, Split
 from tokenseek_fx.passes.graph.errors import InvariantBroken
 from tokenseek_fx.passes.graph.kinds import BLOCK
 from tokenseek_fx.passes.lower.split import Segments
+from tokenseek_fx.passes.streams.rounds import Rounds
 from tokenseek_fx.passes.streams.trace import Rewrite
 
 aten = torch.ops.aten
@@ -140,7 +141,7 @@ def test_segments_include_bodies_of_higher_order_operators():
     graph.output((inside(call(aten.mul.Tensor, first, w, block=1), 1),))
     module = fx.GraphModule(root, graph)
     inputs = (torch.randn(3), torch.randn(3, requires_grad=True))
-    program = Program(module, inputs).with_(Rewrite(module, inputs, (), ()))
+    program = Program(module, inputs).with_(Rewrite(module, inputs, (), ()), Rounds())
     segments = Pipeline((Split(),)).run(program)[Segments]
     assert [[*part.run._modules] for part in segments.segments] == [["body"], ["body"]]
     assert segments(*inputs)[0].equal(module(*inputs)[0])
@@ -156,7 +157,7 @@ def test_a_segment_never_reads_an_output_of_a_later_one():
     early.meta["custom"] = {BLOCK: 1}
     graph.output((early,))
     module = fx.GraphModule(nn.Module(), graph)
-    program = Program(module, ()).with_(Rewrite(module, (torch.ones(2),), (), ()))
+    program = Program(module, ()).with_(Rewrite(module, (torch.ones(2),), (), ()), Rounds())
     program = Split().run(program)
     assert len(program[Segments].segments) == 1
     Split().check(program)

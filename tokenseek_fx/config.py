@@ -31,6 +31,7 @@ _RECOMPUTE = ("none", "rows")
 _UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 _LAYERS = ("last", "first", "all")
 _REPORTS = ("full", "kept")
+_WITH_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -322,6 +323,8 @@ class Config:
                 yield "report_loss", "with rounds, the forward computes the loss of all tokens"
             if self.kv_grad == "all":
                 yield "rounds", "kv_grad='all' trains keys and values of all tokens, so rounds would not be exact"
+            if self.mode in _WITH_CUDA_GRAPHS:
+                yield "mode", "rounds run several times in one backward, which CUDA graphs don't record"
         if "attention_layers" in given and not needs_of(self.scoring) - {"noise"}:
             yield "attention_layers", "the scorer needs no attention"
         if "gradient_of" in given and not needs_of(self.scoring) & {"gradient", "loss"}:
