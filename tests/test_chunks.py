@@ -264,6 +264,16 @@ def test_inductor_runs_chunks_of_any_length(small):
     assert [len(calls(module)) > 2 for module in small] == [True]
 
 
+def test_floats_that_are_dynamic(small):
+    """With ``dynamic=True`` Dynamo reads the epsilon of a norm from a tensor: the norm is not cut, the rest is."""
+    torch._dynamo.reset()
+    model = build("llama", "sdpa").double()
+    step = torch.compile(model, backend=backend(Config(inner="eager", keep_ratio=0.3, strict=True)), dynamic=True)
+    for count, length in [(3, 13), (5, 23)]:
+        assert_exact(step, model, batch_of(model, count, length, "right"), 1e-6)
+    assert len(calls(small[-1])) > 2
+
+
 def test_a_subgraph_that_several_chunks_call_copies_its_results_once():
     """A view of an input is copied; the calls of one body share it."""
     model, batch = built("gpt2", "sdpa", 13, torch.float64)

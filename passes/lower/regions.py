@@ -136,7 +136,7 @@ def regions_of(program: Program, chunk_bytes: int) -> list[Region]:
     for node in program.graph.nodes:
         if seek.get(node) not in there:
             continue
-        parallel = is_parallel(program, node)
+        parallel = is_parallel(program, node) and not _reads_a_float(node)
         read = [(levels.get(x, -1), carried and x not in small) for x, carried in reads(program, node)]
         if parallel:
             levels[node] = max([0, *(level if carried else level + 1 for level, carried in read)])
@@ -145,6 +145,11 @@ def regions_of(program: Program, chunk_bytes: int) -> list[Region]:
         elif (level := max((level for level, _ in read), default=-1)) >= 0:
             levels[node] = level + 1
     return [Region(program, key[1], part) for key, nodes in found.items() for part in _connected(program, nodes)]
+
+
+def _reads_a_float(node: fx.Node) -> bool:
+    """True for an operation with a float that is read from a tensor (``dynamic=True``), which no subgraph can take."""
+    return any(isinstance(arg.meta.get("val"), torch.SymFloat) for arg in node.all_input_nodes)
 
 
 def _connected(program: Program, nodes: Sequence[fx.Node]) -> Iterator[tuple[fx.Node, ...]]:
