@@ -71,6 +71,17 @@ def test_whole_graphs_match_the_reference(options, first):
     assert error(train(step, model, batch, indices), expected.grads) < 1e-9
 
 
+def test_floats_that_are_dynamic():
+    """With ``dynamic=True`` Dynamo's graph reads the floats of a model (epsilons, scales) from tensors."""
+    model = zoo.build("llama", "sdpa").double()
+    options = {"strict": True, "inner": "aot_eager"}
+    step = torch.compile(model, backend="tokenseek", dynamic=True, options=options)
+    for length in (T, T + 6):
+        batch, indices = zoo.batch(model, B, length), rows(5, tokens=length)
+        expected = by_reference(model, batch, indices, length=length)
+        assert error(train(step, model, batch, indices), expected.grads) < 1e-6
+
+
 def test_the_value_is_the_loss_of_the_rows_unless_the_full_one_is_asked_for():
     model, batch, indices = Model(), data(), rows(4)
     with selecting(indices):

@@ -284,9 +284,12 @@ def test_a_second_backward_is_refused_as_usual_or_right():
         loss.backward()
 
 
-def test_lengths_that_change():
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_lengths_that_change(dynamic):
+    """With ``dynamic=True`` also the floats of the model are inputs of Dynamo's graph."""
     model, _ = decoder()
-    step = torch.compile(model, backend="tokenseek", options={**OPTIONS, "keep_ratio": 1, "rounds": 3})
+    options = {**OPTIONS, "inner": "aot_eager", "keep_ratio": 1, "rounds": 3}
+    step = torch.compile(model, backend="tokenseek", dynamic=dynamic, options=options)
     for length in (13, 9, 13, 24):
         batch = zoo.batch(model, 2, length)
         model.zero_grad()

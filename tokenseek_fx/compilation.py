@@ -32,7 +32,7 @@ from .passes.pipeline import ANALYSED, training
 from .passes.streams.rounds import Rounds
 from .planner import within_budget
 from .rounds import InRounds, rewritten
-from .variants import Variants
+from .variants import Variants, floats_read
 from .warnings import TokenSeekWarning
 
 Passed = tuple[tuple[int, RowPlace], ...]
@@ -111,7 +111,9 @@ class Trained:
         self.is_fragment = self.split is not None or any(map(is_activation, inputs))
         in_rounds = config.rounds > 1
         is_lazy = given() is not None or in_rounds
-        self.own = Variants(self.examples, self._compile_own, in_rounds) if is_lazy else self._compile_own(inputs)
+        self.floats = floats_read(gm)
+        own = partial(Variants, self.examples, self._compile_own, in_rounds, self.floats)
+        self.own = own() if is_lazy else self._compile_own(inputs)
         self.with_rows: dict[Any, Variants] = {}
         self.attends = True
 
@@ -129,7 +131,7 @@ class Trained:
     def _variants(self, count: int, passed: Passed) -> Variants:
         if (count, passed) not in self.with_rows:
             compile = partial(bugs_reported()(self._compile_with_rows), count=count, passed=passed)
-            self.with_rows[count, passed] = Variants(self.examples, compile, self.config.rounds > 1)
+            self.with_rows[count, passed] = Variants(self.examples, compile, self.config.rounds > 1, self.floats)
         return self.with_rows[count, passed]
 
     def _compile_own(self, inputs: Sequence[Any]) -> Compiled:

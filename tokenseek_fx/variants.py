@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,13 +20,19 @@ class Variants:
 
     ``compile`` compiles the graph for fake arguments. Dims that Dynamo made dynamic are dynamic here. Dims of the extra
     tensors are dynamic if any input has a dynamic dim; otherwise they become dynamic when they change. Each variant has
-    the guards of its own trace and runs for arguments that satisfy them. ``static``: no dim is dynamic.
+    the guards of its own trace and runs for arguments that satisfy them. ``static``: no dim is dynamic. ``floats``: the
+    positions of tensors that the graph reads a float from, which is a constant of a variant.
     """
 
     def __init__(
-        self, examples: Sequence[Any], compile: Callable[[tuple[Any, ...]], Compiled], static: bool = False
+        self,
+        examples: Sequence[Any],
+        compile: Callable[[tuple[Any, ...]], Compiled],
+        static: bool = False,
+        floats: Sequence[int] = (),
     ) -> None:
-        self.compile, self.known, self.static = compile, list[tuple[Callable[..., bool], Compiled]](), static
+        self.compile, self.known = compile, list[tuple[Callable[..., bool], Compiled]]()
+        self.static, self.floats = static, floats
         self.dynamic = [_dynamic_dims(example) for example in examples]
         self.first: list[torch.Size] | None = None
 
@@ -39,10 +45,16 @@ class Variants:
         mode = FakeTensorMode(shape_env=env)
         known = 0 if self.static else len(self.dynamic)
         dynamic = [*self.dynamic[:known], *self._changing(args[known:])]
-        fakes = tuple(_fake(mode, x, dims, f"input_{i}") for i, (x, dims) in enumerate(zip(args, dynamic, strict=True)))
+        fakes = tuple(
+            _constant(mode, x) if i in self.floats else _fake(mode, x, dims, f"input_{i}")
+            for i, (x, dims) in enumerate(zip(args, dynamic, strict=True))
+        )
+        values = {i: args[i].item() for i in self.floats}
         with tracing(TracingContext(mode)):
             compiled = self.compile(fakes)
-        self.known.append((_guard(env, fakes, dynamic, args, known), compiled))
+        fits = _guard(env, fakes, dynamic, args, known)
+        has_values = lambda args: all(args[i].item() == value for i, value in values.items())  # noqa: E731
+        self.known.append((lambda args: has_values(args) and fits(args), compiled))
         return compiled
 
     def _changing(self, extra: Sequence[Any]) -> list[tuple[bool, ...]]:
@@ -81,6 +93,14 @@ def _fake(mode: FakeTensorMode, x: Any, dynamic: tuple[bool, ...], name: str) ->
     return x
 
 
+def _constant(mode: FakeTensorMode, x: Tensor) -> Tensor:
+    """A tensor of one number as a fake in ``mode`` that knows it."""
+    with mode:
+        fake = torch.empty((), dtype=x.dtype)
+    fake.constant = x.clone()  # type: ignore[attr-defined]
+    return fake
+
+
 def _guard(
     env: ShapeEnv, fakes: Sequence[Any], dynamic: Sequence[tuple[bool, ...]], args: Sequence[Any], known: int
 ) -> Callable[[Sequence[Any]], bool]:
@@ -100,3 +120,14 @@ def _guard(
         return code is None or bool(env.evaluate_guards_expression(code, [args[i] for i in places]))
 
     return fits
+
+
+def floats_read(gm: fx.GraphModule) -> list[int]:
+    """The positions of the inputs of Dynamo's graph that are floats: tensors of one number that the graph reads."""
+    inputs = enumerate(gm.graph.find_nodes(op="placeholder"))
+    return [i for i, node in inputs if any(user.target == "item" for user in node.users) and _is_float(node)]
+
+
+def _is_float(node: fx.Node) -> bool:
+    example = node.meta.get("example_value")
+    return isinstance(example, Tensor) and not example.ndim and example.dtype is torch.float64 and example.is_cpu
