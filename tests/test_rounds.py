@@ -328,6 +328,8 @@ def test_options():
             Config(rounds=rounds)
     with pytest.raises(tokenseek_fx.ConfigError, match="report_loss='kept' has no effect"):
         Config(rounds=2, report_loss="kept")
+    with pytest.raises(tokenseek_fx.ConfigError, match="kv='fp8' has no effect"):
+        Config(rounds=2, kv="fp8")
     with pytest.raises(tokenseek_fx.ConfigError, match="mode='reduce-overhead' has no effect"):
         Config(rounds=2, mode="reduce-overhead")
     with pytest.raises(tokenseek_fx.ConfigError, match="rounds=2 has no effect"):

@@ -323,6 +323,8 @@ class Config:
                 yield "report_loss", "with rounds, the forward computes the loss of all tokens"
             if self.kv_grad == "all":
                 yield "rounds", "kv_grad='all' trains keys and values of all tokens, so rounds would not be exact"
+            if self.kv in ("fp8", "offload"):
+                yield "kv", "rounds read keys and values as they are until the last of them"
             if self.mode in _WITH_CUDA_GRAPHS:
                 yield "mode", "rounds run several times in one backward, which CUDA graphs don't record"
         if "attention_layers" in given and not needs_of(self.scoring) - {"noise"}:
