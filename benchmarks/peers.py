@@ -154,6 +154,7 @@ def in_rounds(share: float, rounds: int) -> str:
 
 
 ROUNDS: dict[str, Make] = {in_rounds(share, n): tokenseek(keep_ratio=share, rounds=n) for share, n in IN_ROUNDS}
+EVERY = ROWS | ROUNDS
 MAIN = [EAGER, CHECKPOINT, RIVAL, COMPILE, FORWARD, DEFAULT, NONE]
 CAVEATS = (
     "activation_memory_budget: its peak is not monotone in the budget (pytorch #197838), and dropout is recomputed "

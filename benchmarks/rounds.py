@@ -1,6 +1,6 @@
 """Rounds: step time and peak memory of training in rounds, beside checkpointing with a chunked loss.
 
-    python benchmarks/rounds.py                      # the three settings of `SETTINGS`; about 40 minutes on 2 cores
+    python benchmarks/rounds.py                      # both settings of `SETTINGS`; about 25 minutes on 2 cores
     python benchmarks/rounds.py --settings short     # T=1024, B=4
     python benchmarks/rounds.py --report             # the table of existing results
 

@@ -67,7 +67,7 @@ def work(row: str, setting: Setting, steps: int, seconds: float) -> Result:
     """All figures of one row."""
     for name in EXACT_MEMORY:  # this process has read it, and it would slow down the C++ compiler
         os.environ.pop(name, None)
-    model, inputs = (peers.ROWS | peers.ROUNDS)[row](setting.model(), setting.keep_ratio), setting.inputs()
+    model, inputs = peers.EVERY[row](setting.model(), setting.keep_ratio), setting.inputs()
     trains = row != peers.FORWARD
     first = step(model, inputs, trains)
     figures = on_cuda if setting.device == "cuda" else on_cpu
@@ -120,7 +120,7 @@ def largest(row: str, setting: Setting, card: float) -> Result:
     if cuda:
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / torch.cuda.get_device_properties(0).total_memory))
     with measure.PeakMemory() as peak:
-        model, inputs = (peers.ROWS | peers.ROUNDS)[row](setting.model(), setting.keep_ratio), setting.inputs()
+        model, inputs = peers.EVERY[row](setting.model(), setting.keep_ratio), setting.inputs()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-4)
         for _ in range(2):  # in the second step, optimizer states exist during the forward
             step(model, inputs, True)

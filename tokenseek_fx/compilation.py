@@ -31,7 +31,7 @@ from .passes.memory.recompute import RecomputePlan
 from .passes.pipeline import ANALYSED, training
 from .passes.streams.rounds import Rounds
 from .planner import within_budget
-from .rounds import InRounds, rewritten
+from .rounds import InRounds, rewrite
 from .variants import Variants, floats_read
 from .warnings import TokenSeekWarning
 
@@ -109,11 +109,8 @@ class Trained:
         self.split, self.call = split_at(gm), compat.compiled_call()
         #: the graph is a fragment of the model: other graphs, or plain Python, may run before or after it
         self.is_fragment = self.split is not None or any(map(is_activation, inputs))
-        in_rounds = config.rounds > 1
-        is_lazy = given() is not None or in_rounds
-        self.floats = floats_read(gm)
-        own = partial(Variants, self.examples, self._compile_own, in_rounds, self.floats)
-        self.own = own() if is_lazy else self._compile_own(inputs)
+        is_lazy = given() is not None or config.rounds > 1
+        self.own = self._lazily(self._compile_own) if is_lazy else self._compile_own(inputs)
         self.with_rows: dict[Any, Variants] = {}
         self.attends = True
 
@@ -131,8 +128,12 @@ class Trained:
     def _variants(self, count: int, passed: Passed) -> Variants:
         if (count, passed) not in self.with_rows:
             compile = partial(bugs_reported()(self._compile_with_rows), count=count, passed=passed)
-            self.with_rows[count, passed] = Variants(self.examples, compile, self.config.rounds > 1, self.floats)
+            self.with_rows[count, passed] = self._lazily(compile)
         return self.with_rows[count, passed]
+
+    def _lazily(self, compile: Callable[[tuple[Any, ...]], Compiled]) -> Variants:
+        """The graph compiled when it is called; in rounds with static sizes, as their parts are numbers."""
+        return Variants(self.examples, compile, self.config.rounds > 1, floats_read(self.gm))
 
     def _compile_own(self, inputs: Sequence[Any]) -> Compiled:
         if self.split is not None and self.call is not None and not self.config.strict:
@@ -162,7 +163,7 @@ class Trained:
                 raise unknown_tokens("a loss") from None
             return RowWise(inner_compiler(self.config)(self.gm, inputs), known)
         check_rows(program, tuple(map(hint, example_sizes(program, program[TokenAxes].main))))
-        program = rewritten(program, plan)
+        program = rewrite(program, plan)
         with in_pass("compile"):
             why = "" if self.split is None else self.split.fact
             return WithRows(compile_segments(program, self.config), program, self.is_fragment, why)
@@ -199,7 +200,7 @@ def _compile_rewritten(gm: fx.GraphModule, inputs: Sequence[Any], config: Config
         return KeepAll(inner_compiler(config)(gm, inputs), program)
     config = within_budget(gm, inputs, config)
     plan = config.plan()
-    known = rewritten(program, plan)
+    known = rewrite(program, plan)
     if replace(plan, rounds=known[Rounds].count).keeps_all(program):
         return KeepAll(inner_compiler(config)(gm, inputs), program)
     with in_pass("compile"):

@@ -91,8 +91,8 @@ class Config:
             one forward of all tokens. More rounds need less memory; the gradient is the same.
 
             With ``keep_ratio=1`` this is the exact gradient of all tokens. The value of the loss is that of all tokens.
-            Models in which tokens attend in both directions, or are mixed in another way than by causal attention, are
-            compiled with one round, with a warning.
+            Models in which tokens attend in both directions, and those whose rows are sliced or moved, are compiled
+            with one round, with a warning.
         report_loss: The value of the returned loss: "full", the loss of all tokens; "kept", that of the kept ones.
             ``None``: "full" if the scorer needs it anyway. The gradient is always that of the kept tokens.
         inner: The compiler of the rewritten graph: "inductor", "aot_eager" or "eager".

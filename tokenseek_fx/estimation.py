@@ -26,7 +26,7 @@ from .passes.graph.program import Program
 from .passes.lower.chunks import CHUNK_BYTES
 from .passes.pipeline import ANALYSED, training
 from .planner import within_budget
-from .rounds import rewritten
+from .rounds import rewrite
 
 #: Nominal memory of GPUs in 10^9 bytes. What they have beyond it is left to the driver and the allocator.
 GPUS = (24, 48, 80, 141)
@@ -217,11 +217,11 @@ def _steps(
     def unchanged() -> Any:
         return inner_compiler(config)(gm, inputs)
 
-    def selected() -> Any:
-        known = rewritten(program, plan)
+    def rewritten() -> Any:
+        known = rewrite(program, plan)
         return Rewritten(compile_segments(known, config), known, None)
 
-    step = step_memory(unchanged if plan.keeps_all(program) else selected, inputs, set_to_none)
+    step = step_memory(unchanged if plan.keeps_all(program) else rewritten, inputs, set_to_none)
     return step, step_memory(unchanged, inputs, set_to_none) if plain else None
 
 

@@ -39,7 +39,7 @@ from .passes.streams.barriers import Barrier
 from .passes.streams.rounds import Rounds
 from .passes.streams.trace import Rewrite
 from .passes.streams.two_streams import TwoStreams
-from .rounds import rewritten as rewrite
+from .rounds import rewrite
 
 _MIB = 2**20
 #: How often a step computes values that have no backward, by kind. Recomputed keys and values are computed for the

@@ -28,7 +28,7 @@ from .warnings import TokenSeekWarning
 Values = dict[Any, Any]
 
 
-def rewritten(program: Program, plan: Plan, after: Pass | None = None) -> Program:
+def rewrite(program: Program, plan: Plan, after: Pass | None = None) -> Program:
     """The program after the passes of ``plan`` and ``after``; with one round, and a warning, if several are not exact.
 
     Raises:
@@ -41,7 +41,7 @@ def rewritten(program: Program, plan: Plan, after: Pass | None = None) -> Progra
             raise
         fact = f"tokenseek: rounds={plan.rounds}: {error} Compiled with one round."
         warnings.warn(fact, TokenSeekWarning, stacklevel=2)
-        return rewritten(program, replace(plan, rounds=1), after)
+        return rewrite(program, replace(plan, rounds=1), after)
 
 
 class InRounds:
@@ -53,12 +53,18 @@ class InRounds:
 
     def __init__(self, segments: Segments, program: Program) -> None:
         self.segments, self.program, self.rounds = segments, program, program[Rounds]
-        self.ends = (*segments.phases[1:], len(segments.segments))
-        counts = [count for count, _ in program[Rewrite].rounds]
-        #: The number of outputs of a call; those of the phases follow them.
-        self.returned = len(segments.outputs) - sum(counts)
+        first, *others = segments.phases
+        self.before = segments.segments[:first]
+        ends = (*others, len(segments.segments))
+        #: For every phase its segments and the outputs of a round, which follow those of a call.
+        self.phases: list[tuple[Phase, tuple[Segment, ...], tuple[Any, ...]]] = []
+        self.returned, counts = segments.outputs, [count for count, _ in program[Rewrite].rounds]
+        for phase, start, end, count in [*zip(self.rounds.phases, segments.phases, ends, counts, strict=True)][::-1]:
+            self.returned, results = self.returned[:-count], self.returned[-count:]
+            self.phases.insert(0, (phase, segments.segments[start:end], results))
         self.given = len(segments.placeholders) - self.rounds.inputs
         self.examples = segments.inputs[self.given :]
+        self.read = {key for segment in segments.segments[first:] for key in segment.takes}
         self.live = {position for phase in self.rounds.phases for position in phase.outputs}
 
     def __call__(self, *args: Any) -> Sequence[Any]:
@@ -69,12 +75,10 @@ class InRounds:
     def prefill(self, args: Sequence[Any]) -> tuple[list[Any], Values]:
         """The outputs of a call, and the values that its rounds read."""
         values = self.segments.known((*args, *self.examples))
-        run_each(self.segments.segments[: self.segments.phases[0]], values, _run)
-        outputs = [values[x] if isinstance(x, fx.Node) else x for x in self.segments.outputs[: self.returned]]
-        later = self.segments.segments[self.segments.phases[0] :]
-        read = {key for segment in later for key in segment.takes}
+        run_each(self.before, values)
+        outputs = [values[x] if isinstance(x, fx.Node) else x for x in self.returned]
         inputs = dict(zip(self.segments.placeholders, args, strict=False))
-        return outputs, inputs | {key: value for key, value in values.items() if key in read}
+        return outputs, inputs | {key: value for key, value in values.items() if key in self.read}
 
     # -- backward -----------------------------------------------------------------------------------------------------
 
@@ -90,12 +94,12 @@ class InRounds:
         args = [leaves.get(key, values[key]) for key in inputs]
         leaves_of_keys = [_collected(example) for example in self.examples[1:]]
         collected = dict(zip(self.rounds.collected, leaves_of_keys, strict=True))
-        for phase, first, end in zip(self.rounds.phases, self.segments.phases, self.ends, strict=True):
+        for phase, segments, results in self.phases:
             for places in self._places(phase):
                 known = {**values, **self.segments.known((*args, places, *leaves_of_keys))}
                 with torch.enable_grad():
-                    run_each(self.segments.segments[first:end], known, _run)
-                self._send(phase, known, grads, collected, places)
+                    run_each(segments, known)
+                self._send(phase, [known[x] for x in results], grads, collected, places)
         self._check(collected)
         return [_found(leaves[key], values[key]) if key in leaves else None for key in inputs]
 
@@ -107,15 +111,13 @@ class InRounds:
     def _send(
         self,
         phase: Phase,
-        known: Values,
+        found: Sequence[Tensor],
         grads: Sequence[Tensor | None],
         collected: Mapping[fx.Node, Tensor],
         places: Tensor,
     ) -> None:
         """Run the backward of a round: of its rows of the outputs, and of the keys and values that others read."""
-        number = self.rounds.phases.index(phase)
-        start = self.returned + sum(count for count, _ in self.program[Rewrite].rounds[:number])
-        indices, *results = (known[x] for x in self.segments.outputs[start : start + self._count(number)])
+        indices, *results = found
         wanted = [self._rows_of(grads[i], self.program.outputs[i], phase, indices) for i in phase.outputs]
         wanted += [self._consumed(_grad(collected[node]), node, places) for node in phase.sent]
         pairs = [(x, grad) for x, grad in zip(results, wanted, strict=True) if grad is not None and x.requires_grad]
@@ -150,9 +152,6 @@ class InRounds:
                     node,
                 )
 
-    def _count(self, number: int) -> int:
-        return self.program[Rewrite].rounds[number][0]
-
     def _rows_of(self, grad: Tensor | None, output: fx.Node, phase: Phase, indices: Tensor) -> Tensor | None:
         """The rows of the gradient of an output; all of it if the output has no rows."""
         axes = self.program[TokenAxes]
@@ -181,10 +180,6 @@ class _InRounds(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         values = {**dict(zip(ctx.keys, ctx.saved_tensors, strict=True)), **ctx.others}
         return (None, *ctx.graph.backward(values, grads))
-
-
-def _run(segment: Segment, taken: list[Any]) -> Sequence[Any]:
-    return segment.run(*taken)
 
 
 def _is_trained(value: Any) -> bool:

@@ -56,11 +56,8 @@ class RowIndex:
     def among_kept(self) -> RowIndex:
         """The rows of a round as those of values that have the rows of all rounds."""
         assert self.round_of is not None and self.places is not None
-        return self.round_of.among_all(self.places)
-
-    def among_all(self, places: torch.Tensor) -> RowIndex:
-        """The rows at ``places``, int64 [m], as those of values that have these rows alone."""
-        return replace(self, indices=places.expand(self.indices.shape[0], -1), tokens=self.kept)
+        places = self.places.expand(self.indices.shape[0], -1)
+        return replace(self.round_of, indices=places, tokens=self.round_of.kept)
 
     @property
     def kept(self) -> Any:

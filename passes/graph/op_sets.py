@@ -53,6 +53,9 @@ CONTRACTIONS = (aten.matmul.default, aten.bmm.default, aten.einsum.default, aten
 #: Elementwise multiplications.
 MULTIPLICATIONS = (aten.mul.Tensor, aten.mul.Scalar)
 DIVISIONS = (aten.div.Tensor, aten.div.Scalar)
+#: Sums and means of some dims or of all.
+SUMS = (aten.sum.default, aten.sum.dim_IntList)
+MEANS = (aten.mean.default, aten.mean.dim)
 SOFTMAX = (aten.softmax.int, aten._softmax.default)
 LOG_SOFTMAX = (aten.log_softmax.int, aten._log_softmax.default)
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot, set_proxy_slot
-from torch.utils import _pytree as pytree
+
+from .nodes import tensors_in
 
 
 def node_of(value: Tensor) -> fx.Node | None:
@@ -20,10 +21,11 @@ def node_of(value: Tensor) -> fx.Node | None:
 @contextmanager
 def nodes_kept(values: Iterable[Any]) -> Iterator[None]:
     """Give tensors the nodes back that they have now: an operation that returns its operand gives it its own node."""
-    mode = get_proxy_mode()
-    tensors = [] if mode is None else [x for x in pytree.tree_leaves([*values]) if isinstance(x, Tensor)]
-    places = [(x, get_proxy_slot(x, mode.tracer, None)) for x in tensors] if mode is not None else []
+    if (mode := get_proxy_mode()) is None:
+        yield
+        return
+    places = [(x, get_proxy_slot(x, mode.tracer, None)) for x in tensors_in([*values])]
     yield
     for x, place in places:
-        if place is not None and mode is not None:
+        if place is not None:
             set_proxy_slot(x, mode.tracer, place)

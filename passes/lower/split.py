@@ -75,7 +75,7 @@ class Segments:
     phases: tuple[int, ...] = ()
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
-        return self._each(lambda segment, taken: segment.run(*taken), args)
+        return self._each(run_segment, args)
 
     def known(self, args: Sequence[Any]) -> dict[Any, Any]:
         """The values that the segments start from: the inputs, and the sizes that they have."""
@@ -121,8 +121,13 @@ class Segments:
         return tuple(values[out] if isinstance(out, fx.Node) else out for out in self.outputs)
 
 
+def run_segment(segment: Segment, taken: list) -> Sequence[Any]:
+    """Run one segment."""
+    return segment.run(*taken)
+
+
 def run_each(
-    segments: Sequence[Segment], values: dict[Any, Any], run: Callable[[Segment, list], Sequence[Any]]
+    segments: Sequence[Segment], values: dict[Any, Any], run: Callable[[Segment, list], Sequence[Any]] = run_segment
 ) -> None:
     """Run segments in order: they take ``values`` and add to them. Values that no later segment takes are removed."""
     for segment in segments:

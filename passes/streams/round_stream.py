@@ -18,12 +18,12 @@ from ..graph.factors import Axes
 from ..graph.fake import varying
 from ..graph.kinds import Kind, Mark, tagged
 from ..graph.nodes import operands_of
-from ..graph.op_sets import LAYOUT
+from ..graph.op_sets import LAYOUT, MEANS, SUMS
 from ..graph.program import Program
 from ..keep.recompute_kv import Value
 from ..rows.row_op import RowOp
 from .ditch_stream import DitchStream
-from .rounds import MEANS, SUMS, Phase, Rounds
+from .rounds import Phase, Rounds
 
 
 class RoundStream(DitchStream):
@@ -50,7 +50,7 @@ class RoundStream(DitchStream):
     ) -> None:
         own = [index.in_round(places) if places is not None and index.axis == phase.axis else index for index in kept]
         super().__init__(program, seek, own, inputs, cast=cast)
-        self.phase, self.leaves, self.places = phase, leaves, places
+        self.phase, self.leaves = phase, leaves
         self.every_live, self.live = self.live, phase.live
         #: Values that were read from other rounds and that have no leaf; they are without gradient.
         self.missing: list[fx.Node] = []
@@ -95,9 +95,9 @@ class RoundStream(DitchStream):
         return index.put(rows, self.rows(node, dim), labels, dim)
 
     def _rows_across(self, node: fx.Node, labels: Axes, dim: int) -> Tensor:
-        return (
-            self.take(self.full(node), labels, dim) if self.phase.in_rounds else super()._rows_across(node, labels, dim)
-        )
+        if self.phase.in_rounds:
+            return self.take(self.full(node), labels, dim)
+        return super()._rows_across(node, labels, dim)
 
     def kept_keys(self, key: fx.Node, value: fx.Node) -> tuple[Tensor, Tensor, Tensor] | None:
         if self.leaves.keys().isdisjoint((key, value)):
@@ -137,12 +137,12 @@ def round_inputs(program: Program) -> list[Tensor]:
     rounds, axes = program[Rounds], program[TokenAxes]
     if not rounds.phases:
         return []
-    device, mode = device_of(program), detect_fake_mode(program.inputs)
+    device, mode, parts = device_of(program), detect_fake_mode(program.inputs), rounds.parts(rounds.kept[axes.main])
     with mode or nullcontext():
         leaves = [_leaf(program, node, device) for node in rounds.collected]
-        places = torch.arange(rounds.parts(rounds.kept[axes.main])[0], device=device)
-    equal = len({*rounds.parts(rounds.kept[axes.main])}) == 1
-    return [places if equal or mode is None or mode.shape_env is None else varying(mode, places), *leaves]
+        places = torch.arange(parts[0], device=device)
+    is_static = len({*parts}) == 1 or mode is None or mode.shape_env is None
+    return [places if is_static else varying(mode, places), *leaves]
 
 
 def _leaf(program: Program, node: fx.Node, device: torch.device) -> Tensor:

@@ -3,7 +3,7 @@
 A round is the forward and backward of some of the kept rows. It reads keys and values of the seek stream; the gradient
 that it sends to keys and values of other kept rows is collected, and enters the round of those rows. With causal
 attention no row sends gradient to a later one, so the sum over the rounds is the gradient of all kept rows at once. Of
-other operations that mix tokens (attention whose mask is not read, a convolution), the backward checks this. Rows of
+other operations that mix tokens (attention whose mask is not read, a cumulative sum), the backward checks this. Rows of
 another token axis (the encoder's) run after them, in one round of their own.
 
 The rounds of one token axis are a *phase*. Outputs without rows must be sums over rows; anything else is refused.
@@ -28,19 +28,16 @@ from ..attention.positional import PositionalAttention, PositionalAttentions
 from ..graph.errors import RoundsNotSupported
 from ..graph.factors import same_size
 from ..graph.nodes import is_tensor, operands_of
-from ..graph.op_sets import CASTS, DIVISIONS, LAYOUT, LOSSES, MULTIPLICATIONS
+from ..graph.op_sets import CASTS, DIVISIONS, LAYOUT, LOSSES, MEANS, MULTIPLICATIONS, SUMS
 from ..graph.program import Program
 from ..rules.attention import attention_op
 from .selection_plan import Selections
 
 aten = torch.ops.aten
 
-#: Sums over rows; a mean becomes the share of a round.
-SUMS = (aten.sum.default, aten.sum.dim_IntList)
-MEANS = (aten.mean.default, aten.mean.dim)
 _ADDITIONS = (aten.add.Tensor, aten.sub.Tensor, aten.stack.default, aten.cat.default)
-#: Operations without rows that are linear in any one operand.
-_LINEAR = {*LAYOUT, *CASTS, *SUMS, *MEANS, *MULTIPLICATIONS, *_ADDITIONS, aten.neg.default, aten.select.int}
+#: Operations that are linear in any one operand.
+_LINEAR = {*LAYOUT, *CASTS, *SUMS, *MEANS, *MULTIPLICATIONS, aten.neg.default, aten.select.int}
 
 
 @dataclass(frozen=True)
@@ -264,15 +261,12 @@ def _check_sum(program: Program, node: fx.Node, found: Mapping[fx.Node, frozense
     """Raise ``RoundsNotSupported`` unless a value without rows is linear in the sums over rows that it reads."""
     operands, axes, live = operands_of(node), program[TokenAxes], program[Activity].live
     of_rows = [x for x in operands if found.get(x)]
-    is_sum = node.target in (*LOSSES, *SUMS, *MEANS) and axes.has_rows(of_rows[0])
-    is_linear = node.target in _LINEAR or (node.target in DIVISIONS and node.args[0] in of_rows)
-    if node.target in _ADDITIONS:
-        is_linear = all(x in of_rows or x not in live for x in operands)
-    elif not is_sum:
-        is_linear = is_linear and len(of_rows) == 1
-    if (
-        not is_tensor(node)
-        or len(found[node]) > 1
-        or not (is_sum or (is_linear and not any(map(axes.has_rows, of_rows))))
-    ):
+    if axes.has_rows(of_rows[0]):
+        is_sum = node.target in (*LOSSES, *SUMS, *MEANS)
+    elif node.target in _ADDITIONS:
+        is_sum = all(x in of_rows or x not in live for x in operands)
+    else:
+        is_divided = node.target in DIVISIONS and node.args[0] in of_rows
+        is_sum = len(of_rows) == 1 and (node.target in _LINEAR or is_divided)
+    if not is_tensor(node) or len(found[node]) > 1 or not is_sum:
         raise RoundsNotSupported("A value is computed from rows of several rounds and is no sum over rows.", _ONE, node)

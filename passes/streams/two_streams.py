@@ -96,6 +96,7 @@ class Round:
         sent: its rows of the keys and values that other rounds read.
         block: the number of its first block.
         missing: what it read of other rounds although nothing collects the gradient.
+        barriers: its barriers.
     """
 
     indices: Tensor
@@ -103,6 +104,7 @@ class Round:
     sent: tuple[Tensor, ...]
     block: int
     missing: tuple[fx.Node, ...]
+    barriers: tuple[Barrier, ...]
 
     @property
     def flat(self) -> tuple[Tensor, ...]:
@@ -165,16 +167,17 @@ class TwoStreams:
         before = len(extra) - program[Rounds].inputs
         seek = Seek(program, inputs, program[KVRecompute].sources)
         row_indices, selected = self._take(seek, *extra[:before]) if self.given else self._choose(seek, *extra[:before])
-        ditch, rounds = None, ()
         if program[Rounds].phases:
-            rounds = tuple(self._rounds(seek, row_indices, inputs, *extra[before:]))
+            ditch, rounds = None, tuple(self._rounds(seek, row_indices, inputs, *extra[before:]))
+            barriers = tuple(barrier for one in rounds for barrier in one.barriers)
         else:
-            ditch = DitchStream(program, seek.values, row_indices, inputs, self.kv_grad, seek.cast)
+            ditch, rounds = DitchStream(program, seek.values, row_indices, inputs, self.kv_grad, seek.cast), ()
             ditch.run()
+            barriers = tuple(ditch.barriers)
         outputs = tuple(self._outputs(seek, ditch))
         for index, update in zip(program.mutated, program.updates, strict=True):
             written[index].copy_(seek.values[update])
-        return Run(outputs, tuple(selected), tuple(ditch.barriers) if ditch else (), seek, rounds)
+        return Run(outputs, tuple(selected), barriers, seek, rounds)
 
     def _rounds(
         self, seek: Seek, kept: list[RowIndex], inputs: tuple, places: Tensor, *leaves: Tensor
@@ -191,7 +194,8 @@ class TwoStreams:
                 after = stream.run(block) + 1
                 outputs = tuple(map(stream.own, (program.outputs[i] for i in phase.outputs)))
                 sent = tuple(map(stream.own, phase.sent))
-            yield Round(stream.row_index(phase.axis), outputs, sent, block, tuple(dict.fromkeys(stream.missing)))
+            missing, barriers = tuple(dict.fromkeys(stream.missing)), tuple(stream.barriers)
+            yield Round(stream.row_index(phase.axis), outputs, sent, block, missing, barriers)
             block = after
 
     @property
